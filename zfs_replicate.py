@@ -1,0 +1,1585 @@
+#!/usr/bin/env python3
+# /// script
+# requires-python = ">=3.9"
+# dependencies = ["paramiko>=2.12"]
+# ///
+"""Keep a mirror of ZFS dataset trees, pulled over SSH from cron.
+
+One run finds, for every dataset of a tree, the latest snapshot that both sides know, pulls what is newer, keeps that
+common snapshot alive with `zfs hold` on both sides, and expires old local snapshots:
+
+    zfs_replicate -h HOST -r backuppool/virt/machines -l offsite/virt/machines -t offsite -k 30
+
+What it never does: create or destroy a snapshot on the source; roll back, overwrite or rename local data; destroy a
+local snapshot whose twin on the source carries our hold, or might; destroy anything but snapshots.
+
+How one run goes
+    1. lock the local tree, list both trees with their holds               survey
+    2. match snapshots by guid, decide per dataset                         plan
+    3. hold every snapshot that will be sent, before any byte flows        hold
+    4. ssh HOST zfs send | mbuffer | zfs recv, dataset by dataset          stream
+    5. list again and believe only that                                    verify
+    6. move the holds to the new common snapshot, place before release     converge
+    7. destroy local snapshots older than keep-days                        expire
+Whatever an earlier run left behind, steps 1 and 2 see it, and 3 to 7 repair it: there is no state outside ZFS.
+
+Exit codes
+    0      in step, or nothing to do, or another run of this job is at work
+    1      a dataset failed or is blocked; the others were done
+    2      usage
+    3      could not start: login, listing, lock
+    128+n  ended by signal n
+
+Rooms of this file, in reading order; a room uses only rooms above it
+    1  Failures      what may go wrong in an expected way, each with its way out
+    2  Model         snapshots, datasets, policy; what a plan can say
+    3  Parse         text of zfs to model
+    4  Plan          what to send, which holds to move, what to expire: pure decisions
+    5  Commands      every command as a value; the one place that quotes for a remote shell
+    6  Hosts         run commands here (subprocess) and on the source (paramiko)
+    7  Stream        the pipeline of processes; every exit status read
+    8  Run           the seven steps above
+    9  Report        what the user sees
+    10 Command line  options and main()
+Rooms 1 to 5 touch nothing outside this process; time comes in as an argument.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import fcntl
+import hashlib
+import logging
+import os
+import re
+import shlex
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from base64 import b64encode
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from typing import IO, Any, Callable, NoReturn, Protocol, Union
+
+__version__ = "0.1.0"
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Room 1: Failures
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class Failure(Exception):
+    """Something expected went wrong. `what` says what and why, `hint` the way out.
+
+    Caught and printed as one paragraph, never as a traceback; any other exception is a bug and keeps its traceback.
+    """
+
+    def __init__(self, what: str, hint: str = "") -> None:
+        super().__init__(what, hint)
+        self.what = what
+        self.hint = hint
+
+    def __str__(self) -> str:
+        return f"{self.what}\n{self.hint}".strip()
+
+
+class CommandFailed(Failure):
+    """A command ran and ended with a status other than 0."""
+
+
+class LinkLost(Failure):
+    """The connection to a host broke, or could not be made: what the command there did is unknown."""
+
+
+class StreamFailed(Failure):
+    """A stream did not arrive whole."""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Room 2: Model
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """One point in the history of a dataset; also a bookmark of such a point, whose name has `#` instead of `@`.
+
+    `guid` is the same on every pool the snapshot was sent to, whatever it is called there. `createtxg` orders the
+    snapshots of one pool (`creation`, in seconds since 1970, may tie or run backwards). `tags` are those of the holds
+    on it; None means that they could not be read, which is never taken for "not held".
+    """
+
+    name: str
+    guid: int
+    createtxg: int
+    creation: int
+    tags: frozenset[str] | None = frozenset()
+
+    @property
+    def is_bookmark(self) -> bool:
+        return "@" not in self.name
+
+    @property
+    def short(self) -> str:
+        """The name without its dataset: `@daily` or `#mark`."""
+        return self.name[re.search("[@#]", self.name).start() :]  # type: ignore[union-attr]
+
+
+@dataclass(frozen=True)
+class Partial:
+    """An interrupted receive that waits for its rest.
+
+    `to_guid` is the snapshot it was receiving, `from_guid` that one's base; both None if the token cannot be decoded.
+    """
+
+    token: str
+    to_guid: int | None
+    from_guid: int | None
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """A filesystem or volume and its history. Snapshots and bookmarks are kept oldest first, however they came in.
+
+    `vacant` says of a local filesystem without snapshots that it is known to hold no file, so that a first receive
+    may take its place.
+    """
+
+    name: str
+    kind: str
+    snapshots: tuple[Snapshot, ...] = ()
+    bookmarks: tuple[Snapshot, ...] = ()
+    partial: Partial | None = None
+    encrypted: bool = False
+    vacant: bool = False
+
+    def __post_init__(self) -> None:
+        for field in ("snapshots", "bookmarks"):
+            ordered = tuple(sorted(getattr(self, field), key=lambda snapshot: snapshot.createtxg))
+            object.__setattr__(self, field, ordered)
+
+    def find(self, guid: int | None) -> Snapshot | None:
+        """The snapshot with this guid, bookmarks left out."""
+        return next((snapshot for snapshot in self.snapshots if snapshot.guid == guid), None)
+
+
+Tree = dict[str, Dataset]
+"""Datasets by their name below the root of the tree: "" is the root itself, "/www/logs" a grandchild."""
+
+
+@dataclass(frozen=True)
+class Policy:
+    """What the user asked for. `keep_days` None expires nothing."""
+
+    source_root: str
+    target_root: str
+    tag: str
+    keep_days: int | None = None
+    intermediates: bool = False
+
+    @property
+    def received_tag(self) -> str:
+        """The tag of our holds on the local side; it differs from `tag` so that A -> B -> C can share one tag."""
+        return f"{self.tag}:received"
+
+
+# Steps of a plan, and what a plan can say of one dataset.
+
+
+@dataclass(frozen=True)
+class Receive:
+    """Receive `snapshot`: in full, or from `base` (a snapshot or bookmark of the source) up to it.
+
+    `intermediates` takes every snapshot between along; `token` goes on with an interrupted receive instead.
+    """
+
+    snapshot: Snapshot
+    base: Snapshot | None = None
+    intermediates: bool = False
+    token: str | None = None
+
+    def __str__(self) -> str:
+        if self.token:
+            return f"rest of {self.snapshot.short}"
+        if self.base is None:
+            return f"full {self.snapshot.short}"
+        return f"{self.base.short} {'...' if self.intermediates else '->'} {self.snapshot.short}"
+
+
+@dataclass(frozen=True)
+class Abandon:
+    """Give up an interrupted receive whose rest the source can no longer send."""
+
+    partial: Partial
+
+    def __str__(self) -> str:
+        return "abandon an interrupted receive that the source can no longer complete"
+
+
+Step = Union[Receive, Abandon]
+
+
+@dataclass(frozen=True)
+class UpToDate:
+    """Nothing at the source is newer than what is here."""
+
+
+@dataclass(frozen=True)
+class Transfer:
+    """Steps that bring the dataset up to date, in order."""
+
+    steps: tuple[Step, ...]
+
+    @property
+    def targets(self) -> tuple[Snapshot, ...]:
+        """The source snapshots that must stay alive until the steps are done."""
+        return tuple(step.snapshot for step in self.steps if isinstance(step, Receive))
+
+
+@dataclass(frozen=True)
+class Blocked:
+    """The dataset cannot be brought up to date without losing local data: why, and the way out."""
+
+    reason: str
+    hint: str
+
+
+Plan = Union[UpToDate, Transfer, Blocked]
+
+
+@dataclass(frozen=True)
+class Mutual:
+    """One point that both sides know, as each side names it. The source may know it by a bookmark alone."""
+
+    source: Snapshot
+    local: Snapshot
+
+
+@dataclass(frozen=True)
+class HoldMoves:
+    """Names of snapshots on which to place and release our tags, for one dataset or many."""
+
+    place_source: tuple[str, ...] = ()
+    place_local: tuple[str, ...] = ()
+    release_source: tuple[str, ...] = ()
+    release_local: tuple[str, ...] = ()
+
+    def __add__(self, other: HoldMoves) -> HoldMoves:
+        return HoldMoves(
+            self.place_source + other.place_source,
+            self.place_local + other.place_local,
+            self.release_source + other.release_source,
+            self.release_local + other.release_local,
+        )
+
+    def __bool__(self) -> bool:
+        return bool(self.place_source or self.place_local or self.release_source or self.release_local)
+
+
+@dataclass(frozen=True)
+class Expiry:
+    """Which local snapshots are due to be destroyed, and which of those past their time stay, and why."""
+
+    destroy: tuple[Snapshot, ...] = ()
+    kept: tuple[tuple[Snapshot, str], ...] = ()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Room 3: Parse
+# ---------------------------------------------------------------------------------------------------------------------
+
+LIST_KINDS = "filesystem,volume,snapshot,bookmark"
+LIST_COLUMNS = ("name", "type", "guid", "createtxg", "creation", "userrefs", "receive_resume_token", "encryption")
+
+
+def fields(text: str, count: int) -> Iterator[list[str]]:
+    """The rows of `zfs ... -H`, split on TAB alone: names may hold spaces, also at their end.
+
+    Raises Failure on a row of another width: guessing here could end in destroying the wrong thing.
+    """
+    for line in text.splitlines():
+        row = line.split("\t")
+        if len(row) != count:
+            raise Failure(f"zfs printed a line of {len(row)} columns where {count} were asked for: {line!r}")
+        yield row
+
+
+def parse_tree(text: str, root: str) -> tuple[Tree, list[str]]:
+    """Datasets from `zfs list -Hp -o LIST_COLUMNS`, and the names of the held snapshots, whose tags are still unknown.
+
+    Tokens come undecoded, as a Partial without guids.
+    """
+    datasets: dict[str, Dataset] = {}
+    points: dict[str, list[Snapshot]] = {}
+    held = []
+    for name, kind, guid, createtxg, creation, userrefs, token, encryption in fields(text, len(LIST_COLUMNS)):
+        if kind in ("filesystem", "volume"):
+            partial = None if token in ("-", "") else Partial(token, None, None)
+            datasets[name] = Dataset(name, kind, partial=partial, encrypted=encryption not in ("off", "-"))
+            continue
+        unheld = userrefs in ("-", "0")
+        point = Snapshot(name, int(guid), int(createtxg), int(creation), frozenset() if unheld else None)
+        points.setdefault(re.split("[@#]", name)[0], []).append(point)
+        if not unheld:
+            held.append(name)
+    tree = {}
+    for name, dataset in datasets.items():
+        own = points.get(name, [])
+        snapshots = tuple(point for point in own if not point.is_bookmark)
+        bookmarks = tuple(point for point in own if point.is_bookmark)
+        tree[name[len(root) :]] = replace(dataset, snapshots=snapshots, bookmarks=bookmarks)
+    return tree, held
+
+
+def parse_holds(text: str) -> dict[str, frozenset[str]]:
+    """Tags by snapshot name from `zfs holds -H`."""
+    tags: dict[str, set[str]] = {}
+    for name, tag, _date in fields(text, 3):
+        tags.setdefault(name, set()).add(tag)
+    return {name: frozenset(found) for name, found in tags.items()}
+
+
+def with_tags(tree: Tree, tags: dict[str, frozenset[str]]) -> Tree:
+    """The tree with the tags of its held snapshots filled in; those not in `tags` stay unknown."""
+
+    def fill(snapshot: Snapshot) -> Snapshot:
+        return replace(snapshot, tags=tags[snapshot.name]) if snapshot.name in tags else snapshot
+
+    return {key: replace(dataset, snapshots=tuple(map(fill, dataset.snapshots))) for key, dataset in tree.items()}
+
+
+def parse_token(token: str, text: str) -> Partial:
+    """A resume token from what `zfs send -nvt TOKEN` says of it, on either stream and whatever its exit status."""
+
+    def guid(key: str) -> int | None:
+        found = re.search(rf"^\s*{key} = 0x([0-9a-f]+)$", text, re.MULTILINE)
+        return int(found[1], 16) if found else None
+
+    return Partial(token, guid("toguid"), guid("fromguid"))
+
+
+def count_objects(text: str) -> int:
+    """Files and directories in a filesystem, from `zfs userspace -Hp -o objused`."""
+    return sum(int(row[0]) for row in fields(text, 1) if row[0] not in ("-", "none"))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Room 4: Plan
+# ---------------------------------------------------------------------------------------------------------------------
+
+NAME_LIMIT = 255
+"""Longest name of a dataset with its snapshot, in bytes (ZFS_MAX_DATASET_NAME_LEN less the closing NUL)."""
+
+DAY = 24 * 60 * 60
+
+
+def newest_mutual(source: Dataset, local: Dataset) -> Mutual | None:
+    """The newest point of the source whose guid the local dataset also has; a snapshot before its bookmark."""
+    ours = {snapshot.guid: snapshot for snapshot in local.snapshots}
+    known = [point for point in source.snapshots + source.bookmarks if point.guid in ours]
+    if not known:
+        return None
+    newest = max(known, key=lambda point: (point.createtxg, not point.is_bookmark))
+    return Mutual(newest, ours[newest.guid])
+
+
+def newest_held(source: Dataset, local: Dataset) -> Mutual | None:
+    """The newest mutual point that still is a snapshot on the source: a bookmark cannot be held."""
+    return newest_mutual(replace(source, bookmarks=()), local)
+
+
+def plan_dataset(source: Dataset, local: Dataset | None, policy: Policy, local_name: str) -> Plan:
+    """Decide how `local` (None: not there yet), to be called `local_name`, gets in step with `source`."""
+    if local is not None and local.kind != source.kind:
+        return Blocked(
+            f"the source has a {source.kind}, but {local.name} is a {local.kind}",
+            f"rename the local one aside: zfs rename '{local.name}' '{local.name}.old'",
+        )
+    if local is not None and local.partial is not None:
+        return plan_partial(source, local, local.partial, policy)
+    if not source.snapshots:
+        return UpToDate()
+    if local is None or not local.snapshots:
+        plan = plan_first(source, local, policy)
+    else:
+        plan = plan_next(source, local, policy)
+    if isinstance(plan, Transfer):
+        return too_long(plan.targets, local_name) or plan
+    return plan
+
+
+def plan_partial(source: Dataset, local: Dataset, partial: Partial, policy: Policy) -> Plan:
+    """An interrupted receive goes on if the source still owns both ends of it; else it is given up, and planned anew.
+
+    Giving up a first receive destroys the local dataset (that was all there is of it), so plan as if it were absent.
+    """
+    target = source.find(partial.to_guid)
+    bases = {point.guid for point in source.snapshots + source.bookmarks}
+    if target and (partial.from_guid is None or partial.from_guid in bases):
+        return Transfer((Receive(target, token=partial.token),))
+    rest = plan_dataset(source, replace(local, partial=None) if local.snapshots else None, policy, local.name)
+    later = rest.steps if isinstance(rest, Transfer) else ()
+    return Transfer((Abandon(partial), *later))
+
+
+def plan_first(source: Dataset, local: Dataset | None, policy: Policy) -> Plan:
+    """A full stream: of the newest snapshot, or with intermediates of the oldest and then of all that follow."""
+    if local is not None and not local.vacant:
+        return Blocked(
+            f"{local.name} holds data but no snapshot, and a first receive would overwrite it",
+            f"keep that data by renaming it aside: zfs rename '{local.name}' '{local.name}.old'; "
+            "or mirror to another place with -l; or, if nothing in it is needed, destroy it yourself",
+        )
+    oldest, newest = source.snapshots[0], source.snapshots[-1]
+    if policy.intermediates and oldest is not newest:
+        return Transfer((Receive(oldest), Receive(newest, oldest, intermediates=True)))
+    return Transfer((Receive(newest),))
+
+
+def plan_next(source: Dataset, local: Dataset, policy: Policy) -> Plan:
+    """What is newer than the newest mutual point, unless something local stands in the way."""
+    mutual = newest_mutual(source, local)
+    if mutual is None:
+        return Blocked(
+            f"{local.name} and {source.name} have no snapshot in common "
+            f"(newest here {local.snapshots[-1].short}, newest there {source.snapshots[-1].short})",
+            f"check -r and -l; to start afresh and keep what is here: zfs rename '{local.name}' '{local.name}.old'",
+        )
+    later = [snapshot for snapshot in source.snapshots if snapshot.createtxg > mutual.source.createtxg]
+    if not later:
+        return UpToDate()
+    ahead = [snapshot for snapshot in local.snapshots if snapshot.createtxg > mutual.local.createtxg]
+    if ahead:
+        return Blocked(
+            f"{local.name} has {len(ahead)} local snapshot{'s' * (len(ahead) > 1)} newer than the newest common one "
+            f"({mutual.local.short}), the newest {ahead[-1].short}; the source is at {later[-1].short}",
+            "stop what makes snapshots on the mirror, then destroy these yourself or rename the dataset aside: "
+            f"zfs rename '{local.name}' '{local.name}.old'",
+        )
+    return clashing(later if policy.intermediates else later[-1:], local) or Transfer(
+        tuple(steps_between(mutual.source, later, policy))
+    )
+
+
+def steps_between(base: Snapshot, later: list[Snapshot], policy: Policy) -> Iterator[Receive]:
+    """From `base` straight to the newest, or by every snapshot between. `send -I` takes no bookmark as its base."""
+    if not policy.intermediates:
+        yield Receive(later[-1], base)
+        return
+    if base.is_bookmark:
+        yield Receive(later[0], base)
+        base, later = later[0], later[1:]
+    if later:
+        yield Receive(later[-1], base, intermediates=len(later) > 1)
+
+
+def clashing(incoming: Iterable[Snapshot], local: Dataset) -> Blocked | None:
+    """Refuse a snapshot whose name is taken here by another one (other guid)."""
+    taken = {snapshot.short for snapshot in local.snapshots}
+    clash = next((snapshot.short for snapshot in incoming if snapshot.short in taken), None)
+    return clash and Blocked(
+        f"{local.name} already has a snapshot {clash} that is another one than the source's (their guids differ)",
+        f"rename the local one: zfs rename '{local.name}{clash}' '{local.name}{clash}.local'",
+    )  # type: ignore[return-value]
+
+
+def too_long(incoming: Iterable[Snapshot], local_name: str) -> Blocked | None:
+    """Refuse a name that is legal at the source and too long under our root."""
+    for snapshot in incoming:
+        if len((local_name + snapshot.short).encode()) > NAME_LIMIT:
+            return Blocked(
+                f"{local_name}{snapshot.short} would be longer than the {NAME_LIMIT} bytes ZFS allows",
+                "mirror to a shorter name with -l, or rename the snapshot at the source",
+            )
+    return None
+
+
+def converge_holds(source: Dataset, local: Dataset | None, policy: Policy) -> HoldMoves:
+    """What brings our holds to where they belong: on the newest mutual snapshot, and on the target of a live token.
+
+    A local dataset whose history has nothing in common with the source is left alone, holds and all: the hold may be
+    the last thing that lets it be repaired. Tags that could not be read are not released.
+    """
+    mutual = newest_mutual(source, local) if local else None
+    if local and local.snapshots and mutual is None:
+        return HoldMoves()
+    held = newest_held(source, local) if local else None
+    on_source = {held.source.guid} if held else set()
+    if local and local.partial and local.partial.to_guid is not None:
+        on_source.add(local.partial.to_guid)
+    place_source, release_source = moves(source, policy.tag, on_source)
+    place_local, release_local = moves(local, policy.received_tag, {mutual.local.guid} if mutual else set())
+    return HoldMoves(place_source, place_local, release_source, release_local)
+
+
+def moves(dataset: Dataset | None, tag: str, wanted: set[int]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Names on which to place and from which to release `tag`, so that it stands on exactly the guids `wanted`."""
+    snapshots = dataset.snapshots if dataset else ()
+    place = tuple(s.name for s in snapshots if s.guid in wanted and (s.tags is None or tag not in s.tags))
+    release = tuple(s.name for s in snapshots if s.guid not in wanted and s.tags and tag in s.tags)
+    return place, release
+
+
+def expire(source: Dataset | None, local: Dataset, policy: Policy, now: int) -> Expiry:
+    """Local snapshots older than keep-days, counted back from the newest mutual one or `now`, whichever is earlier.
+
+    A source that stopped making snapshots, or is gone, thus empties nothing. Kept in any case: the newest mutual
+    snapshot, the base of an interrupted receive, what anybody holds here, and what our tag holds, or might hold, on
+    the source.
+    """
+    mutual = newest_mutual(source, local) if source else None
+    if policy.keep_days is None or source is None or mutual is None:
+        return Expiry()
+    cutoff = min(now, mutual.local.creation) - policy.keep_days * DAY
+    destroy, kept = [], []
+    for snapshot in local.snapshots:
+        if snapshot.creation >= cutoff:
+            continue
+        why = reason_to_keep(snapshot, source, local, mutual, policy)
+        if why:
+            kept.append((snapshot, why))
+        else:
+            destroy.append(snapshot)
+    return Expiry(tuple(destroy), tuple(kept))
+
+
+def reason_to_keep(snapshot: Snapshot, source: Dataset, local: Dataset, mutual: Mutual, policy: Policy) -> str | None:
+    """Why a local snapshot must not be expired however old it is; None if nothing speaks for it."""
+    twin = source.find(snapshot.guid)
+    if snapshot.guid == mutual.local.guid:
+        return "the newest common snapshot"
+    if local.partial and local.partial.from_guid in (snapshot.guid, None) and local.snapshots:
+        return "the base of an interrupted receive, or may be"
+    if snapshot.tags is None:
+        return "its holds could not be read"
+    if snapshot.tags:
+        return "held by " + ", ".join(sorted(snapshot.tags))
+    if twin and twin.tags is None:
+        return "the holds on its twin at the source could not be read"
+    if twin and twin.tags and policy.tag in twin.tags:
+        return f"its twin at the source is held by {policy.tag}"
+    return None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Room 5: Commands
+# ---------------------------------------------------------------------------------------------------------------------
+
+Command = tuple[str, ...]
+"""A command as its words. It becomes text in `remote_line` alone."""
+
+SBIN = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+"""Where zfs may live; the PATH of a login without a terminal often lacks the sbin directories."""
+
+BATCH_BYTES = 64 * 1024
+"""Names per command: Linux takes at most 128 KiB in one word, and a remote command travels as one word."""
+
+
+def remote_line(command: Command) -> str:
+    """`command` as a line for the login shell of the other side, which may be csh or fish: these agree with sh on
+    single quotes if there is neither a newline nor `!` nor a backslash within, and we let no such name in."""
+    words = " ".join(map(shlex.quote, command))
+    return f"sh -c {shlex.quote(f'PATH=$PATH:{SBIN} LC_ALL=C; export PATH LC_ALL; exec {words}')}"
+
+
+def batches(names: Iterable[str]) -> Iterator[list[str]]:
+    """`names` in lists short enough for one command each."""
+    batch: list[str] = []
+    size = 0
+    for name in names:
+        if batch and size + len(name) > BATCH_BYTES:
+            yield batch
+            batch, size = [], 0
+        batch.append(name)
+        size += len(name) + 8
+    if batch:
+        yield batch
+
+
+def list_existing(names: Iterable[str]) -> Command:
+    """Prints those of `names` that exist; exits 1 if one does not."""
+    return ("zfs", "list", "-H", "-o", "name", "-t", "filesystem,volume", *names)
+
+
+def list_tree(root: str, depth: int | None = None) -> Command:
+    limit = ("-r",) if depth is None else ("-d", str(depth))
+    return ("zfs", "list", "-Hp", *limit, "-t", LIST_KINDS, "-o", ",".join(LIST_COLUMNS), root)
+
+
+def list_holds(snapshots: Iterable[str]) -> Command:
+    return ("zfs", "holds", "-H", *snapshots)
+
+
+def hold(tag: str, snapshots: Iterable[str]) -> Command:
+    # Never -r: one tag already there on any child, and nothing at all is held (a single atomic task).
+    return ("zfs", "hold", tag, *snapshots)
+
+
+def release(tag: str, snapshots: Iterable[str]) -> Command:
+    return ("zfs", "release", tag, *snapshots)
+
+
+def destroy(snapshots: Iterable[Snapshot]) -> Command:
+    """Destroys snapshots of one dataset. A name without `@` would be a dataset, `%` a range: neither gets through."""
+    names = [snapshot.name for snapshot in snapshots]
+    datasets = {name.split("@")[0] for name in names}
+    if len(datasets) != 1 or any(name.count("@") != 1 or re.search("[%,#]", name) for name in names):
+        raise AssertionError(f"refusing to destroy anything but plain snapshots of one dataset: {names}")
+    return ("zfs", "destroy", datasets.pop() + "@" + ",".join(name.split("@")[1] for name in names))
+
+
+def create_parent(name: str) -> Command:
+    """A placeholder that never mounts. `-u` also spares the mount that only root may do."""
+    return ("zfs", "create", "-u", "-o", "canmount=off", name)
+
+
+def send(dataset: Dataset, step: Receive) -> Command:
+    """The sending end of a step.
+
+    The flags are one fixed choice for a dataset's whole life (large blocks, compressed as stored, properties):
+    toggling -L between increments lost data once (https://github.com/openzfs/zfs/issues/6224) and is refused since.
+    An encrypted dataset goes raw, so its key is needed nowhere; -p without -w is refused for it.
+    """
+    if step.token:
+        return ("zfs", "send", "-t", step.token)
+    flags = ("-w",) if dataset.encrypted else ()
+    base: Command = ()
+    if step.base is not None:
+        base = ("-I" if step.intermediates else "-i", step.base.name)
+    return ("zfs", "send", "-L", "-c", "-p", *flags, *base, step.snapshot.name)
+
+
+FILESYSTEM_OVERRIDES = ("readonly=on", "canmount=noauto")
+VOLUME_OVERRIDES = ("readonly=on",)
+FILESYSTEM_LEFT_OUT = ("mountpoint", "sharenfs", "sharesmb", "quota", "refquota", "reservation", "refreservation")
+VOLUME_LEFT_OUT = ("reservation", "refreservation")
+
+
+def receive(source: Dataset, local: Dataset | None, name: str) -> Command:
+    """The receiving end of a step: resumable, unmounted, and read-only from the first moment.
+
+    What we set on the first receive stays as the administrator left it later: increments leave those properties out.
+    -F only where it overwrites nothing: into a filesystem known to be vacant.
+    """
+    filesystem = source.kind == "filesystem"
+    overrides = FILESYSTEM_OVERRIDES if filesystem else VOLUME_OVERRIDES
+    left_out: Command = FILESYSTEM_LEFT_OUT if filesystem else VOLUME_LEFT_OUT
+    options: list[str] = []
+    if local is None or not local.snapshots:
+        options += [word for override in overrides for word in ("-o", override)]
+    else:
+        left_out += tuple(override.split("=")[0] for override in overrides)
+    options += [word for name in left_out for word in ("-x", name)]
+    force = ("-F",) if local and local.vacant else ()
+    return ("zfs", "recv", "-s", "-u", *force, *options, name)
+
+
+def abandon(name: str) -> Command:
+    return ("zfs", "recv", "-A", name)
+
+
+def decode_token(token: str) -> Command:
+    return ("zfs", "send", "-nvt", token)
+
+
+def count_files(name: str) -> Command:
+    """Prints how many objects each user and group owns; an empty filesystem has one, its root directory."""
+    return ("zfs", "userspace", "-Hp", "-o", "objused", name)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Room 6: Hosts
+# ---------------------------------------------------------------------------------------------------------------------
+
+CONNECT_SECONDS = 30.0
+ANSWER_SECONDS = 15 * 60.0
+"""Longest silence of a command: `zfs list` prints nothing until it has sorted everything."""
+KEEPALIVE_SECONDS = 15
+LINK_SECONDS = 60
+"""How long a link may leave bytes unacknowledged before it counts as lost."""
+
+ALIVE_SETTINGS = (
+    f"ServerAliveInterval={KEEPALIVE_SECONDS}",
+    f"ServerAliveCountMax={LINK_SECONDS // KEEPALIVE_SECONDS}",
+    f"ConnectTimeout={CONNECT_SECONDS:.0f}",
+    "BatchMode=yes",
+)
+"""Of every ssh client we start: no question asked, no endless wait."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a command said, and its exit status."""
+
+    status: int
+    stdout: str
+    stderr: str
+
+
+class Host(Protocol):
+    """Where commands run. `label` names it to the user."""
+
+    label: str
+
+    def ask(self, command: Command) -> Answer:
+        """Run `command` to its end. Any exit status is an answer; raises LinkLost where there was none."""
+
+    def piped(self, command: Command) -> Command:
+        """The local command whose standard input and output are those of `command` on this host."""
+
+    def close(self) -> None:
+        """Let go of the connection."""
+
+
+def run(host: Host, command: Command) -> str:
+    """What `command` prints; raises CommandFailed on any exit status but 0."""
+    answer = host.ask(command)
+    if answer.status == 127:
+        raise CommandFailed(
+            f"{host.label} has no program {command[0]!r} in its PATH or in {SBIN}",
+            "install it there, or check that the login may run it",
+        )
+    if answer.status != 0:
+        said = answer.stderr.strip() or f"exit status {answer.status} and no message"
+        raise CommandFailed(f"{' '.join(command[:2])} failed on {host.label}: {said}")
+    return answer.stdout
+
+
+class LocalHost:
+    """This machine."""
+
+    def __init__(self, label: str = "this host", note: Callable[[str], None] = lambda line: None) -> None:
+        self.label = label
+        self.note = note
+
+    def ask(self, command: Command) -> Answer:
+        self.note(f"{self.label}: {shlex.join(command)}")
+        try:
+            done = subprocess.run(
+                command, stdin=subprocess.DEVNULL, capture_output=True, env=environment(), errors="surrogateescape"
+            )
+        except FileNotFoundError:
+            return Answer(127, "", f"{command[0]}: not found")
+        return Answer(done.returncode, done.stdout, done.stderr)
+
+    def piped(self, command: Command) -> Command:
+        return command
+
+    def close(self) -> None:
+        pass
+
+
+def environment() -> dict[str, str]:
+    """Ours, with untranslated messages, and the sbin directories that cron leaves out of PATH."""
+    return {**os.environ, "LC_ALL": "C", "PATH": os.environ.get("PATH", "") + ":" + SBIN}
+
+
+def settings(values: Iterable[str]) -> Command:
+    """`KEY=VALUE` settings as options of ssh."""
+    return tuple(word for value in values for word in ("-o", value))
+
+
+@dataclass(frozen=True)
+class Connection:
+    """How to reach a host, resolved once by `ssh -G` and used for both connections, paramiko's and the ssh client's.
+
+    `options` are what the user gave (`-p`, `-i`), in the words of ssh.
+    """
+
+    destination: str
+    options: Command
+    config: dict[str, tuple[str, ...]]
+
+    @classmethod
+    def resolve(cls, destination: str, port: int | None, identity: str | None) -> Connection:
+        """Ask OpenSSH itself, so that Include, Match and everything else in ssh_config counts.
+
+        Raises Failure if there is no ssh client, or its configuration cannot be read.
+        """
+        options: list[str] = []
+        if port is not None:
+            options += ["-p", str(port)]
+        if identity is not None:
+            options += ["-i", identity, "-o", "IdentitiesOnly=yes"]
+        answer = LocalHost().ask(("ssh", "-G", *options, "--", destination))
+        if answer.status != 0:
+            raise Failure(f"ssh cannot make sense of its configuration for {destination}: {answer.stderr.strip()}")
+        config: dict[str, tuple[str, ...]] = {}
+        for line in answer.stdout.splitlines():
+            key, _, value = line.partition(" ")
+            config[key] = (*config.get(key, ()), value)
+        return cls(destination, tuple(options), config)
+
+    def get(self, key: str) -> str:
+        """The first value ssh_config has for `key`; "" where it has none, or `none`."""
+        value = self.config.get(key, ("",))[0]
+        return "" if value == "none" else value
+
+    @property
+    def port(self) -> int:
+        return int(self.get("port"))
+
+    @property
+    def identities(self) -> list[str]:
+        """The key files that exist. Those named by ssh_config for security keys are beyond paramiko."""
+        paths = [os.path.expanduser(path) for path in self.config.get("identityfile", ())]
+        return [path for path in paths if os.path.isfile(path) and not path.endswith("_sk")]
+
+    @property
+    def known_hosts(self) -> list[str]:
+        """The known_hosts files that exist."""
+        words = f"{self.get('userknownhostsfile')} {self.get('globalknownhostsfile')}".split()
+        return [path for path in map(os.path.expanduser, words) if os.path.isfile(path)]
+
+    @property
+    def known_as(self) -> tuple[str, int]:
+        """Name and port under which known_hosts lists the host. ssh adds no port to a HostKeyAlias."""
+        alias = self.get("hostkeyalias")
+        return (alias, 22) if alias else (self.get("hostname"), self.port)
+
+    @property
+    def proxy(self) -> Command | None:
+        """The command that carries the connection, from ProxyCommand or ProxyJump."""
+        hostname, port, user = self.get("hostname"), str(self.port), self.get("user")
+        if self.get("proxycommand"):
+            values = {"%h": hostname, "%p": port, "%r": user, "%n": self.destination, "%%": "%"}
+            line = re.sub("%[hprn%]", lambda found: values[found[0]], self.get("proxycommand"))
+            return ("sh", "-c", f"exec {line}")
+        if self.get("proxyjump"):
+            *first, last = self.get("proxyjump").split(",")
+            jumps = ("-J", ",".join(first)) if first else ()
+            via = last if last.startswith("ssh://") else f"ssh://{last}"
+            return ("ssh", *settings(ALIVE_SETTINGS), *jumps, "-W", f"[{hostname}]:{port}", "--", via)
+        return None
+
+    def by_hand(self) -> str:
+        """The ssh command a person would type."""
+        return shlex.join(("ssh", *self.options, self.destination))
+
+
+def dial(connection: Connection) -> socket.socket:
+    """A socket to the SSH port of the host: over TCP, or to the proxy command.
+
+    Raises OSError if the host cannot be reached.
+    """
+    if connection.proxy is None:
+        link = socket.create_connection((connection.get("hostname"), connection.port), CONNECT_SECONDS)
+        # A peer that went away without a word: the kernel gives up on unacknowledged keepalives after this time.
+        link.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, LINK_SECONDS * 1000)
+        return link
+    link, other = socket.socketpair()
+    # The proxy ends by itself when our end of the socket closes.
+    end = other.fileno()
+    subprocess.Popen(connection.proxy, stdin=end, stdout=end, stderr=subprocess.DEVNULL, env=environment())
+    other.close()
+    return link
+
+
+class KnownHostsOnly:
+    """paramiko's missing host key policy: refuse, with the way out."""
+
+    def __init__(self, connection: Connection) -> None:
+        self.connection = connection
+
+    def missing_host_key(self, client: Any, hostname: str, key: Any) -> NoReturn:
+        digest = b64encode(hashlib.sha256(key.asbytes()).digest()).decode().rstrip("=")
+        raise Failure(
+            f"the host key of {hostname} is not known here ({key.get_name()} SHA256:{digest})",
+            f"log in once by hand as this user, compare that fingerprint, and say yes: {self.connection.by_hand()}",
+        )
+
+
+class SshHost:
+    """A host behind one paramiko login; commands run over it one at a time."""
+
+    def __init__(self, connection: Connection, note: Callable[[str], None] = lambda line: None) -> None:
+        """Log in. Raises LinkLost if the host cannot be reached, Failure if it or we are not recognised."""
+        self.connection = connection
+        self.label = connection.destination
+        self.note = note
+        self.client = log_in(connection)
+        note(f"{self.label}: logged in as {connection.get('user')} at {connection.get('hostname')}:{connection.port}")
+
+    def ask(self, command: Command) -> Answer:
+        import paramiko
+
+        self.note(f"{self.label}: {shlex.join(command)}")
+        try:
+            return self.exchange(remote_line(command))
+        except (OSError, EOFError, paramiko.SSHException) as error:
+            raise LinkLost(f"lost the connection to {self.label} during {' '.join(command[:2])}: {error}") from None
+
+    def exchange(self, line: str) -> Answer:
+        transport = self.client.get_transport()
+        if transport is None or not transport.is_active():
+            raise OSError("it is closed")
+        channel = transport.open_session(timeout=CONNECT_SECONDS)
+        channel.settimeout(ANSWER_SECONDS)
+        channel.exec_command(line)
+        channel.shutdown_write()
+        # Both ends are drained before the status is asked for: an undrained stderr stalls stdout after some 2 MiB.
+        with ThreadPoolExecutor(1) as pool:
+            errors = pool.submit(channel.makefile_stderr("rb").read)
+            output = channel.makefile("rb").read()
+            complaints = errors.result()
+        if not channel.status_event.wait(CONNECT_SECONDS) or channel.exit_status == -1:
+            raise OSError("the command ended without an exit status")  # a dead link looks like a clean end
+        channel.close()
+        return Answer(channel.exit_status, *(text.decode(errors="surrogateescape") for text in (output, complaints)))
+
+    def piped(self, command: Command) -> Command:
+        return (*ssh_client(self.connection), "--", self.connection.destination, remote_line(command))
+
+    def close(self) -> None:
+        self.client.close()
+
+
+def log_in(connection: Connection) -> Any:
+    """A connected paramiko client. Raises LinkLost if the host is out of reach, Failure if it or we are refused."""
+    import paramiko  # here, not above: it costs a quarter of a second that --help and localhost runs need not pay
+
+    logging.getLogger("paramiko").setLevel(logging.CRITICAL + 1)  # its transport thread logs tracebacks to stderr
+    where = f"{connection.get('hostname')} port {connection.port}"
+    name, port = connection.known_as
+    client = paramiko.SSHClient()
+    for path in connection.known_hosts:
+        client.load_system_host_keys(path)
+    client.set_missing_host_key_policy(KnownHostsOnly(connection))  # type: ignore[arg-type]
+    try:
+        client.connect(
+            name,
+            port,
+            connection.get("user"),
+            sock=dial(connection),
+            key_filename=connection.identities,  # type: ignore[arg-type]  # the stubs lack that a list will do
+            allow_agent=connection.get("identitiesonly") != "yes",
+            look_for_keys=False,
+            timeout=CONNECT_SECONDS,
+            banner_timeout=CONNECT_SECONDS,
+            auth_timeout=CONNECT_SECONDS,
+        )
+    except paramiko.BadHostKeyException as error:
+        raise Failure(
+            f"the host key of {name} has changed: somebody may be in between ({error.key.get_name()} was offered)",
+            "if the change is genuine: "
+            f"ssh-keygen -R {shlex.quote(host_pattern(name, port))}, then {connection.by_hand()}",
+        ) from None
+    except paramiko.AuthenticationException as error:
+        keys = ", ".join(connection.identities) or "no key file"
+        raise Failure(
+            f"{connection.get('user')}@{where} does not accept our login ({keys}): {error}",
+            "authorise a key there (ssh-copy-id), or name the right one with -i; "
+            f"this must work without a question asked: {connection.by_hand()} true",
+        ) from None
+    except (OSError, EOFError, paramiko.SSHException) as error:
+        raise LinkLost(
+            f"cannot reach {where}: {error or type(error).__name__}", f"this must work: {connection.by_hand()} true"
+        ) from None
+    transport = client.get_transport()
+    assert transport is not None
+    transport.set_keepalive(KEEPALIVE_SECONDS)
+    return client
+
+
+def host_pattern(name: str, port: int) -> str:
+    """How known_hosts writes a host on a port."""
+    return name if port == 22 else f"[{name}]:{port}"
+
+
+def ssh_client(connection: Connection) -> Command:
+    """The ssh client for a stream: no questions, no terminal, no forwarding, no compression, a fast cipher.
+
+    A ControlMaster of the user's would keep our pipe open after the stream, so it is left out.
+    """
+    quiet = (
+        *ALIVE_SETTINGS,
+        "StrictHostKeyChecking=yes",
+        "Compression=no",
+        "ClearAllForwardings=yes",
+        "ForwardAgent=no",
+        "ForwardX11=no",
+        "PermitLocalCommand=no",
+        "RemoteCommand=none",
+        "ControlMaster=no",
+        "ControlPath=none",
+        *fast_cipher(connection),
+    )
+    return ("ssh", "-T", *connection.options, *settings(quiet))
+
+
+FAST_CIPHERS = ("aes128-gcm@openssh.com", "aes256-gcm@openssh.com", "chacha20-poly1305@openssh.com")
+
+
+def fast_cipher(connection: Connection) -> list[str]:
+    """Prefer AES-GCM, the fastest where the processor knows AES, unless the user's configuration names ciphers."""
+    default = LocalHost().ask(("ssh", "-G", "-F", "none", "--", "localhost")).stdout
+    configured = connection.get("ciphers")
+    if f"\nciphers {configured}\n" not in default:
+        return []
+    ours = configured.split(",")
+    ranked = [cipher for cipher in FAST_CIPHERS if cipher in ours]
+    return ["Ciphers=" + ",".join(ranked + [cipher for cipher in ours if cipher not in ranked])]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Room 7: Stream
+# ---------------------------------------------------------------------------------------------------------------------
+
+LINK_STATUS = 255
+"""The exit status of the ssh client for an error of its own."""
+
+
+def buffer_stage(size: str) -> tuple[Command, ...]:
+    """mbuffer, where it is installed, to even out the bursts of both ends."""
+    if shutil.which("mbuffer", path=environment()["PATH"]) is None:
+        return ()
+    return (("mbuffer", "-q", "-m", size),)
+
+
+def stream(stages: Iterable[Command]) -> None:
+    """Run `stages` as one pipeline, joined by kernel pipes, until each has ended.
+
+    A stream that ended is not a stream that arrived: raises StreamFailed unless every exit status is 0, or LinkLost if
+    what failed was the ssh client.
+    """
+    commands = list(stages)
+    running: list[tuple[Command, subprocess.Popen[bytes], IO[bytes]]] = []
+    upstream: int | IO[bytes] = subprocess.DEVNULL
+    with contextlib.ExitStack() as stack:
+        for command in commands:
+            errors = stack.enter_context(tempfile.TemporaryFile())  # a file cannot fill up and block as a pipe can
+            last = command is commands[-1]
+            process = subprocess.Popen(
+                command,
+                stdin=upstream,
+                stdout=subprocess.DEVNULL if last else subprocess.PIPE,
+                stderr=errors,
+                env=environment(),
+            )
+            stack.callback(end, process)
+            if not isinstance(upstream, int):
+                upstream.close()  # ours would keep the pipe open after the next stage has gone
+            if process.stdout is not None:
+                upstream = process.stdout
+            running.append((command, process, errors))
+        for _, process, _ in running:
+            process.wait()
+        blame([(command, process.returncode, said(errors)) for command, process, errors in running])
+
+
+def end(process: subprocess.Popen[bytes]) -> None:
+    """End a stage that still runs because we are leaving early."""
+    if process.poll() is None:
+        process.terminate()
+        try:
+            process.wait(timeout=5)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+def said(errors: IO[bytes]) -> str:
+    """The last lines a stage wrote to its stderr."""
+    errors.seek(0)
+    return "\n".join(errors.read().decode(errors="replace").strip().splitlines()[-5:])
+
+
+def blame(ended: list[tuple[Command, int, str]]) -> None:
+    """Raise for the stages that failed; name those that have something to say before those that died of the others."""
+    failed = [(command, status, text) for command, status, text in ended if status != 0]
+    if not failed:
+        return
+    parts = [f"{command[0]}: {text}" for command, _, text in failed if text]
+    silent = [f"{command[0]} ended with status {status}" for command, status, _ in failed]
+    what = "; ".join(parts or silent)
+    if any(command[0] == "ssh" and status == LINK_STATUS for command, status, _ in failed):
+        raise LinkLost(f"the link broke: {what}", "what arrived is kept; the next run goes on from there")
+    raise StreamFailed(f"the stream failed: {what}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Room 8: Run
+# ---------------------------------------------------------------------------------------------------------------------
+
+MOST_STEPS = 6
+"""Steps one dataset can need in one run: abandon, full, from a bookmark, increments, and a resume, with one to spare."""
+
+Carry = Callable[[Command, Command], None]
+"""Carries the stream of a sending command on the source to a receiving command here; raises as `stream` does."""
+
+
+@contextlib.contextmanager
+def lock(tree: str) -> Iterator[bool]:
+    """Hold the lock of a local tree; yields False if another run has it. The kernel drops it when its holder dies."""
+    directory = next(path for path in ("/run", tempfile.gettempdir()) if os.access(path, os.W_OK))
+    path = os.path.join(directory, f"zfs_replicate-{hashlib.sha256(tree.encode()).hexdigest()[:16]}.lock")
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        raise Failure(f"cannot open the lock file {path}: {error.strerror}", "see who owns it") from None
+    with os.fdopen(descriptor, "r+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+            return
+        file.truncate(0)
+        file.write(f"{os.getpid()} {tree}\n")
+        file.flush()
+        yield True
+
+
+def lineage(name: str) -> list[str]:
+    """A dataset and its ancestors, the pool first."""
+    parts = name.split("/")
+    return ["/".join(parts[: count + 1]) for count in range(len(parts))]
+
+
+def read_tree(host: Host, root: str) -> tuple[Tree, Failure | None]:
+    """A tree with its holds. If the holds could not be read, they are unknown (None), and the reason comes along."""
+    tree, held = parse_tree(run(host, list_tree(root)), root)
+    tags: dict[str, frozenset[str]] = {}
+    try:
+        for batch in batches(held):
+            tags.update(parse_holds(run(host, list_holds(batch))))
+    except CommandFailed as failure:
+        return tree, failure
+    return with_tags(tree, tags), None
+
+
+def place_holds(host: Host, tag: str, names: Iterable[str]) -> dict[str, str]:
+    """Place `tag` on each snapshot. Returns those that are not known to carry it now, with what zfs said."""
+    missing = {}
+    for batch in batches(names):
+        answer = host.ask(hold(tag, batch))
+        if answer.status != 0:
+            # Some may be done, some may have had the tag before: an exit status tells neither, so look.
+            found = parse_holds(host.ask(list_holds(batch)).stdout)
+            missing.update({name: answer.stderr.strip() for name in batch if tag not in found.get(name, ())})
+    return missing
+
+
+class Run:
+    """One run over a tree. The steps are told in "How one run goes" at the top."""
+
+    def __init__(self, policy: Policy, source: Host, target: Host, carry: Carry, report: Report) -> None:
+        self.policy = policy
+        self.source_host = source
+        self.target_host = target
+        self.carry = carry
+        self.report = report
+        self.source: Tree = {}
+        self.target: Tree = {}
+        self.existing: list[str] = []  # of the lineage of the local root
+
+    # survey
+
+    def survey(self) -> None:
+        """List both trees. Raises Failure if either cannot be listed."""
+        self.source = self.read(self.source_host, self.policy.source_root)
+        names = lineage(self.policy.target_root)
+        answer = self.target_host.ask(list_existing(names))
+        self.existing = answer.stdout.splitlines()
+        if names[0] not in self.existing:
+            raise Failure(
+                f"cannot list the pool {names[0]} on {self.target_host.label}: {answer.stderr.strip()}",
+                f"is it imported? zpool import {names[0]}",
+            )
+        self.target = self.read(self.target_host, names[-1]) if names[-1] in self.existing else {}
+        for key in self.target:
+            self.target[key] = self.examine(key, self.target[key])
+
+    def read(self, host: Host, root: str) -> Tree:
+        tree, failure = read_tree(host, root)
+        if failure:
+            self.report.failure(f"holds on {host.label}", failure)
+        return tree
+
+    def examine(self, key: str, local: Dataset) -> Dataset:
+        """Find out what only further commands can tell: whose rest a token waits for, whether there is any file."""
+        if local.partial:
+            answer = self.target_host.ask(decode_token(local.partial.token))
+            return replace(local, partial=parse_token(local.partial.token, answer.stdout + answer.stderr))
+        source = self.source.get(key)
+        if source and source.snapshots and not local.snapshots and local.kind == "filesystem":
+            answer = self.target_host.ask(count_files(local.name))
+            return replace(local, vacant=answer.status == 0 and count_objects(answer.stdout) == 1)
+        return local
+
+    def look_again(self, key: str) -> Dataset | None:
+        """List one local dataset anew; None if it is not there."""
+        name = self.local_name(key)
+        answer = self.target_host.ask(list_tree(name, depth=1))
+        found = parse_tree(answer.stdout, name)[0].get("")
+        self.target.pop(key, None)
+        if found:
+            self.target[key] = self.examine(key, found)
+        return self.target.get(key)
+
+    def local_name(self, key: str) -> str:
+        return self.policy.target_root + key
+
+    # plan, hold, stream, verify
+
+    def execute(self, now: int) -> None:
+        """All that follows the first survey. What fails on the way is reported, and the rest goes on."""
+        try:
+            if self.transfer(self.plan()):
+                self.survey()
+            if self.converge():
+                self.survey()
+                self.check_holds()
+            self.expire(now)
+        except Failure as failure:
+            self.report.failure(self.policy.target_root, failure)
+
+    def decide(self, key: str) -> Plan:
+        return plan_dataset(self.source[key], self.target.get(key), self.policy, self.local_name(key))
+
+    def plan(self) -> dict[str, Transfer]:
+        """What to transfer, parents first; blocked datasets are reported."""
+        transfers = {}
+        for key in sorted(self.source, key=lambda key: key.split("/")):
+            plan = self.decide(key)
+            if isinstance(plan, Transfer):
+                transfers[key] = plan
+            elif isinstance(plan, Blocked):
+                self.report.failure(self.local_name(key), Failure(plan.reason, plan.hint))
+            elif not self.source[key].snapshots:
+                self.report.step(f"{self.source[key].name}: no snapshot to pull")
+            else:
+                self.report.step(f"{self.local_name(key)}: in step")
+        for key in self.target.keys() - self.source.keys():
+            self.report.step(f"{self.local_name(key)}: not at the source (any more); left as it is")
+        return transfers
+
+    def transfer(self, transfers: dict[str, Transfer]) -> bool:
+        """Hold, then stream and verify. Returns whether anything may have changed on either side."""
+        missing = self.hold_targets(transfers)
+        for key, plan in transfers.items():
+            refused = [f"{target.name}: {missing[target.name]}" for target in plan.targets if target.name in missing]
+            try:
+                if refused:
+                    raise Failure(f"cannot hold {'; '.join(refused)}", "nothing was sent that may vanish meanwhile")
+                self.bring_up(key)
+            except LinkLost as failure:
+                self.report.failure(self.local_name(key), failure)
+                break  # the others would only wait for the same link
+            except Failure as failure:
+                self.report.failure(self.local_name(key), failure)
+        return bool(transfers)
+
+    def hold_targets(self, transfers: dict[str, Transfer]) -> dict[str, str]:
+        targets = [target for plan in transfers.values() for target in plan.targets]
+        unheld = [target.name for target in targets if self.policy.tag not in (target.tags or ())]
+        return place_holds(self.source_host, self.policy.tag, unheld)
+
+    def bring_up(self, key: str) -> None:
+        """Step by step until the plan has nothing more to say; after each step the plan is made anew from a listing."""
+        for _ in range(MOST_STEPS):
+            plan = self.decide(key)
+            if isinstance(plan, UpToDate):
+                return
+            if isinstance(plan, Blocked):
+                raise Failure(plan.reason, plan.hint)
+            self.perform(key, plan.steps[0])
+        raise StreamFailed(f"still not in step after {MOST_STEPS} steps", "run again; if it stays so, report it")
+
+    def perform(self, key: str, step: Step) -> None:
+        """One step, and the proof that it did what it says."""
+        name = self.local_name(key)
+        self.report.step(f"{name}: {step}")
+        if isinstance(step, Abandon):
+            run(self.target_host, abandon(name))
+            now = self.look_again(key)
+            if now and now.partial:
+                raise Failure(f"{name} still has an interrupted receive", f"look at it: zfs recv -A '{name}'")
+            return
+        local = self.target.get(key)
+        if local is None:
+            self.make_room(key)
+        try:
+            self.carry(send(self.source[key], step), receive(self.source[key], local, name))
+        finally:
+            now = self.look_again(key)
+        if now is None or not now.snapshots or now.snapshots[-1].guid != step.snapshot.guid:
+            raise StreamFailed(f"zfs recv reported success, but {name} does not end in {step.snapshot.short}")
+
+    def make_room(self, key: str) -> None:
+        """Create what is missing above a local dataset: ancestors of the root, and parents without a snapshot."""
+        if key == "":
+            for name in lineage(self.policy.target_root)[:-1]:
+                if name not in self.existing:
+                    run(self.target_host, create_parent(name))
+                    self.existing.append(name)
+            return
+        parent = key.rpartition("/")[0]
+        if parent in self.target:
+            return
+        if self.source[parent].snapshots:
+            raise Failure(f"skipped, for its parent {self.local_name(parent)} is not here")
+        self.make_room(parent)
+        run(self.target_host, create_parent(self.local_name(parent)))
+        self.look_again(parent)
+
+    # converge
+
+    def wanted_moves(self) -> dict[str, HoldMoves]:
+        wanted = {key: converge_holds(self.source[key], self.target.get(key), self.policy) for key in self.source}
+        return {key: moves for key, moves in wanted.items() if moves}
+
+    def converge(self) -> bool:
+        """Move the holds. New ones are placed, on both sides, before any old one goes: releasing can destroy
+        (`destroy -d`), and at every instant one common snapshot must be held. Returns whether anything was done."""
+        wanted = self.wanted_moves()
+        place = sum(wanted.values(), HoldMoves())
+        missing = {
+            **place_holds(self.target_host, self.policy.received_tag, place.place_local),
+            **place_holds(self.source_host, self.policy.tag, place.place_source),
+        }
+        safe = HoldMoves()
+        for moves in wanted.values():
+            if not missing.keys() & {*moves.place_local, *moves.place_source}:
+                safe += moves
+        # No exit status is looked at: the survey that follows tells what was released.
+        for batch in batches(safe.release_source):
+            self.source_host.ask(release(self.policy.tag, batch))
+        for batch in batches(safe.release_local):
+            self.target_host.ask(release(self.policy.received_tag, batch))
+        return bool(wanted)
+
+    def check_holds(self) -> None:
+        for key, moves in self.wanted_moves().items():
+            not_placed = ", ".join(moves.place_source + moves.place_local)
+            not_released = ", ".join(moves.release_source + moves.release_local)
+            what = [f"not held: {not_placed}"] * bool(not_placed) + [f"still held: {not_released}"] * bool(not_released)
+            self.report.failure(
+                self.local_name(key), Failure("; ".join(what), "the next run tries again; see who may hold and release")
+            )
+
+    # expire
+
+    def expire(self, now: int) -> None:
+        for key, local in self.target.items():
+            expiry = expire(self.source.get(key), local, self.policy, now)
+            for snapshot, why in expiry.kept:
+                self.report.step(f"{snapshot.name}: past its time, but kept: {why}")
+            for snapshot in expiry.destroy:
+                self.report.step(f"{snapshot.name}: expired")
+            self.destroy_all({snapshot.name: snapshot for snapshot in expiry.destroy})
+
+    def destroy_all(self, snapshots: dict[str, Snapshot]) -> None:
+        """Destroy in few commands; but zfs destroys none of a list if it cannot destroy one: then one by one."""
+        for batch in batches(snapshots):
+            together = [snapshots[name] for name in batch]
+            if self.target_host.ask(destroy(together)).status == 0:
+                continue
+            for snapshot in together:
+                try:
+                    run(self.target_host, destroy([snapshot]))
+                except CommandFailed as failure:
+                    self.report.failure(snapshot.name, failure)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Room 9: Report
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class Report:
+    """What the user sees: nothing of a success, a paragraph for each failure; more with -v. All on stderr."""
+
+    def __init__(self, verbosity: int = 0) -> None:
+        self.verbosity = verbosity
+        self.failures = 0
+
+    def step(self, line: str) -> None:
+        if self.verbosity >= 1:
+            print(line, file=sys.stderr)
+
+    def command(self, line: str) -> None:
+        if self.verbosity >= 2:
+            print(f"    {line}", file=sys.stderr)
+
+    def failure(self, subject: str, failure: Failure) -> None:
+        self.failures += 1
+        text = str(failure).replace("\n", "\n    ")
+        print(f"zfs_replicate: {subject}: {text}", file=sys.stderr)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Room 10: Command line
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class Stopped(BaseException):
+    """A signal asked us to end."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse, but a usage error is one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message} (see --help)\n")
+
+
+def host_name(text: str) -> str:
+    if not re.fullmatch(r"[^\s@-][^\s@]*(@[^\s@-][^\s@]*)?", text):
+        raise argparse.ArgumentTypeError(f"not a [USER@]HOST: {text!r}")
+    return text
+
+
+def dataset_name(text: str) -> str:
+    component = "[A-Za-z0-9_.: -]+"
+    if not re.fullmatch(f"(?=[A-Za-z]){component}(/{component})*", text):
+        raise argparse.ArgumentTypeError(f"not a dataset name (letters, digits, '-_.: ' between slashes): {text!r}")
+    if len(text) > NAME_LIMIT:
+        raise argparse.ArgumentTypeError(f"longer than the {NAME_LIMIT} bytes ZFS allows: {text!r}")
+    return text
+
+
+def hold_tag(text: str) -> str:
+    longest = NAME_LIMIT - len(":received")
+    if not re.fullmatch(r"(?![.-])[A-Za-z0-9_.:/+=@,-]+", text) or len(text) > longest:
+        raise argparse.ArgumentTypeError(
+            f"not a hold tag (letters, digits, '-_.:/+=@,', at most {longest}, not starting with '.' or '-'): {text!r}"
+        )
+    return text
+
+
+def day_count(text: str) -> int:
+    if not re.fullmatch("[0-9]{1,6}", text) or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"not a number of days, 1 or more: {text!r} (leave -k out to expire nothing)")
+    return int(text)
+
+
+def port_number(text: str) -> int:
+    if not re.fullmatch("[0-9]{1,5}", text) or not 0 < int(text) < 65536:
+        raise argparse.ArgumentTypeError(f"not a port: {text!r}")
+    return int(text)
+
+
+def memory_size(text: str) -> str:
+    """A size as mbuffer takes it."""
+    found = re.fullmatch("([1-9][0-9]*)([kKmMgG])", text)
+    if not found:
+        raise argparse.ArgumentTypeError(f"not a size like 256M or 1G: {text!r}")
+    return found[1] + {"k": "k", "m": "M", "g": "G"}[found[2].lower()]
+
+
+def readable_file(text: str) -> str:
+    if not os.path.isfile(text) or not os.access(text, os.R_OK):
+        raise argparse.ArgumentTypeError(f"not a file we can read: {text!r}")
+    return text
+
+
+def parser() -> argparse.ArgumentParser:
+    """The options. Their defaults and names are a contract with crontabs out there; new ones are long only."""
+    it = Parser(
+        prog="zfs_replicate",
+        description="Keep a mirror of a ZFS dataset tree: pull what is newer over SSH, hold the common snapshot, "
+        "expire old local ones.",
+        epilog="Exit codes: 0 in step; 1 a dataset failed, the others were done; 2 usage; 3 could not start; "
+        "128+n ended by signal n.",
+        add_help=False,
+        allow_abbrev=False,
+    )
+    add = it.add_argument
+    add("-h", "--remote-host", required=True, type=host_name, metavar="[USER@]HOST",
+        help="source host, an ssh_config alias too; localhost runs without SSH")  # fmt: skip
+    add("-r", "--remote-fs", required=True, type=dataset_name, metavar="DATASET", help="tree to mirror")
+    add("-l", "--local-fs", required=True, type=dataset_name, metavar="DATASET", help="where to mirror it")
+    add("-t", "--tag", required=True, type=hold_tag, metavar="TAG", help="hold tag; one for each mirror of a source")
+    add("-k", "--keep-days", type=day_count, metavar="DAYS",
+        help="expire local snapshots older than this; without it none is destroyed")  # fmt: skip
+    add("-I", "--intermediates", action="store_true",
+        help="pull every snapshot between, not only the newest")  # fmt: skip
+    add("-b", "--mbuffer", type=memory_size, default="256M", metavar="SIZE",
+        help="memory of mbuffer (default: %(default)s)")  # fmt: skip
+    add("-p", "--port", type=port_number, metavar="PORT", help="SSH port (default: as in ssh_config, else 22)")
+    add("-i", "--identity", type=readable_file, metavar="FILE", help="log in with this private key and no other")
+    add("-n", "--no-pigz", action="store_true",
+        help="no compression on the wire; so far there is none, the option is kept for old crontabs")  # fmt: skip
+    add("-v", "--verbose", action="count", default=0, help="tell each step; twice: each command")
+    add("--version", action="version", version=f"%(prog)s {__version__}")
+    add("--help", action="help", help="show this help")
+    return it
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    """The options; exits with 2 if they make no sense."""
+    it = parser()
+    options = it.parse_args(argv)
+    trees = (options.remote_fs + "/", options.local_fs + "/")
+    if options.remote_host == "localhost" and (trees[0].startswith(trees[1]) or trees[1].startswith(trees[0])):
+        it.error(f"{options.local_fs} and {options.remote_fs} overlap: a tree cannot be mirrored into itself")
+    return options
+
+
+def replicate(options: argparse.Namespace, report: Report) -> int:
+    """Log in, survey, run. Raises Failure if it could not start."""
+    policy = Policy(options.remote_fs, options.local_fs, options.tag, options.keep_days, options.intermediates)
+    target = LocalHost(note=report.command)
+    source: Host = LocalHost("localhost", report.command)
+    if options.remote_host != "localhost":
+        source = SshHost(Connection.resolve(options.remote_host, options.port, options.identity), report.command)
+
+    def carry(sending: Command, receiving: Command) -> None:
+        buffer = buffer_stage(options.mbuffer)
+        if not buffer:
+            report.step("mbuffer is not installed here: the stream goes without it")
+        stages = (source.piped(sending), *buffer, target.piped(receiving))
+        report.command(" | ".join(map(shlex.join, stages)))
+        stream(stages)
+
+    with contextlib.closing(source):
+        replication = Run(policy, source, target, carry, report)
+        replication.survey()
+        replication.execute(int(time.time()))
+    return 1 if report.failures else 0
+
+
+@contextlib.contextmanager
+def signals_stop_us() -> Iterator[None]:
+    """Turn the signals that ask a program to end into Stopped, so that everything we started is ended on the way."""
+
+    def stop(number: int, _frame: Any) -> NoReturn:
+        raise Stopped(number)
+
+    numbers = [n for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP) if signal.getsignal(n) != signal.SIG_IGN]
+    before = {number: signal.signal(number, stop) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The program. Returns its exit code."""
+    options = parse(argv)
+    report = Report(options.verbose)
+    try:
+        with signals_stop_us(), lock(options.local_fs) as alone:
+            if not alone:
+                report.step(f"{options.local_fs}: another run is at work")
+                return 0
+            return replicate(options, report)
+    except Stopped as stopped:
+        return 128 + stopped.number
+    except Failure as failure:
+        report.failure(options.remote_host, failure)
+        return 3
+
+
+if __name__ == "__main__":
+    sys.exit(main())
