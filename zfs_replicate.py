@@ -1108,7 +1108,7 @@ def blame(ended: list[tuple[Command, int, str]]) -> None:
 # ---------------------------------------------------------------------------------------------------------------------
 
 MOST_STEPS = 6
-"""Steps one dataset can need in one run: abandon, full, from a bookmark, increments, and a resume, with one to spare."""
+"""Steps one dataset can need in one run: abandon, resume, full, from a bookmark, increments, and one to spare."""
 
 Carry = Callable[[Command, Command], None]
 """Carries the stream of a sending command on the source to a receiving command here; raises as `stream` does."""

@@ -40,10 +40,10 @@ class LabError(Exception):
 # --- The recipe -------------------------------------------------------------------------------------------------------
 
 PACKAGES = (
-    "linux-image-cloud-amd64 linux-headers-cloud-amd64 systemd-sysv udev dbus openssh-server mbuffer "
-    "python3 python3-paramiko python3-pytest sudo cron zstd lz4 pigz pv iproute2 nftables procps psmisc strace "
-    "tcsh dma acl attr zfs-dkms zfsutils-linux zfs-zed zfs-auto-snapshot sanoid"
-).split()
+    "linux-image-cloud-amd64,linux-headers-cloud-amd64,systemd-sysv,udev,dbus,openssh-server,mbuffer,"
+    "python3,python3-paramiko,python3-pytest,sudo,cron,zstd,lz4,pigz,pv,iproute2,nftables,procps,psmisc,"
+    "strace,tcsh,dma,acl,attr,zfs-dkms,zfsutils-linux,zfs-zed,zfs-auto-snapshot,sanoid"
+)
 
 # Unanswered, these two questions abort the build of the modules.
 PRESEED = r"""printf 'zfs-dkms zfs-dkms/stop-build-for-%s-kernel boolean false\n' unknown 32bit \
@@ -57,7 +57,7 @@ LAYER_OPTIONS = [
     "--dpkgopt=path-exclude=/usr/share/info/*",
     "--dpkgopt=path-exclude=/usr/share/locale/*",
     f"--essential-hook={PRESEED}",
-    f"--include={','.join(PACKAGES)}",
+    f"--include={PACKAGES}",
 ]
 
 SSHD = """\

@@ -1,0 +1,200 @@
+"""Two machines and what the integration tests ask of them: build a tree, run the program, look at both pools.
+
+What these helpers know about ZFS is written apart from the program, so that they can prove it wrong.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import shlex
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import subprocess
+    from collections.abc import Iterator
+
+    from lab import Lab, Machine
+
+PROGRAM = Path(__file__).parent.parent / "zfs_replicate.py"
+TREE = "backuppool/virt/machines"
+MIRROR = "offsite/virt/machines"
+TAG = "offsite"
+JOB = f"zfs_replicate -h source -r {TREE} -l {MIRROR} -t {TAG}"
+DISK = "/dev/disk/by-id/virtio-data"
+
+
+class Pair(contextlib.AbstractContextManager["Pair"]):
+    """A source and a backup machine."""
+
+    def __init__(self, lab: Lab, release: str, backup_release: str | None = None) -> None:
+        self.lab = lab
+        self.source = lab.machine("source", release)
+        self.backup = lab.machine("backup", backup_release or release)
+        self.machines = [self.source, self.backup]
+
+    def third(self) -> Machine:
+        """One more machine, for a chain."""
+        machine = self.lab.machine("third", self.source.release)
+        self.machines.append(machine)
+        return machine
+
+    def __exit__(self, *exc: object) -> None:
+        for machine in self.machines:
+            machine.close()
+
+    def fresh(self) -> Site:
+        """Both pools made anew, the program installed, both clocks right."""
+        renew(self.source, "backuppool")
+        renew(self.backup, "offsite")
+        return Site(self, self.source, self.backup)
+
+
+def renew(machine: Machine, pool: str) -> None:
+    """An empty pool on the data disk, and the program as one copied file beside the distribution's paramiko."""
+    machine.put(PROGRAM, "/usr/local/bin/zfs_replicate", 0o755)
+    machine.run(
+        "for pool in $(zpool list -H -o name); do zpool destroy -f $pool; done; "
+        f"zpool create -f -O compression=lz4 {pool} {DISK}",
+    )
+    machine.set_clock(datetime.now(timezone.utc))
+
+
+def logins_and_commands(machine: Machine) -> tuple[int, int]:
+    """How often other machines have logged in here, and how many commands they have run."""
+    log = machine.ssh_log()
+    return sum(line.startswith("Accepted ") for line in log), sum(line.startswith("Starting ") for line in log)
+
+
+def dataset_of(point: str) -> str:
+    return point.partition("@")[0]
+
+
+@dataclass
+class Site:
+    """One test's view of the two machines."""
+
+    pair: Pair
+    source: Machine
+    backup: Machine
+
+    def replicate(self, *options: str, status: int = 0, job: str = JOB) -> subprocess.CompletedProcess[str]:
+        """Run the crontab line, with more options, on the backup machine; it must exit with `status`."""
+        done = self.backup.run(f"{job} {shlex.join(options)}", check=False, timeout=600)
+        assert done.returncode == status, f"exit {done.returncode}, not {status}:\n{done.stdout}{done.stderr}"
+        assert "Traceback" not in done.stderr
+        return done
+
+    def replicate_silently(self, *options: str) -> None:
+        """A run that succeeds, and prints nothing."""
+        done = self.replicate(*options)
+        assert done.stdout + done.stderr == ""
+
+    def plant(self, *children: str, size: str = "16M") -> None:
+        """The tree with a file in each dataset: its root, the named children, and a volume `disk` of `size`."""
+        lines = [f"zfs create -p {TREE}", f"zfs create -V {size} {TREE}/disk"]
+        lines += [f"zfs create {TREE}/{child}" for child in children]
+        self.source.run(" && ".join(lines))
+        self.write("one", *children)
+
+    def write(self, word: str, *children: str) -> None:
+        """Change every dataset of the tree: a file called `word` in the filesystems, new bytes on the volume."""
+        lines = [f"head -c 300000 /dev/urandom > /{TREE}/{child}/{word}" for child in ("", *children)]
+        lines.append(f"dd if=/dev/urandom of=/dev/zvol/{TREE}/disk bs=64k count=10 oflag=direct status=none")
+        self.source.run(f"udevadm settle && {' && '.join(lines)}")
+
+    def snapshot(self, name: str, dataset: str = TREE, flags: str = "-r") -> None:
+        self.source.run(f"zfs snapshot {flags} {shlex.quote(f'{dataset}@{name}')}")
+
+    def assert_in_step(self, source: Machine | None = None, tree: str = TREE, mirror: str = MIRROR) -> None:
+        """Each dataset of the source ends, by guid, in a local snapshot, and our holds are where they belong."""
+        theirs = history(source or self.source, tree)
+        ours = history(self.backup, mirror)
+        assert theirs, f"nothing listed below {tree}"
+        for key, snapshots in theirs.items():
+            if not snapshots:
+                continue
+            assert snapshots[-1].guid in {it.guid for it in ours[key]}, f"{mirror}{key} lacks {snapshots[-1]}"
+        assert held(source or self.source, tree, TAG) == {
+            mutual(snapshots, ours.get(key, [])) for key, snapshots in theirs.items() if snapshots
+        }
+        assert held(self.backup, mirror, f"{TAG}:received") == {
+            mutual(ours[key], snapshots) for key, snapshots in theirs.items() if snapshots
+        }
+
+    def checksums(self, machine: Machine, tree: str) -> str:
+        """Checksums of all files and volumes of a tree, at paths below it. Received filesystems are mounted for it."""
+        return machine.run(CHECKSUMS, input=tree, timeout=300).stdout
+
+
+CHECKSUMS = r"""
+tree=$(cat); top=$(mktemp -d); udevadm settle
+zfs list -H -r -o name,type -t filesystem,volume "$tree" | while IFS="$(printf '\t')" read -r name type; do
+    if [ "$type" = volume ]; then
+        echo "$(sha256sum < "/dev/zvol/$name") volume ${name#"$tree"}"
+    else
+        last=$(zfs list -H -d 1 -t snapshot -o name -s createtxg "$name" | tail -n 1)
+        mount -t zfs -o ro "$last" "$top"
+        (cd "$top" && find . -type f -exec sha256sum {} + | sort -k 2 | sed "s|^|${name#"$tree"} |")
+        umount "$top"
+    fi
+done
+"""
+
+
+@dataclass(frozen=True, order=True)
+class Point:
+    """A snapshot as a test sees it, ordered by createtxg."""
+
+    createtxg: int
+    guid: int
+    name: str
+
+
+def history(machine: Machine, tree: str) -> dict[str, list[Point]]:
+    """The snapshots of each dataset of a tree, oldest first, by the dataset's name below the tree."""
+    listing = machine.run(
+        f"zfs list -Hp -r -t filesystem,volume,snapshot -o name,createtxg,guid {shlex.quote(tree)}", timeout=300
+    )
+    found: dict[str, list[Point]] = {}
+    for line in listing.stdout.splitlines():
+        name, createtxg, guid = line.split("\t")
+        points = found.setdefault(dataset_of(name)[len(tree) :], [])
+        if "@" in name:
+            points.append(Point(int(createtxg), int(guid), name))
+    return {key: sorted(points) for key, points in found.items()}
+
+
+def mutual(own: list[Point], others: list[Point]) -> str:
+    """The name, among `own`, of the newest one that is also among `others`."""
+    guids = {point.guid for point in others}
+    return next((point.name for point in reversed(own) if point.guid in guids), "")
+
+
+def names(machine: Machine, dataset: str) -> list[str]:
+    """The snapshots of one dataset, oldest first, without its name."""
+    return [point.name.partition("@")[2] for point in history(machine, dataset)[""]]
+
+
+def held(machine: Machine, tree: str, tag: str) -> set[str]:
+    """The snapshots of a tree that carry `tag`."""
+    return set(holds(machine, tree).get(tag, ()))
+
+
+def holds(machine: Machine, tree: str) -> dict[str, list[str]]:
+    """The held snapshots of a tree, by tag."""
+    found: dict[str, list[str]] = {}
+    for line in iter_holds(machine, tree):
+        name, tag, _ = line.split("\t")
+        found.setdefault(tag, []).append(name)
+    return found
+
+
+def iter_holds(machine: Machine, tree: str) -> Iterator[str]:
+    command = (
+        f"zfs list -Hp -r -t snapshot -o userrefs,name {shlex.quote(tree)} | grep -v '^0\t' | cut -f 2 | "
+        "tr '\\n' '\\0' | xargs -0 -r zfs holds -H"
+    )
+    yield from machine.run(command).stdout.splitlines()

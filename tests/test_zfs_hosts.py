@@ -1,0 +1,149 @@
+"""Between real machines: logins that fail, other shells, chains, overlapping runs, real cron."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING
+
+import pytest
+from site_pair import JOB, MIRROR, TAG, TREE, held, history, names, renew
+
+if TYPE_CHECKING:
+    from site_pair import Site
+
+pytestmark = pytest.mark.zfs
+
+
+def test_unreachable_host(site: Site) -> None:
+    done = site.replicate(status=3, job=f"zfs_replicate -h source -p 2 -r {TREE} -l {MIRROR} -t {TAG}")
+    assert "cannot reach source port 2" in done.stderr
+    done = site.replicate(status=3, job=f"zfs_replicate -h nowhere.invalid -r {TREE} -l {MIRROR} -t {TAG}")
+    assert "cannot reach nowhere.invalid port 22" in done.stderr
+
+
+def test_unknown_host_key_is_refused_with_the_remedy(site: Site) -> None:
+    site.backup.write("/root/.ssh/config", "Host source\n  GlobalKnownHostsFile none\n")
+    try:
+        done = site.replicate(status=3)
+    finally:
+        site.backup.run("rm /root/.ssh/config")
+    assert "the host key of source is not known here (ssh-ed25519 SHA256:" in done.stderr
+    assert "log in once by hand" in done.stderr
+
+
+def test_wrong_key_is_refused_with_the_remedy(site: Site) -> None:
+    site.backup.run("rm -f /root/stranger*; ssh-keygen -q -t ed25519 -N '' -f /root/stranger")
+    done = site.replicate("-i", "/root/stranger", status=3)
+    assert "does not accept our login (/root/stranger)" in done.stderr
+    assert "ssh -i /root/stranger -o IdentitiesOnly=yes source true" in done.stderr
+
+
+def test_ssh_config_rules_both_connections(site: Site) -> None:
+    """Alias, user, port, key, proxy jump over the backup machine itself, known_hosts under another name."""
+    site.plant()
+    site.snapshot("monday")
+    site.source.run(
+        "useradd -o -u 0 -g 0 -m -d /home/puller -s /bin/sh puller 2>/dev/null || true; "
+        "printf 'Port 22\\nPort 2222\\n' > /etc/ssh/sshd_config.d/port.conf && systemctl restart ssh && "
+        "mkdir -p /home/puller/.ssh"
+    )
+    site.backup.run("rm -f /root/puller*; ssh-keygen -q -t ed25519 -N '' -f /root/puller")
+    site.source.write("/home/puller/.ssh/authorized_keys", site.backup.read("/root/puller.pub"))
+    site.backup.run("awk '/source/ { $1 = \"the-source\"; print }' /etc/ssh/ssh_known_hosts > /root/known")
+    site.backup.write(
+        "/root/.ssh/config",
+        "Host vault\n  HostName source\n  User puller\n  Port 2222\n  IdentityFile /root/puller\n  IdentitiesOnly yes\n"
+        "  HostKeyAlias the-source\n  UserKnownHostsFile /root/known\n  GlobalKnownHostsFile none\n  ProxyJump backup\n",
+    )
+    try:
+        site.replicate_silently(job=JOB.replace("-h source", "-h vault"))
+        site.snapshot("tuesday")
+        site.backup.run(
+            "sed -i 's/ProxyJump .*/ProxyCommand ssh -W %h:%p -o UserKnownHostsFile=none backup/' /root/.ssh/config"
+        )
+        site.replicate_silently(job=JOB.replace("-h source", "-h vault"))
+    finally:
+        site.backup.run("rm /root/.ssh/config")
+        site.source.run("rm /etc/ssh/sshd_config.d/port.conf && systemctl restart ssh")
+    assert names(site.backup, MIRROR) == ["monday", "tuesday"]
+
+
+def test_csh_as_login_shell(site: Site) -> None:
+    site.plant("my files")
+    site.snapshot("day one ")
+    site.source.run(
+        "useradd -o -u 0 -g 0 -m -d /home/csher -s /bin/tcsh csher 2>/dev/null || true; "
+        "mkdir -p /home/csher/.ssh && cp /root/.ssh/authorized_keys /home/csher/.ssh/"
+    )
+    site.replicate_silently(job=JOB.replace("-h source", "-h csher@source"))
+    site.assert_in_step()
+
+
+def test_chain_of_three_hosts_with_one_tag(site: Site) -> None:
+    third = site.pair.third()
+    renew(third, "vault")
+    site.plant("www")
+    onward = f"zfs_replicate -h backup -r {MIRROR} -l vault/machines -t {TAG} -k 30"
+    for day in ("monday", "tuesday"):
+        site.write(day, "www")
+        site.snapshot(day)
+        site.replicate_silently("-k", "30")
+        done = third.run(onward)
+        assert done.stdout + done.stderr == ""
+    site.assert_in_step()
+    for child in ("", "/www", "/disk"):
+        assert names(third, f"vault/machines{child}") == ["monday", "tuesday"]
+        assert history(third, "vault/machines")[child][-1].guid == history(site.source, TREE)[child][-1].guid
+    assert held(site.backup, MIRROR, TAG) == {f"{MIRROR}{child}@tuesday" for child in ("", "/www", "/disk")}
+    assert site.checksums(third, "vault/machines") == site.checksums(site.source, TREE)
+    assert site.backup.run(f"{JOB} -k 30").stderr == ""
+
+
+def test_overlapping_run_leaves_silently(site: Site) -> None:
+    site.source.run(f"zfs create -p {TREE} && head -c 80M /dev/urandom > /{TREE}/big")
+    site.snapshot("monday")
+    first = site.backup.popen(JOB)
+    site.backup.run("for i in $(seq 300); do pgrep -x mbuffer && exit; sleep 0.1; done; exit 1")
+    done = site.replicate("-v")
+    assert "another run is at work" in done.stderr
+    assert first.poll() is None, "the first run ended before the second: nothing was tested"
+    assert first.wait(timeout=300) == 0
+    site.assert_in_step()
+
+
+def test_stream_goes_without_mbuffer(site: Site) -> None:
+    site.plant()
+    site.snapshot("monday")
+    site.backup.run("mv /usr/bin/mbuffer /root/mbuffer.away")
+    try:
+        assert "mbuffer is not installed here" in site.replicate("-v").stderr
+    finally:
+        site.backup.run("mv /root/mbuffer.away /usr/bin/mbuffer")
+    site.assert_in_step()
+
+
+def test_real_cron_is_silent_on_success_and_mails_a_failure(site: Site) -> None:
+    site.plant("www")
+    site.snapshot("monday")
+    site.backup.run("rm -f /var/mail/root; systemctl start cron")
+    cron = f"MAILTO=root\n* * * * * root {JOB} -k 30 && touch /run/cron.passed || touch /run/cron.failed\n"
+    try:
+        site.backup.write("/etc/cron.d/mirror", cron)
+        wait_for(site, "/run/cron.passed")
+        site.assert_in_step()
+        assert site.backup.run("cat /var/mail/root 2>/dev/null || true").stdout == ""
+        site.backup.write("/etc/cron.d/mirror", cron.replace(TREE, "backuppool/gone"))
+        wait_for(site, "/run/cron.failed")
+        wait_for(site, "/var/mail/root")
+        assert "cannot open 'backuppool/gone': dataset does not exist" in site.backup.read("/var/mail/root")
+    finally:
+        site.backup.run(
+            "rm -f /etc/cron.d/mirror /run/cron.passed /run/cron.failed /var/mail/root; systemctl stop cron"
+        )
+
+
+def wait_for(site: Site, path: str) -> None:
+    deadline = time.monotonic() + 150
+    while site.backup.run(f"test -s {path} || test -e {path}", check=False).returncode:
+        assert time.monotonic() < deadline, f"{path} did not appear"
+        time.sleep(1)

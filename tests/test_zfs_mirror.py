@@ -1,0 +1,256 @@
+"""The main job on real ZFS: full and incremental pulls of a tree, its holds, and what a second run does not do."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+from site_pair import JOB, MIRROR, TAG, TREE, held, history, holds, logins_and_commands, names
+
+if TYPE_CHECKING:
+    from lab import Machine
+    from site_pair import Site
+
+pytestmark = pytest.mark.zfs
+
+
+def get(machine: Machine, properties: str, dataset: str) -> list[str]:
+    return machine.run(f"zfs get -Hp -o value {properties} '{dataset}'").stdout.splitlines()
+
+
+def test_crontab_line_does_a_full_then_an_incremental_pull(site: Site) -> None:
+    site.plant("www", "www/logs", "mail")
+    site.snapshot("monday")
+    site.replicate_silently()
+    site.assert_in_step()
+    assert site.checksums(site.backup, MIRROR) == site.checksums(site.source, TREE)
+
+    site.write("two", "www", "www/logs", "mail")
+    site.snapshot("tuesday")
+    site.snapshot("wednesday")
+    site.replicate_silently()
+    site.assert_in_step()
+    assert site.checksums(site.backup, MIRROR) == site.checksums(site.source, TREE)
+    assert "./two" in site.checksums(site.backup, MIRROR)
+    assert names(site.backup, MIRROR) == ["monday", "wednesday"]
+    assert names(site.source, TREE) == ["monday", "tuesday", "wednesday"]
+
+
+def test_received_datasets_are_unmounted_read_only_and_below_missing_parents(site: Site) -> None:
+    site.plant("www")
+    site.source.run(f"zfs set compression=gzip-3 atime=off quota=1G sharenfs=off {TREE}/www")
+    site.snapshot("monday")
+    site.replicate()
+    assert get(site.backup, "canmount,mounted", "offsite/virt") == ["off", "no"]
+    for child in ("", "/www"):
+        state = get(site.backup, "mounted,readonly,canmount,mountpoint", MIRROR + child)
+        assert state == ["no", "on", "noauto", f"/{MIRROR}{child}"]
+    assert get(site.backup, "compression,atime,quota", f"{MIRROR}/www") == ["gzip-3", "off", "0"]
+    assert get(site.backup, "readonly,refreservation", f"{MIRROR}/disk") == ["on", "0"]
+
+
+def test_override_on_the_mirror_survives_an_increment(site: Site) -> None:
+    site.plant("www")
+    site.snapshot("monday")
+    site.replicate()
+    site.backup.run(f"zfs set canmount=on {MIRROR}/www")
+    site.source.run(f"zfs set compression=gzip-3 {TREE}/www")
+    site.snapshot("tuesday")
+    site.replicate()
+    assert get(site.backup, "canmount,readonly,compression,mounted", f"{MIRROR}/www") == ["on", "on", "gzip-3", "no"]
+
+
+def test_second_run_does_nothing_with_one_login_and_two_commands(site: Site) -> None:
+    site.plant("www")
+    site.snapshot("monday")
+    site.replicate()
+    before = site.backup.run(f"zpool sync; zfs list -Hpr -t all -o name,guid,userrefs,used {MIRROR}").stdout
+    logins, commands = logins_and_commands(site.source)
+    site.replicate_silently()
+    after = logins_and_commands(site.source)
+    assert (after[0] - logins, after[1] - commands) == (1, 2)
+    assert site.backup.run(f"zpool sync; zfs list -Hpr -t all -o name,guid,userrefs,used {MIRROR}").stdout == before
+    site.assert_in_step()
+
+
+def test_intermediates_pulls_every_snapshot_between(site: Site) -> None:
+    site.plant("www")
+    for day in ("monday", "tuesday", "wednesday"):
+        site.write(day, "www")
+        site.snapshot(day)
+    site.replicate_silently("-I")
+    assert names(site.backup, f"{MIRROR}/www") == ["monday", "tuesday", "wednesday"]
+    for day in ("thursday", "friday"):
+        site.snapshot(day)
+    site.replicate_silently("--intermediates")
+    assert names(site.backup, MIRROR) == ["monday", "tuesday", "wednesday", "thursday", "friday"]
+    site.assert_in_step()
+
+
+def test_new_child_later_and_child_gone_at_the_source(site: Site) -> None:
+    site.plant("www", "mail")
+    site.snapshot("monday")
+    site.replicate()
+    site.source.run(f"zfs create {TREE}/new && zfs release -r {TAG} {TREE}/mail@monday && zfs destroy -r {TREE}/mail")
+    site.snapshot("tuesday")
+    done = site.replicate("-v")
+    assert f"{MIRROR}/mail: not at the source" in done.stderr
+    assert names(site.backup, f"{MIRROR}/mail") == ["monday"]
+    assert names(site.backup, f"{MIRROR}/new") == ["tuesday"]
+    site.assert_in_step()
+
+
+def test_parent_without_snapshot_becomes_a_placeholder_and_later_a_mirror(site: Site) -> None:
+    site.plant("www/logs")
+    site.snapshot("monday", f"{TREE}/www/logs")
+    site.replicate_silently()
+    assert names(site.backup, f"{MIRROR}/www/logs") == ["monday"]
+    assert get(site.backup, "canmount", f"{MIRROR}/www") == ["off"]
+    site.snapshot("tuesday")
+    site.replicate_silently()
+    site.assert_in_step()
+    assert site.checksums(site.backup, MIRROR) == site.checksums(site.source, TREE)
+
+
+def test_tree_without_any_snapshot_creates_nothing(site: Site) -> None:
+    site.plant("www")
+    site.replicate_silently()
+    assert site.backup.run("zfs list -H -r -o name offsite").stdout == "offsite\n"
+
+
+def test_existing_empty_target_is_accepted(site: Site) -> None:
+    site.plant("www")
+    site.snapshot("monday")
+    site.backup.run(f"zfs create -p {MIRROR}")
+    site.replicate_silently()
+    site.assert_in_step()
+    assert site.checksums(site.backup, MIRROR) == site.checksums(site.source, TREE)
+
+
+def test_renamed_source_snapshot_is_still_the_base(site: Site) -> None:
+    site.plant("www")
+    site.snapshot("monday")
+    site.replicate()
+    site.source.run(f"zfs rename -r {TREE}@monday {TREE}@renamed")
+    site.replicate_silently()
+    site.snapshot("tuesday")
+    site.replicate_silently()
+    assert names(site.backup, MIRROR) == ["monday", "tuesday"]
+    site.assert_in_step()
+
+
+def test_bookmark_serves_as_base_when_its_snapshot_is_gone(site: Site) -> None:
+    site.plant("www")
+    site.snapshot("monday")
+    site.replicate()
+    site.source.run(
+        f"zfs bookmark {TREE}/www@monday {TREE}/www#mark && zfs release {TAG} {TREE}/www@monday && "
+        f"zfs destroy {TREE}/www@monday"
+    )
+    site.replicate_silently()
+    site.write("two", "www")
+    site.snapshot("tuesday")
+    site.snapshot("wednesday")
+    site.replicate_silently("-I")
+    assert names(site.backup, f"{MIRROR}/www") == ["monday", "tuesday", "wednesday"]
+    site.assert_in_step()
+
+
+def test_names_with_spaces_also_trailing_ones(site: Site) -> None:
+    site.source.run(f"zfs create -p '{TREE}/my files/a ' && head -c 9999 /dev/urandom > '/{TREE}/my files/a /f'")
+    site.snapshot("first day ")
+    site.replicate_silently("-k", "30")
+    site.snapshot("day two")
+    site.replicate_silently("-k", "30")
+    assert names(site.backup, f"{MIRROR}/my files/a ") == ["first day ", "day two"]
+    site.assert_in_step()
+
+
+def test_thousand_snapshots(site: Site) -> None:
+    site.source.run(
+        f"zfs create -p {TREE}/www && cd /{TREE}/www && for n in $(seq 1000); do "
+        f"echo {TREE}/www@s$n; done | xargs -n 1 zfs snapshot",
+        timeout=600,
+    )
+    site.replicate_silently("-I", "-k", "30")
+    assert names(site.backup, f"{MIRROR}/www") == [f"s{n}" for n in range(1, 1001)]
+    assert held(site.source, TREE, TAG) == {f"{TREE}/www@s1000"}
+    site.replicate_silently("-I", "-k", "30")
+
+
+def test_interrupted_first_receive_goes_on_from_its_token(site: Site) -> None:
+    site.source.run(f"zfs create -p {TREE} && head -c 60M /dev/urandom > /{TREE}/big")
+    site.snapshot("monday")
+    interrupt(site)
+    token = get(site.backup, "receive_resume_token", MIRROR)[0]
+    assert token.startswith("1-")
+    assert held(site.source, TREE, TAG) == {f"{TREE}@monday"}
+    site.snapshot("tuesday")
+    done = site.replicate("-v")
+    assert "rest of @monday" in done.stderr
+    assert names(site.backup, MIRROR) == ["monday", "tuesday"]
+    assert get(site.backup, "readonly,canmount,mounted,mountpoint", MIRROR) == ["on", "noauto", "no", f"/{MIRROR}"]
+    site.assert_in_step()
+    assert site.checksums(site.backup, MIRROR) == site.checksums(site.source, TREE)
+
+
+def test_interrupted_increment_goes_on_and_its_base_stays(site: Site) -> None:
+    site.source.run(f"zfs create -p {TREE}")
+    site.snapshot("monday")
+    site.replicate()
+    site.source.run(f"head -c 60M /dev/urandom > /{TREE}/big")
+    site.snapshot("tuesday")
+    interrupt(site)
+    assert get(site.backup, "receive_resume_token", MIRROR)[0].startswith("1-")
+    assert held(site.source, TREE, TAG) == {f"{TREE}@monday", f"{TREE}@tuesday"}
+    assert held(site.backup, MIRROR, f"{TAG}:received") == {f"{MIRROR}@monday"}
+    assert "rest of @tuesday" in site.replicate("-v").stderr
+    site.assert_in_step()
+    assert site.checksums(site.backup, MIRROR) == site.checksums(site.source, TREE)
+
+
+def test_stale_token_is_abandoned_and_the_pull_planned_anew(site: Site) -> None:
+    site.source.run(f"zfs create -p {TREE} && head -c 60M /dev/urandom > /{TREE}/big")
+    site.snapshot("monday")
+    interrupt(site)
+    site.source.run(f"zfs release {TAG} {TREE}@monday && zfs destroy {TREE}@monday")
+    site.snapshot("tuesday")
+    assert "abandon an interrupted receive" in site.replicate("-v").stderr
+    assert names(site.backup, MIRROR) == ["tuesday"]
+    site.assert_in_step()
+
+
+def interrupt(site: Site) -> None:
+    """Start a run and kill it, and its receive, once some MiB have arrived."""
+    site.backup.run(
+        f"""
+        before=$(zfs get -Hp -o value used offsite)
+        {JOB} & run=$!
+        for i in $(seq 600); do
+            zpool sync offsite
+            [ $(($(zfs get -Hp -o value used offsite) - before)) -gt 8000000 ] && break
+            kill -0 $run || break
+        done
+        kill -9 $run
+        for i in $(seq 300); do pgrep -x zfs || break; pkill -9 -x zfs; done
+        """,
+        timeout=300,
+    )
+
+
+def test_localhost_runs_without_ssh(site: Site) -> None:
+    site.source.run(
+        f"zfs create -p {TREE}/www && truncate -s 4G /var/tmp/pool && zpool create -f offsite /var/tmp/pool"
+    )
+    site.snapshot("monday")
+    logins, _ = logins_and_commands(site.source)
+    job = f"zfs_replicate -h localhost -r {TREE} -l {MIRROR} -t {TAG} -k 30"
+    done = site.source.run(f"strace -f -e trace=execve -o /tmp/execs {job}")
+    assert done.stdout + done.stderr == ""
+    assert site.source.run("grep -c '/ssh\"' /tmp/execs", check=False).stdout == "0\n"
+    assert history(site.source, MIRROR)["/www"][-1].guid == history(site.source, TREE)["/www"][-1].guid
+    assert holds(site.source, TREE)[TAG] == [f"{TREE}@monday", f"{TREE}/www@monday"]
+    done = site.source.run(f"zfs_replicate -h localhost -r backuppool -l {TREE} -t x", check=False)
+    assert done.returncode == 2
+    assert "overlap" in done.stderr
+    assert logins_and_commands(site.source)[0] == logins
