@@ -800,18 +800,15 @@ class Connection:
     def resolve(cls, destination: str, port: int | None, identity: str | None) -> Connection:
         """Ask OpenSSH itself, so that Include, Match and everything else in ssh_config counts.
 
-        Raises Failure if there is no ssh client, or its configuration cannot be read.
+        Raises CommandFailed if there is no ssh client, or its configuration makes no sense to it.
         """
         options: list[str] = []
         if port is not None:
             options += ["-p", str(port)]
         if identity is not None:
             options += ["-i", identity, "-o", "IdentitiesOnly=yes"]
-        answer = LocalHost().ask(("ssh", "-G", *options, "--", destination))
-        if answer.status != 0:
-            raise Failure(f"ssh cannot make sense of its configuration for {destination}: {answer.stderr.strip()}")
         config: dict[str, tuple[str, ...]] = {}
-        for line in answer.stdout.splitlines():
+        for line in run(LocalHost(), ("ssh", "-G", *options, "--", destination)).splitlines():
             key, _, value = line.partition(" ")
             config[key] = (*config.get(key, ()), value)
         return cls(destination, tuple(options), config)
@@ -825,17 +822,31 @@ class Connection:
     def port(self) -> int:
         return int(self.get("port"))
 
+    def expand(self, text: str) -> str:
+        """The %-tokens of ssh_config, which `ssh -G` leaves as they are."""
+        values = {
+            "%h": self.get("hostname"),
+            "%p": self.get("port"),
+            "%r": self.get("user"),
+            "%n": self.destination.rpartition("@")[2],
+            "%d": os.path.expanduser("~"),
+            "%%": "%",
+        }
+        return re.sub("%.", lambda found: values.get(found[0], found[0]), text)
+
+    def files(self, words: Iterable[str]) -> list[str]:
+        """Those files among `words` of ssh_config that exist."""
+        paths = [os.path.expanduser(self.expand(word)) for word in words]
+        return [path for path in paths if os.path.isfile(path)]
+
     @property
     def identities(self) -> list[str]:
-        """The key files that exist. Those named by ssh_config for security keys are beyond paramiko."""
-        paths = [os.path.expanduser(path) for path in self.config.get("identityfile", ())]
-        return [path for path in paths if os.path.isfile(path) and not path.endswith("_sk")]
+        """The key files; those for security keys are beyond paramiko."""
+        return [path for path in self.files(self.config.get("identityfile", ())) if not path.endswith("_sk")]
 
     @property
     def known_hosts(self) -> list[str]:
-        """The known_hosts files that exist."""
-        words = f"{self.get('userknownhostsfile')} {self.get('globalknownhostsfile')}".split()
-        return [path for path in map(os.path.expanduser, words) if os.path.isfile(path)]
+        return self.files(f"{self.get('userknownhostsfile')} {self.get('globalknownhostsfile')}".split())
 
     @property
     def known_as(self) -> tuple[str, int]:
@@ -846,16 +857,13 @@ class Connection:
     @property
     def proxy(self) -> Command | None:
         """The command that carries the connection, from ProxyCommand or ProxyJump."""
-        hostname, port, user = self.get("hostname"), str(self.port), self.get("user")
         if self.get("proxycommand"):
-            values = {"%h": hostname, "%p": port, "%r": user, "%n": self.destination, "%%": "%"}
-            line = re.sub("%[hprn%]", lambda found: values[found[0]], self.get("proxycommand"))
-            return ("sh", "-c", f"exec {line}")
+            return ("sh", "-c", f"exec {self.expand(self.get('proxycommand'))}")
         if self.get("proxyjump"):
             *first, last = self.get("proxyjump").split(",")
             jumps = ("-J", ",".join(first)) if first else ()
             via = last if last.startswith("ssh://") else f"ssh://{last}"
-            return ("ssh", *settings(ALIVE_SETTINGS), *jumps, "-W", f"[{hostname}]:{port}", "--", via)
+            return ("ssh", *settings(ALIVE_SETTINGS), *jumps, "-W", self.expand("[%h]:%p"), "--", via)
         return None
 
     def by_hand(self) -> str:
@@ -920,18 +928,16 @@ class SshHost:
         if transport is None or not transport.is_active():
             raise OSError("it is closed")
         channel = transport.open_session(timeout=CONNECT_SECONDS)
-        channel.settimeout(ANSWER_SECONDS)
-        channel.exec_command(line)
-        channel.shutdown_write()
         # Both ends are drained before the status is asked for: an undrained stderr stalls stdout after some 2 MiB.
-        with ThreadPoolExecutor(1) as pool:
+        with ThreadPoolExecutor(1) as pool, contextlib.closing(channel):
+            channel.settimeout(ANSWER_SECONDS)
+            channel.exec_command(line)
+            channel.shutdown_write()
             errors = pool.submit(channel.makefile_stderr("rb").read)
-            output = channel.makefile("rb").read()
-            complaints = errors.result()
-        if not channel.status_event.wait(CONNECT_SECONDS) or channel.exit_status == -1:
-            raise OSError("the command ended without an exit status")  # a dead link looks like a clean end
-        channel.close()
-        return Answer(channel.exit_status, *(text.decode(errors="surrogateescape") for text in (output, complaints)))
+            texts = (channel.makefile("rb").read(), errors.result())
+            if not channel.status_event.wait(CONNECT_SECONDS) or channel.exit_status == -1:
+                raise OSError("the command ended without an exit status")  # a dead link looks like a clean end
+        return Answer(channel.exit_status, *(text.decode(errors="surrogateescape") for text in texts))
 
     def piped(self, command: Command) -> Command:
         return (*ssh_client(self.connection), "--", self.connection.destination, remote_line(command))
@@ -1397,7 +1403,7 @@ class Report:
 
     def __init__(self, verbosity: int = 0) -> None:
         self.verbosity = verbosity
-        self.failures = 0
+        self.failures: list[str] = []
 
     def step(self, line: str) -> None:
         if self.verbosity >= 1:
@@ -1408,9 +1414,11 @@ class Report:
             print(f"    {line}", file=sys.stderr)
 
     def failure(self, subject: str, failure: Failure) -> None:
-        self.failures += 1
-        text = str(failure).replace("\n", "\n    ")
-        print(f"zfs_replicate: {subject}: {text}", file=sys.stderr)
+        """Say it once, however often it is found."""
+        text = f"zfs_replicate: {subject}: {failure}".replace("\n", "\n    ")
+        if text not in self.failures:
+            self.failures.append(text)
+            print(text, file=sys.stderr)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

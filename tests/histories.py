@@ -14,7 +14,9 @@ from __future__ import annotations
 
 import re
 
-from zfs_replicate import DAY, Dataset, Partial, Policy, Snapshot
+from zfs_replicate import Dataset, Partial, Policy, Snapshot
+
+DAY = 86400
 
 SOURCE = "backuppool/virt/machines"
 LOCAL = "offsite/virt/machines"

@@ -145,7 +145,7 @@ class Machine:
         if self._machine:
             raise LabError(f"{self.name} is on already")
         self._boot(KERNEL_ARGUMENTS)
-        self.run("systemctl is-system-running --wait", check=False)
+        self.run("systemctl is-system-running --wait", check=False, timeout=300)
 
     def reboot(self) -> None:
         """Restart in good order, until the boot is over."""
@@ -154,7 +154,7 @@ class Machine:
         # The answer may be lost with the connection; that QEMU ends is the proof (it runs with -no-reboot).
         self.run("systemctl reboot", check=False)
         try:
-            self._machine.process.wait(timeout=90)
+            self._machine.process.wait(timeout=180)
         except subprocess.TimeoutExpired as error:
             raise LabError(f"{self.name} did not shut down; console:\n{self._machine.console_tail()}") from error
         self.power_loss()
@@ -174,7 +174,7 @@ class Machine:
         boot = Boot(self._stock.image, self._disk, self._stock.accelerator, template.memory)
         self._machine = VirtualMachine(boot, self._directory, "-incoming", "defer")
         self._machine.restore(template.state)
-        self._start_processors(30)
+        self._start_processors(60)
 
     def _boot(self, kernel_arguments: str) -> None:
         boot = Boot(
@@ -185,7 +185,7 @@ class Machine:
             clock_shift=self._clock_shift,
         )
         self._machine = VirtualMachine(boot, self._directory)
-        self._start_processors(180)
+        self._start_processors(300)
 
     def _start_processors(self, timeout: float) -> None:
         """Plug in what no template has, run, and connect."""
@@ -209,7 +209,7 @@ class Machine:
             "for i in $(seq 100); do test -e /dev/disk/by-id/virtio-data && ip -br addr show dev lab0 2>/dev/null"
             f" | grep -q {self.address} && exit 0; sleep 0.1; done; echo no data disk or no lab0 >&2; exit 1"
         )
-        self.run(f"lab-personalise {identity} && {ready}", input=entropy, timeout=60)
+        self.run(f"lab-personalise {identity} && {{ {ready}; }}", input=entropy)
 
     @property
     def _running(self) -> VirtualMachine:

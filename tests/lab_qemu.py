@@ -16,6 +16,7 @@ import re
 import shlex
 import socket
 import subprocess
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -71,7 +72,7 @@ class Monitor:
 
     def __init__(self) -> None:
         self._ours, self.theirs = socket.socketpair()
-        self._ours.settimeout(30)
+        self._ours.settimeout(60)
         self._lines = self._ours.makefile("rb")
         self._lock = threading.Lock()
 
@@ -260,7 +261,7 @@ class Control:
         """The ssh command up to the host, over the shared connection where there is one."""
         options = {
             "BatchMode": "yes",
-            "ConnectTimeout": "20",
+            "ConnectTimeout": "60",
             "ControlPath": str(self._socket(user)),
             "IdentitiesOnly": "yes",
             "LogLevel": "ERROR",
@@ -300,7 +301,7 @@ class Control:
             start_new_session=True,
         )
         try:
-            for _ in wait_until(f"login of {user}", 40):
+            for _ in wait_until(f"login of {user}", 90):
                 if self._socket(user).exists():
                     return master
                 if master.poll() is not None and master.stderr:
@@ -334,12 +335,12 @@ def accelerator(image: Image, progress: Progress) -> str:
 
 def kvm_boots(image: Image) -> bool:
     """Whether a kernel gets as far as its first program under KVM: the panic at that program's end says so."""
-    with built(CACHE / "accelerator" / f"trial-{os.getpid()}-{threading.get_ident()}") as scratch:
-        overlay(scratch / "disk.qcow2", image.disk, "raw")
+    with tempfile.TemporaryDirectory(dir=CACHE / "accelerator") as scratch:
+        disk = Path(scratch, "disk.qcow2")
+        overlay(disk, image.disk, "raw")
         arguments = KERNEL_ARGUMENTS.replace("quiet", "init=/bin/true")
-        boot = Boot(image, scratch / "disk.qcow2", "kvm", kernel_arguments=arguments)
         try:
-            machine = VirtualMachine(boot, scratch)
+            machine = VirtualMachine(Boot(image, disk, "kvm", kernel_arguments=arguments), Path(scratch))
         except LabError:
             return False
         try:
@@ -410,9 +411,9 @@ def make_template(image: Image, accel: str, template: Template) -> None:
     machine = VirtualMachine(boot, template.directory)
     try:
         machine.go()
-        control = Control(machine.wait_for_ssh(180), template.directory, ready_keys())
+        control = Control(machine.wait_for_ssh(300), template.directory, ready_keys())
         try:
-            call([*control.command_line(), WARM_UP], timeout=180)
+            call([*control.command_line(), WARM_UP], timeout=300)
         finally:
             control.close()
         machine.save(template.state)

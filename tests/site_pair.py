@@ -95,7 +95,7 @@ class Site:
     def plant(self, *children: str, size: str = "16M") -> None:
         """The tree with a file in each dataset: its root, the named children, and a volume `disk` of `size`."""
         lines = [f"zfs create -p {TREE}", f"zfs create -V {size} {TREE}/disk"]
-        lines += [f"zfs create {TREE}/{child}" for child in children]
+        lines += [f"zfs create -p {TREE}/{child}" for child in children]
         self.source.run(" && ".join(lines))
         self.write("one", *children)
 
@@ -120,7 +120,8 @@ class Site:
         assert held(source or self.source, tree, TAG) == {
             mutual(snapshots, ours.get(key, [])) for key, snapshots in theirs.items() if snapshots
         }
-        assert held(self.backup, mirror, f"{TAG}:received") == {
+        ours_held = held(self.backup, mirror, f"{TAG}:received")
+        assert {name for name in ours_held if dataset_of(name)[len(mirror) :] in theirs} == {
             mutual(ours[key], snapshots) for key, snapshots in theirs.items() if snapshots
         }
 

@@ -14,6 +14,7 @@ import signal
 import socket
 import subprocess
 import threading
+from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Callable
 
 import paramiko
@@ -28,7 +29,7 @@ from paramiko.common import (
 )
 
 if TYPE_CHECKING:
-    from pathlib import Path
+    from collections.abc import Iterator
 
 PATIENCE = 10.0
 """Seconds that nothing here may take."""
@@ -49,18 +50,24 @@ class Fault(enum.Enum):
 
 def make_key(path: Path, kind: str = "ecdsa") -> Path:
     """A new private key without a passphrase, and its public half beside it."""
-    subprocess.run(("ssh-keygen", "-q", "-t", kind, "-N", "", "-C", "test", "-f", path), check=True)
+    bits = ("-b", "2048") if kind == "rsa" else ()  # half a second less
+    subprocess.run(("ssh-keygen", "-q", "-t", kind, *bits, "-N", "", "-C", "test", "-f", path), check=True)
     return path
+
+
+def public(key_file: Path) -> str:
+    """The public half of a key, as authorized_keys lists it."""
+    return key_file.with_name(key_file.name + ".pub").read_text().split()[1]
 
 
 class Server:
     """Serves until `close`. `commands` and `logins` tell what was asked of it so far."""
 
-    def __init__(self, directory: Path, shell: str = "sh") -> None:
+    def __init__(self, directory: Path, shell: str = "sh", key_file: str | None = None) -> None:
         self.shell = shell
         self.user = "puller"
-        self.key_file = make_key(directory / "key")
-        self.authorized = {self.key_file.with_suffix(".pub").read_text().split()[1]}
+        self.key_file = Path(key_file) if key_file else make_key(directory / "key")
+        self.authorized = {public(self.key_file)}
         self.host_key = paramiko.ECDSAKey.generate()
         self.fault: Fault | None = None
         self.commands: list[str] = []
@@ -94,6 +101,7 @@ class Server:
                 link, _ = self.listener.accept()
             except OSError:
                 return  # closed
+            link.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # as sshd does
             transport = Transport(link)
             # The ssh client tells only its own kind that nobody reads its output any more.
             transport.local_version = "SSH-2.0-OpenSSH_9.2 zfs_replicate test"
@@ -106,18 +114,14 @@ class Server:
             self.listener.shutdown(socket.SHUT_RDWR)  # wakes up accept()
         self.listener.close()
         for transport in self.transports:
+            with contextlib.suppress(OSError):
+                transport.sock.shutdown(socket.SHUT_RDWR)  # wakes up its thread
             transport.close()
         for process in list(self.busy):
             kill(process)
         for thread in self.threads + list(self.transports):
             thread.join(PATIENCE)
             assert not thread.is_alive()
-
-    def __enter__(self) -> Server:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
 
 class Transport(paramiko.Transport):
@@ -136,7 +140,7 @@ class Transport(paramiko.Transport):
     def hear(channel: Any, message: paramiko.Message) -> None:
         """paramiko's handler of requests, with the one it does not know: end of write, nobody reads."""
         if message.get_text() == "eow@openssh.com":
-            channel.transport.server_object.unread(channel)
+            channel.transport.server_object.unread.add(channel.get_id())
             return
         message.rewind()
         message.get_int()  # the number of the channel
@@ -149,7 +153,7 @@ class Session(paramiko.ServerInterface):
     def __init__(self, server: Server, transport: Transport) -> None:
         self.server = server
         self.transport = transport
-        self.outputs: dict[int, IO[bytes]] = {}
+        self.unread: set[int] = set()  # channels whose output nobody reads any more
 
     def get_allowed_auths(self, username: str) -> str:
         return "publickey"
@@ -213,8 +217,9 @@ class Session(paramiko.ServerInterface):
                 channel.sendall(b"y" * FLOOD_BYTES)
                 together.join(PATIENCE)
             status = self.execute(channel, command)
-            if fault is not Fault.NO_STATUS:
-                report(channel, self.transport, status)
+            with channel.lock:
+                if fault is not Fault.NO_STATUS and not channel.closed:
+                    report(channel, self.transport, status)
             channel.close()
 
     def execute(self, channel: paramiko.Channel, command: bytes) -> int:
@@ -229,25 +234,19 @@ class Session(paramiko.ServerInterface):
         assert process.stdout is not None
         assert process.stderr is not None
         self.server.busy.add(process)
-        self.outputs[channel.get_id()] = process.stdout
         try:
             self.server.start(feed, channel, process.stdin)
             errors = self.server.start(pump, process.stderr, channel.sendall_stderr)
-            pump(process.stdout, channel.sendall)
+            for data in chunks(process.stdout):
+                channel.sendall(data)
+                if channel.get_id() in self.unread:
+                    break
+            process.stdout.close()  # lets a command that goes on writing have its SIGPIPE
             errors.join(PATIENCE)
             return process.wait(PATIENCE)
         finally:
             kill(process)
-            process.stderr.close()
             self.server.busy.remove(process)
-
-    def unread(self, channel: paramiko.Channel) -> None:
-        """Let the command have its SIGPIPE."""
-        output = self.outputs.get(channel.get_id())
-        if output is not None:
-            # Replace the descriptor rather than close it under the thread that reads it: it then sees an end.
-            with open(os.devnull, "rb") as nothing, contextlib.suppress(ValueError):
-                os.dup2(nothing.fileno(), output.fileno(), inheritable=False)
 
 
 Transport._channel_handler_table = {  # type: ignore[attr-defined]
@@ -256,9 +255,14 @@ Transport._channel_handler_table = {  # type: ignore[attr-defined]
 }
 
 
+def chunks(output: IO[bytes]) -> Iterator[bytes]:
+    while data := os.read(output.fileno(), CHUNK):
+        yield data
+
+
 def pump(output: IO[bytes], write: Callable[[bytes], object]) -> None:
     with output, contextlib.suppress(OSError):
-        while data := os.read(output.fileno(), CHUNK):
+        for data in chunks(output):
             write(data)
 
 

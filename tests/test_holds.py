@@ -164,7 +164,7 @@ def moved(there: str, mine: Dataset | None) -> str:
         pytest.param("#b,2", "@b,2!offsite:received", "", id="only-a-bookmark"),
         pytest.param(
             "@a,1!offsite2!offsite:received", "@a,1!offsite", "there +@a, here +@a", id="tags-that-look-like-ours"
-        ),  # fmt: skip
+        ),
     ],
 )
 def test_moves(there: str, here: str, expected: str) -> None:

@@ -40,9 +40,15 @@ Marks = tuple[str, ...]
 Local = tuple[tuple[int, str], ...]
 """Position (or FOREIGN) and short name of each local snapshot, oldest first."""
 
-# Neither guid nor creation runs with time.
+# Neither guid nor name nor creation runs with time.
 GUIDS = {0: 90, 1: 30, 2: 18446744073709551615, 3: 10, 4: 50, FOREIGN: 70}
 POSITION = {guid: position for position, guid in GUIDS.items()}
+LETTERS = "dbeacf"
+
+
+def at(position: int) -> str:
+    """The short name of the source's snapshot at a position."""
+    return f"@{LETTERS[position]}"
 
 
 class Refused(AssertionError):
@@ -52,7 +58,7 @@ class Refused(AssertionError):
 def mapped(snapshot: Snapshot, marks: Marks) -> int:
     """The position of a point of the source; refuses one the source does not have."""
     position = POSITION[snapshot.guid]
-    if snapshot.name[len(SOURCE)] not in marks[position] or snapshot.name[len(SOURCE) + 1 :] != str(position):
+    if snapshot.name[len(SOURCE)] not in marks[position] or snapshot.name[len(SOURCE) + 1 :] != LETTERS[position]:
         raise Refused(f"{snapshot} is not at the source")
     return position
 
@@ -95,9 +101,9 @@ def resumed(marks: Marks, here: Local | None, waiting: Partial, step: Receive) -
 
 def appended(here: Local | None, positions: list[int]) -> Local:
     for position in positions:
-        if any(name == f"@{position}" for _, name in here or ()):
-            raise Refused(f"@{position} exists")
-        here = (*(here or ()), (position, f"@{position}"))
+        if any(name == at(position) for _, name in here or ()):
+            raise Refused(f"{at(position)} exists")
+        here = (*(here or ()), (position, at(position)))
     assert here
     return here
 
@@ -129,7 +135,7 @@ def after(marks: Marks, here: Local | None, waiting: Partial | None, step: Step)
 def source_of(marks: Marks, rng: random.Random) -> Dataset:
     txgs = sorted(rng.sample(range(1, 100), len(marks)))
     points = [
-        Snapshot(f"{SOURCE}{mark}{position}", GUIDS[position], txgs[position], rng.randrange(3))
+        Snapshot(f"{SOURCE}{mark}{LETTERS[position]}", GUIDS[position], txgs[position], rng.randrange(3))
         for position, kinds in enumerate(marks)
         for mark in kinds
     ]
@@ -158,12 +164,12 @@ def local_histories(length: int, rng: random.Random) -> Iterator[Local | None]:
             if not history:
                 yield None
                 continue
-            names = [f"@{position}" if position != FOREIGN else "@manual" for position in history]
+            names = [at(position) if position != FOREIGN else "@manual" for position in history]
             manner = rng.randrange(4)
             if manner == 0:
                 rng.shuffle(names)
             elif manner == 1:
-                names = rng.sample([f"@{position}" for position in range(length + 1)], len(names))
+                names = rng.sample([at(position) for position in range(length + 1)], len(names))
             elif manner == 2:
                 names = [rng.choice((name, f"{name}.old")) for name in names]
             yield tuple(zip(history, names))
@@ -199,7 +205,7 @@ class Case:
 
 def possible(marks: Marks, here: Local, wanted: list[int]) -> bool:
     """Whether any chain of streams brings exactly these, in order, with nothing destroyed."""
-    return here[-1][0] != FOREIGN and bool(marks[here[-1][0]]) and not {f"@{p}" for p in wanted} & {n for _, n in here}
+    return here[-1][0] != FOREIGN and bool(marks[here[-1][0]]) and not {at(p) for p in wanted} & {n for _, n in here}
 
 
 def newest_common(marks: Marks, here: Local) -> int:
@@ -264,9 +270,9 @@ def interrupted(length: int, rng: random.Random) -> Iterator[Case]:
     for target in range(length):
         receives.append((None, partial(GUIDS[target])))
         for present in itertools.product((False, True), repeat=target):
-            history = tuple((position, f"@{position}") for position in range(target) if present[position])
-            for here in (history, (*history, (FOREIGN, "@manual"))) if history else ():
-                receives += [(here, partial(GUIDS[target], GUIDS[history[-1][0]])), (here, partial(None))]
+            history = tuple((position, at(position)) for position in range(target) if present[position])
+            for mine in (history, (*history, (FOREIGN, "@manual"))) if history else ():
+                receives += [(mine, partial(GUIDS[target], GUIDS[history[-1][0]])), (mine, partial(None))]
     for origin, marks in sources(length, rng):
         for here, waiting in receives:
             dataset = local_of(here, rng) or Dataset(LOCAL, "filesystem")

@@ -1,0 +1,186 @@
+"""The command line: a contract with crontabs out there."""
+
+from __future__ import annotations
+
+import shlex
+import stat
+from argparse import Namespace
+from pathlib import Path
+
+import pytest
+
+from zfs_replicate import __version__, main, parse
+
+CRONTAB = "0 */6 * * *  zfs_replicate -h backup.example.org -r backuppool/virt/machines -l offsite/virt/machines -t offsite -k 30"
+NEEDED = {"-h": "backup.example.org", "-r": "backuppool/vm", "-l": "offsite/vm", "-t": "offsite"}
+
+
+def words(**changes: str | None) -> list[str]:
+    """The least command line, with short options replaced by `changes` (None leaves one out)."""
+    options = {**NEEDED, **{f"-{name}": value for name, value in changes.items()}}
+    return [word for option, value in options.items() if value is not None for word in (option, value)]
+
+
+def accepted(**changes: str | None) -> Namespace:
+    return parse(words(**changes))
+
+
+def refused(argv: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    """What a usage error says: one line, and exit code 2."""
+    with pytest.raises(SystemExit) as stop:
+        main(argv)
+    said = capsys.readouterr()
+    assert stop.value.code == 2
+    assert said.out == ""
+    assert said.err.startswith("zfs_replicate: ")
+    assert said.err.endswith(" (see --help)\n")
+    assert len(said.err.splitlines()) == 1, said.err
+    return said.err
+
+
+def test_the_line_of_the_crontab_parses_word_for_word() -> None:
+    assert vars(parse(shlex.split(CRONTAB.split("  ")[1])[1:])) == {
+        "remote_host": "backup.example.org",
+        "remote_fs": "backuppool/virt/machines",
+        "local_fs": "offsite/virt/machines",
+        "tag": "offsite",
+        "keep_days": 30,
+        "mbuffer": "256M",
+        "port": None,
+        "identity": None,
+        "no_pigz": False,
+        "intermediates": False,
+        "verbose": 0,
+    }
+
+
+def test_long_options_say_the_same(tmp_path: Path) -> None:
+    key = tmp_path / "key"
+    key.touch()
+    short = "-h me@host -r a/b -l c/d -t x -k 7 -b 1G -p 2222 -n -I -v -v -i"
+    long = (
+        "--remote-host me@host --remote-fs a/b --local-fs c/d --tag x --keep-days 7 --mbuffer 1G --port 2222 --no-pigz"
+        " --intermediates --verbose --verbose --identity"
+    )
+    assert parse([*short.split(), str(key)]) == parse([*long.split(), str(key)])
+
+
+@pytest.mark.parametrize("option", NEEDED)
+def test_these_options_are_required(option: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert f"arguments are required: {option}/--" in refused(words(**{option[1:]: None}), capsys)
+
+
+def test_without_any_option_one_line_names_all_that_are_needed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert all(option in refused([], capsys) for option in NEEDED)
+
+
+def test_h_is_the_host_and_not_help(capsys: pytest.CaptureFixture[str]) -> None:
+    assert accepted(h="other").remote_host == "other"
+    assert "-h/--remote-host: expected one argument" in refused(["-h"], capsys)
+
+
+def test_help(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(["--help"])
+    said = capsys.readouterr()
+    assert stop.value.code == 0
+    assert said.err == ""
+    assert "-h [USER@]HOST" in said.out
+    assert "Exit codes:" in said.out
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(["--version"])
+    assert stop.value.code == 0
+    assert capsys.readouterr().out == f"zfs_replicate {__version__}\n"
+
+
+@pytest.mark.parametrize(
+    "extra", ["extra", "--remote-f=a", "--keep", "-x", "--no-such-option", "-I=3"], ids=lambda word: word.strip("-")
+)
+def test_what_is_not_an_option_is_refused(extra: str, capsys: pytest.CaptureFixture[str]) -> None:
+    refused([*words(), extra], capsys)
+
+
+LONG = "tank/" + "x" * 250
+
+BAD = {
+    "h": ["", " ", "-oProxyCommand=id", "me@-host", "@host", "me@", "a@b@c", "two words", "host\n"],
+    "r": ["", "/", "/tank", "tank/", "tank//a", "tank@a", "tank#a", "tank/%recv", "-tank", "tank/a,b", "t\tb", "tänk",
+          "1tank", "tank/a\n", "tank/a\nb", LONG + "x", "tank/$(id)", "tank/a'b", "tank/a*"],
+    "t": ["", ".send", "-t", "two words", "a'b", "a!b", "a\tb", "a\n", "ä", "x" * 247],
+    "k": ["", "0", "00", "-1", "1.5", "30d", "abc", "1e3", "1_000", " 30", "30 ", "30\n", "1234567", "٣"],
+    "b": ["", "0M", "256", "M", "-1M", "1T", "1.5G", "256 M", "256MB", "25%", "256M\n", "01M"],
+    "p": ["", "0", "65536", "-22", "ssh", "22.0", " 22", "22\n", "1_000", "٢"],
+    "i": ["", "/no/such/key", "/"],
+}  # fmt: skip
+BAD["l"] = BAD["r"]
+
+
+@pytest.mark.parametrize(("option", "value"), [(option, value) for option, values in BAD.items() for value in values])
+def test_a_bad_value_is_refused_in_one_line(option: str, value: str, capsys: pytest.CaptureFixture[str]) -> None:
+    line = refused(
+        [*words(**{option: None}), f"-{option}{value}" if value else f"-{option}", *([] if value else [""])], capsys
+    )
+    assert f"argument -{option}/--" in line
+
+
+GOOD = {
+    "h": ["localhost", "backup", "me@backup.example.org", "192.0.2.1", "fe80::1%eth0", "::1", "some_alias"],
+    "r": ["tank", "tank/a", "tank/a b", "tank/a ", "tank/-a", "tank/a.b_c:d-e", "tank/1/2/3", LONG],
+    "t": ["offsite", "a.b", "host:job", "a/b", "me@host", "x" * 246, "1"],
+    "k": ["1", "30", "999999", "007"],
+    "p": ["1", "22", "65535"],
+}
+GOOD["l"] = GOOD["r"]
+DESTINATION = {"h": "remote_host", "r": "remote_fs", "l": "local_fs", "t": "tag", "k": "keep_days", "p": "port"}
+
+
+@pytest.mark.parametrize(("option", "value"), [(option, value) for option, values in GOOD.items() for value in values])
+def test_a_good_value_is_taken(option: str, value: str) -> None:
+    assert vars(accepted(**{option: value}))[DESTINATION[option]] == (int(value) if option in "kp" else value)
+
+
+@pytest.mark.parametrize(
+    ("given", "taken"),
+    [("256M", "256M"), ("1G", "1G"), ("1g", "1G"), ("64m", "64M"), ("512k", "512k"), ("512K", "512k")],
+)
+def test_memory_is_spelt_as_mbuffer_wants_it(given: str, taken: str) -> None:
+    assert accepted(b=given).mbuffer == taken
+
+
+def test_the_longest_tag_leaves_room_for_that_of_the_local_side() -> None:
+    assert len(accepted(t="x" * 246).tag + ":received") == 255
+
+
+def test_a_key_that_cannot_be_read_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    key = tmp_path / "key"
+    key.touch()
+    assert accepted(i=str(key)).identity == str(key)
+    key.chmod(0)
+    if not stat.S_IMODE(key.stat().st_mode) and not readable(key):
+        assert "not a file we can read" in refused(words(i=str(key)), capsys)
+
+
+def readable(path: Path) -> bool:
+    """Whether we may read it; root may always."""
+    try:
+        path.read_bytes()
+    except PermissionError:
+        return False
+    return True
+
+
+@pytest.mark.parametrize(
+    ("remote", "here"),
+    [("tank/a", "tank/a"), ("tank/a", "tank/a/b"), ("tank/a/b", "tank/a"), ("tank", "tank/backup"), ("tank/a", "tank")],
+)
+def test_a_tree_is_not_mirrored_into_itself(remote: str, here: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "overlap" in refused(words(h="localhost", r=remote, l=here), capsys)
+    assert accepted(r=remote, l=here)  # on two hosts this is no overlap
+
+
+@pytest.mark.parametrize(("remote", "here"), [("tank/a", "tank/ab"), ("tank/ab", "tank/a"), ("tank/a", "tank/a-b/c")])
+def test_trees_side_by_side_on_one_host_are_welcome(remote: str, here: str) -> None:
+    assert accepted(h="localhost", r=remote, l=here)

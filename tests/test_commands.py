@@ -1,0 +1,224 @@
+"""Commands: what is refused, what is quoted, how many names go into one."""
+
+from __future__ import annotations
+
+import shutil
+import string
+import subprocess
+
+import pytest
+from histories import SOURCE, local, source
+from hypothesis import given, settings, strategies as st
+
+from zfs_replicate import (
+    BATCH_BYTES,
+    SBIN,
+    Command,
+    Dataset,
+    Receive,
+    Snapshot,
+    batches,
+    destroy,
+    hold,
+    list_holds,
+    receive,
+    remote_line,
+    send,
+)
+
+NAME_LETTERS = string.ascii_letters + string.digits + "-_.: "
+WORD_OF_LINUX = 128 * 1024
+
+
+def snapshots(*names: str) -> list[Snapshot]:
+    return [Snapshot(name, place, place, 0) for place, name in enumerate(names)]
+
+
+# destroy
+
+
+def test_destroy_names_each_snapshot_of_one_dataset() -> None:
+    assert destroy(snapshots("tank/a@1", "tank/a@2 ", "tank/a@3")) == ("zfs", "destroy", "tank/a@1,2 ,3")
+    assert destroy(snapshots("tank@1")) == ("zfs", "destroy", "tank@1")
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        pytest.param(["tank/a"], id="a-dataset"),
+        pytest.param(["tank/a", "tank/a@1"], id="a-dataset-among-snapshots"),
+        pytest.param(["tank/a@1", "tank/b@1"], id="two-datasets"),
+        pytest.param(["tank/a@1%3"], id="a-range"),
+        pytest.param(["tank/a@%"], id="every-snapshot"),
+        pytest.param(["tank/a@1", "tank/a@%2"], id="a-range-among-snapshots"),
+        pytest.param(["tank/a@1,2"], id="two-in-one"),
+        pytest.param(["tank/a#1"], id="a-bookmark"),
+        pytest.param(["tank/a@1@2"], id="two-at-signs"),
+        pytest.param(["tank/a/%recv"], id="partial-state"),
+        pytest.param(["tank/a/%recv@1"], id="a-snapshot-of-partial-state"),
+        pytest.param([""], id="an-empty-name"),
+        pytest.param([], id="nothing"),
+    ],
+)
+def test_destroy_refuses_all_but_plain_snapshots_of_one_dataset(names: list[str]) -> None:
+    with pytest.raises(AssertionError, match="refusing to destroy"):
+        destroy(snapshots(*names))
+
+
+@given(st.text(NAME_LETTERS + "@%,#/", max_size=12))
+def test_destroy_never_lets_anything_but_one_snapshot_through(name: str) -> None:
+    try:
+        *_, word = destroy(snapshots(name))
+    except AssertionError:
+        return
+    assert word == name
+    assert word.count("@") == 1
+    assert not set(word) & set("%,#")
+
+
+# The line for a remote shell
+
+
+def words_through(shell: str, command: Command) -> list[str]:
+    """What arrives at the program, word by word, when a login shell of this kind gets the line."""
+    line = remote_line(command)
+    done = subprocess.run([shell, "-c", line], capture_output=True, check=True, env={"PATH": "/usr/bin:/bin"})
+    return done.stdout.decode().split("\0")[:-1]
+
+
+SHELLS = [shell for shell in ("sh", "dash", "bash", "zsh", "csh", "tcsh", "fish") if shutil.which(shell)]
+IN_ANY_SHELL = [
+    "tank/my vm @a day ",
+    " leading",
+    "-rf",
+    "a:b_c-d.e",
+    "$HOME",
+    "`id`",
+    "$(id)",
+    "*",
+    "~",
+    "it's",
+    '"quoted"',
+    "a;b|c&d>e<f",
+    "{a,b}",
+    "",
+    " ",
+    "a  b",
+    "#mark",
+    "tank/vm#mark",
+    "%",
+    "=ls",
+    "[a-z]",
+    "?",
+    "größe",
+]
+
+
+@pytest.mark.parametrize("shell", SHELLS)
+def test_words_arrive_as_they_are(shell: str) -> None:
+    assert words_through(shell, ("printf", "%s\\0", *IN_ANY_SHELL)) == IN_ANY_SHELL
+
+
+@given(st.lists(st.text(NAME_LETTERS + "'\"$`&|;<>()*?[]{}~#@%^+=,/", max_size=20), min_size=1, max_size=20))
+@settings(max_examples=40, deadline=None)
+def test_any_words_arrive_through_sh(words: list[str]) -> None:
+    assert words_through("sh", ("printf", "%s\\0", *words)) == words
+
+
+def test_the_exit_status_is_that_of_the_command() -> None:
+    assert subprocess.run(["sh", "-c", remote_line(("sh", "-c", "exit 7"))], check=False).returncode == 7
+
+
+def test_sbin_comes_last_in_the_path_and_messages_are_untranslated() -> None:
+    line = remote_line(("env",))
+    done = subprocess.run(["sh", "-c", line], capture_output=True, env={"PATH": "/bin", "LC_ALL": "de_DE"}, text=True)
+    assert f"PATH=/bin:{SBIN}\n" in done.stdout
+    assert "LC_ALL=C\n" in done.stdout
+
+
+# Batches
+
+
+@given(st.lists(st.tuples(st.integers(5, 255), st.integers(1, 400)), max_size=12))
+@settings(deadline=None)
+def test_batches_lose_nothing_and_each_fits_into_one_word_of_a_remote_command(runs: list[tuple[int, int]]) -> None:
+    names = [f"p/d@{'s ' * length}"[:length] for length, count in runs for _ in range(count)]
+    found = list(batches(names))
+    assert [name for batch in found for name in batch] == names
+    for batch in found:
+        assert batch
+        assert sum(map(len, batch)) <= BATCH_BYTES
+        for command in (hold("t" * 246, batch), list_holds(batch)):
+            assert len(remote_line(command).encode()) < WORD_OF_LINUX
+
+
+def test_batches_are_as_few_as_will_do() -> None:
+    assert list(batches([])) == []
+    assert list(batches(["a@1", "a@2"])) == [["a@1", "a@2"]]
+    assert len(list(batches(["tank/data@" + "x" * 90] * 10_000))) < 20
+
+
+def test_the_shortest_names_fit_too() -> None:
+    for batch in batches(["p@ "] * 50_000):
+        assert len(remote_line(list_holds(batch))) < WORD_OF_LINUX
+
+
+# send and receive
+
+FULL = Receive(source("@a,1").snapshots[0])
+
+
+def step(history: str, *, intermediates: bool = False) -> tuple[Dataset, Receive]:
+    there = source(history)
+    base, snapshot = (there.bookmarks + there.snapshots)[0], there.snapshots[-1]
+    return there, Receive(snapshot, base, intermediates)
+
+
+def test_send() -> None:
+    there = source("@a,1")
+    assert send(there, FULL) == ("zfs", "send", "-L", "-c", "-p", f"{SOURCE}@a")
+    assert send(*step("@a,1 @b,2"))[-3:] == ("-i", f"{SOURCE}@a", f"{SOURCE}@b")
+    assert send(*step("#a,1 @b,2"))[-3:] == ("-i", f"{SOURCE}#a", f"{SOURCE}@b")
+    assert send(*step("@a,1 @b,2", intermediates=True))[-3:] == ("-I", f"{SOURCE}@a", f"{SOURCE}@b")
+
+
+def test_an_encrypted_dataset_goes_raw_in_full_and_in_part() -> None:
+    there = Dataset(SOURCE, "filesystem", encrypted=True)
+    assert "-w" in send(there, FULL)
+    assert "-w" in send(there, step("@a,1 @b,2")[1])
+    assert "-w" not in send(source("@a,1"), FULL)
+
+
+def test_the_rest_of_a_stream_takes_no_flag_but_its_token() -> None:
+    rest = Receive(FULL.snapshot, token="1-c0ffee")
+    assert send(Dataset(SOURCE, "filesystem", encrypted=True), rest) == ("zfs", "send", "-t", "1-c0ffee")
+
+
+def options(command: Command, flag: str) -> set[str]:
+    return {value for word, value in zip(command, command[1:]) if word == flag}
+
+
+def test_a_first_receive_sets_what_the_next_leave_alone() -> None:
+    first, later = receive(source("@a,1"), None, "t/a"), receive(source("@a,1"), local("@a,1"), "t/a")
+    assert options(first, "-o") == {"readonly=on", "canmount=noauto"}
+    assert options(later, "-o") == set()
+    assert options(later, "-x") == options(first, "-x") | {"readonly", "canmount"}
+    for command in (first, later):
+        assert command[:4] == ("zfs", "recv", "-s", "-u")
+        assert command[-1] == "t/a"
+
+
+def test_a_volume_is_not_given_properties_of_a_filesystem() -> None:
+    for mine in (None, local("@a,1", kind="volume")):
+        command = receive(source("@a,1", kind="volume"), mine, "t/a")
+        names = {value.split("=")[0] for value in options(command, "-o") | options(command, "-x")}
+        assert names == {"readonly", "reservation", "refreservation"}
+
+
+@pytest.mark.parametrize("mine", [None, local(""), local("@a,1"), local("@a,1", kind="volume")])
+def test_nothing_is_forced_where_data_may_be(mine: Dataset | None) -> None:
+    assert "-F" not in receive(source("@a,1"), mine, "t/a")
+
+
+def test_a_vacant_filesystem_is_overwritten() -> None:
+    assert "-F" in receive(source("@a,1"), local("", vacant=True), "t/a")

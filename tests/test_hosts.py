@@ -1,0 +1,818 @@
+"""Hosts: one contract for all of them, then what is particular to SSH."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import socket
+import stat
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, Callable
+
+import paramiko
+import pytest
+from ssh_server import FLOOD_BYTES, PATIENCE, Fault, Server, make_key, public
+
+import zfs_replicate
+from zfs_replicate import (
+    SBIN,
+    Answer,
+    Command,
+    CommandFailed,
+    Connection,
+    Failure,
+    Host,
+    LinkLost,
+    LocalHost,
+    SshHost,
+    Stopped,
+    dial,
+    fast_cipher,
+    run,
+    ssh_client,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+MEBIBYTE = 1024 * 1024
+
+
+def shell(script: str, *arguments: str) -> Command:
+    return ("sh", "-c", script, "sh", *arguments)
+
+
+# --- The ssh client, kept away from the user's files ------------------------------------------------------------------
+
+
+class SshConfig:
+    """An `ssh` in front of the real one in PATH, which reads our configuration instead of the user's and system's."""
+
+    def __init__(self, directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.directory = directory
+        self.file = directory / "ssh_config"
+        self.known_hosts = directory / "known_hosts"
+        self.known_hosts.touch()
+        programs = directory / "bin"
+        programs.mkdir()
+        real = shutil.which("ssh")
+        assert real is not None
+        executable(programs / "ssh", f'#!/bin/sh\nexec {real} -F {self.file} "$@"\n')
+        monkeypatch.setenv("PATH", f"{programs}:{os.environ['PATH']}")
+        monkeypatch.delenv("SSH_AUTH_SOCK", raising=False)
+        self.write("")
+
+    def write(self, text: str) -> None:
+        """`text`, then defaults that lead to none of the user's files."""
+        self.file.write_text(
+            textwrap.dedent(text)
+            + f"Host *\n  IdentityAgent none\n  GlobalKnownHostsFile none\n  UserKnownHostsFile {self.known_hosts}\n"
+        )
+
+    def know(self, server: Server) -> None:
+        with self.known_hosts.open("a") as file:
+            file.write(server.known_hosts_line)
+
+    def add(self, name: str, server: Server, *more: str) -> None:
+        """Let `name` stand for a server whose key is known."""
+        self.know(server)
+        lines = (f"HostName 127.0.0.1\nPort {server.port}\nUser {server.user}\nIdentityFile {server.key_file}", *more)
+        self.file.write_text(f"Host {name}\n" + "\n".join(lines) + "\n" + self.file.read_text())
+
+
+def executable(path: Path, text: str) -> Path:
+    path.write_text(text)
+    path.chmod(path.stat().st_mode | stat.S_IXUSR)
+    return path
+
+
+@pytest.fixture
+def ssh_config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> SshConfig:
+    return SshConfig(tmp_path, monkeypatch)
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[Server]:
+    with contextlib.closing(Server(tmp_path)) as it:
+        yield it
+
+
+@pytest.fixture
+def connection(server: Server, tmp_path: Path) -> Connection:
+    """A way to the server that asks neither `ssh -G` nor an agent."""
+    known_hosts = tmp_path / "known_hosts"
+    known_hosts.write_text(server.known_hosts_line)
+    return Connection(
+        "source",
+        ("-p", str(server.port)),
+        {
+            "hostname": ("127.0.0.1",),
+            "port": (str(server.port),),
+            "user": (server.user,),
+            "identityfile": (str(server.key_file),),
+            "identitiesonly": ("yes",),
+            "userknownhostsfile": (str(known_hosts),),
+        },
+    )
+
+
+@pytest.fixture
+def source(connection: Connection) -> Iterator[SshHost]:
+    with contextlib.closing(SshHost(connection)) as host:
+        yield host
+
+
+def but(connection: Connection, **values: str) -> Connection:
+    """The connection with other settings."""
+    return replace(connection, config={**connection.config, **{key: (value,) for key, value in values.items()}})
+
+
+# --- The contract: whatever a host is, commands go and answers come like this -----------------------------------------
+
+
+@contextlib.contextmanager
+def local(directory: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Host]:
+    yield LocalHost()
+
+
+def over_ssh(login_shell: str) -> Callable[[Path, pytest.MonkeyPatch], contextlib.AbstractContextManager[Host]]:
+    @contextlib.contextmanager
+    def open_host(directory: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Host]:
+        config = SshConfig(directory, monkeypatch)
+        with contextlib.closing(Server(directory, login_shell)) as server:
+            config.add("source", server)
+            with contextlib.closing(SshHost(Connection.resolve("source", None, None))) as host:
+                yield host
+
+    return open_host
+
+
+HOSTS = {
+    "local": local,
+    **{f"ssh-{name}": over_ssh(name) for name in ("sh", "bash", "tcsh", "fish", "zsh") if shutil.which(name)},
+}
+"""Ways to open a host in an empty directory. A further kind of host, or a double of one, is a line here."""
+
+
+@pytest.fixture(scope="module", params=HOSTS)
+def host(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Host]:
+    with pytest.MonkeyPatch.context() as patch, HOSTS[request.param](tmp_path_factory.mktemp("host"), patch) as it:
+        yield it
+
+
+def test_both_outputs_and_the_status_come_apart(host: Host) -> None:
+    assert host.ask(shell("echo out; echo err >&2; exit 3")) == Answer(3, "out\n", "err\n")
+    assert host.ask(("true",)) == Answer(0, "", "")
+    assert host.ask(("false",)) == Answer(1, "", "")
+
+
+def test_run_returns_what_was_printed(host: Host) -> None:
+    assert run(host, shell("echo ' two  words '; echo ignored >&2")) == " two  words \n"
+
+
+def test_run_raises_what_was_complained(host: Host) -> None:
+    with pytest.raises(CommandFailed) as caught:
+        run(host, shell("echo out; echo 'no such dataset' >&2; exit 1"))
+    assert caught.value.what == f"sh -c failed on {host.label}: no such dataset"
+
+
+def test_run_raises_the_status_of_a_silent_failure(host: Host) -> None:
+    with pytest.raises(CommandFailed, match="exit status 7 and no message"):
+        run(host, shell("exit 7"))
+
+
+def test_missing_program_is_named(host: Host) -> None:
+    assert host.ask(("no-such-program", "list")).status == 127
+    with pytest.raises(CommandFailed) as caught:
+        run(host, ("no-such-program", "list"))
+    assert "'no-such-program'" in caught.value.what
+    assert host.label in caught.value.what
+    assert caught.value.hint
+
+
+def test_program_that_may_not_run_is_an_answer(host: Host, tmp_path: Path) -> None:
+    program = tmp_path / "zfs"
+    program.write_text("#!/bin/sh\n")
+    program.chmod(0o644)
+    answer = host.ask((str(program),))
+    assert answer.status == 126
+    assert "ermission denied" in answer.stderr
+    with pytest.raises(CommandFailed, match="ermission denied"):
+        run(host, (str(program),))
+
+
+WORDS = (
+    *("", " ", "two words", "trailing ", " leading", "it's", 'say "hi"', "'", '"', "tab\there"),
+    *("$HOME", "`id`", "$(id)", "a;b", "a|b>c<d&e", "*", "?[a]", "~", "#x", "{a,b}", "a=b", "%h %%"),
+    *("-n", "--", "tank/a b@x y ", "äöü ✓ 日本"),
+)
+
+
+def test_arguments_arrive_word_for_word(host: Host) -> None:
+    answer = host.ask(shell('for word; do printf "<%s>" "$word"; done', *WORDS))
+    assert answer == Answer(0, "".join(f"<{word}>" for word in WORDS), "")
+
+
+def test_output_comes_byte_for_byte(host: Host) -> None:
+    """Also what is no UTF-8, and no line end of ours."""
+    assert run(host, ("printf", r"\377 \303\244\r\n\r")) == "\udcff ä\r\n\r"
+
+
+def test_standard_input_is_empty(host: Host) -> None:
+    assert host.ask(shell("cat; echo done")) == Answer(0, "done\n", "")
+
+
+def test_much_on_both_outputs_does_not_block(host: Host) -> None:
+    script = 'head -c "$1" /dev/zero | tr "\\0" e >&2; head -c "$1" /dev/zero | tr "\\0" o'
+    answer = host.ask(shell(script, str(4 * MEBIBYTE)))
+    assert answer.status == 0
+    assert answer.stdout == "o" * 4 * MEBIBYTE
+    assert answer.stderr == "e" * 4 * MEBIBYTE
+
+
+def test_environment_finds_zfs_and_speaks_english(host: Host) -> None:
+    path, language = run(host, shell('echo "$PATH"; echo "$LC_ALL"')).splitlines()
+    assert path.endswith(":" + SBIN)
+    assert language == "C"
+
+
+def test_command_killed_by_a_signal_has_not_succeeded(host: Host) -> None:
+    with pytest.raises(Failure):
+        run(host, shell("echo looks fine; kill -KILL $$"))
+
+
+def test_piped_carries_bytes_both_ways(host: Host) -> None:
+    data = os.urandom(3 * MEBIBYTE)
+    script = 'cat; printf "%s" "$1" >&2; exit 3'
+    done = subprocess.run(
+        host.piped(shell(script, "it's all ")), input=data, capture_output=True, timeout=PATIENCE, check=False
+    )
+    assert done.stdout == data
+    assert done.stderr == b"it's all "
+    assert done.returncode == 3
+
+
+def test_piped_passes_on_that_nobody_reads(host: Host) -> None:
+    command = host.piped(("cat", "/dev/zero"))
+    with subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stdout.read(10) == bytes(10)
+        process.stdout.close()
+        assert process.wait(PATIENCE) != 0
+
+
+@pytest.mark.parametrize("name", HOSTS)
+def test_close_twice_is_harmless(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with HOSTS[name](tmp_path, monkeypatch) as host:
+        host.close()
+        host.close()
+
+
+# --- SSH: the login ---------------------------------------------------------------------------------------------------
+
+
+def test_one_login_serves_many_commands(source: SshHost, server: Server) -> None:
+    for number in range(20):
+        assert source.ask(("echo", str(number))).stdout == f"{number}\n"
+    assert len(server.commands) == 20
+    assert server.logins == 1
+
+
+def test_nothing_of_a_command_remains(source: SshHost) -> None:
+    """No channel, no thread: a run may ask thousands."""
+    source.ask(("true",))
+    before = threading.active_count()
+    for _ in range(5):
+        source.ask(("true",))
+    transport = source.client.get_transport()
+    assert transport is not None
+    assert eventually(lambda: not transport._channels.values() and threading.active_count() <= before)
+
+
+def test_each_step_is_noted(connection: Connection) -> None:
+    notes: list[str] = []
+    with contextlib.closing(SshHost(connection, notes.append)) as host:
+        host.ask(("echo", "two words"))
+    assert notes == [f"source: logged in as puller at 127.0.0.1:{connection.port}", "source: echo 'two words'"]
+
+
+def test_unknown_host_key_is_refused_with_its_fingerprint(connection: Connection, server: Server) -> None:
+    stranger = but(connection, userknownhostsfile="/nonexistent")
+    with pytest.raises(Failure) as caught:
+        SshHost(stranger)
+    assert not isinstance(caught.value, LinkLost)
+    assert f"[127.0.0.1]:{server.port} is not known here (ecdsa-sha2-nistp256 SHA256:" in caught.value.what
+    assert fingerprint(server) in caught.value.what
+    assert f"ssh -p {server.port} source" in caught.value.hint
+    assert server.logins == 0
+
+
+def fingerprint(server: Server) -> str:
+    """As ssh-keygen tells it."""
+    line = server.known_hosts_line.partition(" ")[2]
+    told = subprocess.run(("ssh-keygen", "-lf", "-"), input=line, capture_output=True, text=True, check=True).stdout
+    return told.split()[1]
+
+
+def test_changed_host_key_is_refused(connection: Connection, server: Server) -> None:
+    server.host_key = paramiko.ECDSAKey.generate()
+    with pytest.raises(Failure, match="has changed") as caught:
+        SshHost(connection)
+    assert not isinstance(caught.value, LinkLost)
+    assert f"ssh-keygen -R '[127.0.0.1]:{server.port}'" in caught.value.hint
+    assert server.logins == 0
+
+
+def test_host_key_is_looked_up_under_its_alias(connection: Connection, server: Server, tmp_path: Path) -> None:
+    (tmp_path / "known_hosts").write_text(server.known_hosts_line.replace(f"[127.0.0.1]:{server.port}", "vault"))
+    with pytest.raises(Failure, match="is not known here"):
+        SshHost(connection)
+    SshHost(but(connection, hostkeyalias="vault")).close()
+
+
+def test_hashed_host_name_is_found(connection: Connection, tmp_path: Path) -> None:
+    subprocess.run(("ssh-keygen", "-q", "-H", "-f", tmp_path / "known_hosts"), capture_output=True, check=True)
+    assert "127.0.0.1" not in (tmp_path / "known_hosts").read_text()
+    SshHost(connection).close()
+
+
+def test_second_known_hosts_file_is_read(connection: Connection, tmp_path: Path) -> None:
+    (tmp_path / "empty").touch()
+    files = f"{tmp_path}/empty {tmp_path}/missing {tmp_path}/known_hosts"
+    SshHost(but(connection, userknownhostsfile=files)).close()
+    SshHost(but(connection, userknownhostsfile="", globalknownhostsfile=files)).close()
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        *("# a comment", "@x", "host ssh-rsa", "host ssh-rsa !!!!", "host ssh-rsa AAAA", "host ssh-future AAAA"),
+        *("host ssh-ed25519 A", "caf\udce9 ssh-rsa AAAA"),
+    ],
+)
+def test_broken_line_in_known_hosts_is_passed_over_or_named(connection: Connection, tmp_path: Path, line: str) -> None:
+    known_hosts = tmp_path / "known_hosts"
+    known_hosts.write_bytes(os.fsencode(line) + b"\n" + known_hosts.read_bytes())
+    try:
+        SshHost(connection).close()
+    except Failure as failure:
+        assert str(known_hosts) in failure.what
+
+
+@pytest.mark.parametrize("kind", ["rsa", "ecdsa", "ed25519"])
+def test_key_of_each_kind_logs_in_if_it_is_the_right_one(
+    connection: Connection, server: Server, tmp_path: Path, kind: str
+) -> None:
+    key = make_key(tmp_path / kind, kind)
+    connection = but(connection, identityfile=str(key))
+    assert f"({key})" in refused(connection).what
+    server.authorized.add(public(key))
+    SshHost(connection).close()
+
+
+def refused(connection: Connection) -> Failure:
+    """How a login that must be refused is told."""
+    with pytest.raises(Failure) as caught:
+        SshHost(connection)
+    assert not isinstance(caught.value, LinkLost)
+    assert f"puller@127.0.0.1 port {connection.port} does not accept our login" in caught.value.what
+    assert "ssh-copy-id" in caught.value.hint
+    assert connection.by_hand() in caught.value.hint
+    return caught.value
+
+
+@pytest.mark.parametrize("kind", ["rsa", "ecdsa", "ed25519"])
+def test_good_key_may_come_second(connection: Connection, server: Server, tmp_path: Path, kind: str) -> None:
+    keys = (str(make_key(tmp_path / "first", kind)), str(server.key_file))
+    SshHost(replace(connection, config={**connection.config, "identityfile": keys})).close()
+
+
+def test_login_without_any_key_is_refused(connection: Connection, tmp_path: Path) -> None:
+    assert "no key file" in refused(but(connection, identityfile="/nonexistent")).what
+
+
+def test_login_with_a_public_key_file_is_refused(connection: Connection, server: Server) -> None:
+    refused(but(connection, identityfile=f"{server.key_file}.pub"))
+
+
+def test_login_with_a_locked_key_is_refused(connection: Connection, server: Server) -> None:
+    subprocess.run(("ssh-keygen", "-q", "-p", "-N", "secret", "-f", server.key_file), capture_output=True, check=True)
+    refused(connection)
+
+
+def test_login_as_another_user_is_refused(connection: Connection) -> None:
+    with pytest.raises(Failure, match=r"somebody@127.0.0.1 port .* does not accept our login"):
+        SshHost(but(connection, user="somebody"))
+
+
+def test_failed_login_leaves_nothing_open(connection: Connection, server: Server) -> None:
+    server.fault = Fault.KEY_REJECTED
+    with pytest.raises(Failure):
+        SshHost(connection)
+    assert eventually(lambda: not server.transports[0].is_active())
+
+
+def eventually(holds: Callable[[], bool]) -> bool:
+    deadline = time.monotonic() + PATIENCE / 10
+    while not holds():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.01)
+    return True
+
+
+# --- SSH: links that break --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def dead_port() -> int:
+    """Nobody listens here."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port: int = listener.getsockname()[1]
+        return port
+
+
+def test_unreachable_port_is_a_lost_link(connection: Connection, dead_port: int) -> None:
+    with pytest.raises(LinkLost, match=rf"cannot reach 127.0.0.1 port {dead_port}: .*refused") as caught:
+        SshHost(but(connection, port=str(dead_port)))
+    assert caught.value.hint.startswith("this must work: ssh -p")
+
+
+def test_unknown_name_is_a_lost_link(connection: Connection) -> None:
+    with pytest.raises(LinkLost, match="cannot reach"):
+        SshHost(but(connection, hostname="256.0.0.1"))
+
+
+def test_host_without_a_greeting_is_a_lost_link(connection: Connection, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(zfs_replicate, "CONNECT_SECONDS", 0.1)
+    with socket.create_server(("127.0.0.1", 0)) as mute, pytest.raises(LinkLost, match=r"cannot reach .*: .+"):
+        SshHost(but(connection, port=str(mute.getsockname()[1])))
+
+
+def test_connection_dropped_during_a_command_is_a_lost_link(source: SshHost, server: Server) -> None:
+    server.fault = Fault.DROPPED
+    with pytest.raises(LinkLost, match=r"lost the connection to source during zfs list: .+"):
+        source.ask(("zfs", "list", "tank"))
+    with pytest.raises(LinkLost, match="it is closed"):
+        source.ask(("zfs", "list", "tank"))
+
+
+def test_end_without_an_exit_status_is_a_lost_link(source: SshHost, server: Server) -> None:
+    server.fault = Fault.NO_STATUS
+    with pytest.raises(LinkLost, match="without an exit status"):
+        source.ask(("echo", "looks fine"))
+    server.fault = None
+    assert source.ask(("echo", "still here")).stdout == "still here\n"
+
+
+def test_silence_is_a_lost_link_in_the_end(source: SshHost, server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(zfs_replicate, "ANSWER_SECONDS", 0.1)
+    server.fault = Fault.SILENCE
+    with pytest.raises(LinkLost, match=r"lost the connection to source during zfs list: .+"):
+        source.ask(("zfs", "list"))
+
+
+def test_flood_of_complaints_does_not_block(source: SshHost, server: Server) -> None:
+    server.fault = Fault.FLOOD
+    answer = source.ask(("echo", "done"))
+    assert answer == Answer(0, "y" * FLOOD_BYTES + "done\n", "x" * FLOOD_BYTES)
+
+
+def test_signal_ends_the_wait_for_an_answer(source: SshHost, server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(zfs_replicate, "ANSWER_SECONDS", 1.0)
+    server.fault = Fault.SILENCE
+    start = time.monotonic()
+    with stopped_after(0.05), pytest.raises(Stopped):
+        source.ask(("zfs", "list"))
+    assert time.monotonic() - start < 0.8
+
+
+@contextlib.contextmanager
+def stopped_after(seconds: float) -> Iterator[None]:
+    """A signal raises Stopped, as in main()."""
+
+    def stop(number: int, frame: Any) -> None:
+        raise Stopped(number)
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+CLIENT = """
+import json, sys
+from zfs_replicate import Connection, Failure, SshHost
+for config in json.load(sys.stdin):
+    try:
+        host = SshHost(Connection("source", (), config))
+        print(host.ask(("echo", "hello")).stdout, end="")
+    except Failure as failure:
+        print(type(failure).__name__)
+"""
+
+
+def test_paramiko_is_not_heard(connection: Connection, tmp_path: Path) -> None:
+    """In a process of its own: neither tracebacks of its threads nor warnings of what it imports reach the user."""
+    known_hosts = tmp_path / "known_hosts"
+    configs = []
+    with contextlib.ExitStack() as stack:
+        for fault in (None, Fault.DROPPED, Fault.DROPPED_LOGIN, Fault.KEY_REJECTED, "new key"):
+            server = stack.enter_context(contextlib.closing(Server(tmp_path, key_file=connection.identities[0])))
+            with known_hosts.open("a") as file:
+                file.write(server.known_hosts_line)
+            configs.append(but(connection, port=str(server.port)).config)
+            if isinstance(fault, Fault):
+                server.fault = fault
+            elif fault is not None:
+                server.host_key = paramiko.ECDSAKey.generate()
+        done = subprocess.run(
+            (sys.executable, "-c", CLIENT),
+            input=json.dumps(configs),
+            capture_output=True,
+            text=True,
+            env={**os.environ, "PYTHONPATH": os.path.dirname(zfs_replicate.__file__)},
+            timeout=PATIENCE,
+        )
+    assert done.stderr == ""
+    assert done.stdout.splitlines() == ["hello", "LinkLost", "Failure", "Failure", "Failure"]
+
+
+# --- Connection: what `ssh -G` says, applied to both connections ------------------------------------------------------
+
+
+def resolve(name: str, port: int | None = None, identity: str | None = None) -> Connection:
+    return Connection.resolve(name, port, identity)
+
+
+def test_alias_sets_everything(ssh_config: SshConfig, tmp_path: Path) -> None:
+    key = make_key(tmp_path / "key")
+    ssh_config.write(
+        f"""\
+        Host vault
+          HostName backup.example.org
+          Port 2222
+          User puller
+          IdentityFile {key}
+          IdentityFile {tmp_path}/missing
+          IdentityFile {tmp_path}/key_sk
+          IdentitiesOnly yes
+          HostKeyAlias the-vault
+        """
+    )
+    (tmp_path / "key_sk").touch()
+    connection = resolve("vault")
+    assert connection.get("hostname") == "backup.example.org"
+    assert connection.port == 2222
+    assert connection.get("user") == "puller"
+    assert connection.identities == [str(key)]
+    assert connection.get("identitiesonly") == "yes"
+    assert connection.known_as == ("the-vault", 22)
+    assert connection.proxy is None
+    assert connection.by_hand() == "ssh vault"
+
+
+def test_command_line_beats_ssh_config(ssh_config: SshConfig, tmp_path: Path) -> None:
+    ssh_config.write(f"Host vault\n  Port 2222\n  User puller\n  IdentityFile {make_key(tmp_path / 'key')}\n")
+    other = make_key(tmp_path / "other key")
+    connection = resolve("root@vault", 2200, str(other))
+    assert (connection.get("user"), connection.port) == ("root", 2200)
+    assert connection.identities[0] == str(other)
+    assert connection.get("identitiesonly") == "yes"
+    assert connection.known_as == ("vault", 2200)
+    assert connection.by_hand() == f"ssh -p 2200 -i '{other}' -o IdentitiesOnly=yes root@vault"
+
+
+def test_known_hosts_files_are_found_in_the_home_directory(
+    ssh_config: SshConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for name in ("one", "two", "three"):
+        (tmp_path / name).touch()
+    ssh_config.write(
+        f"Host vault\n  UserKnownHostsFile ~/no-such-file-of-zfs-replicate {tmp_path}/one {tmp_path}/two\n"
+        f"  GlobalKnownHostsFile {tmp_path}/three {tmp_path}/four\n"
+    )
+    assert resolve("vault").known_hosts == [f"{tmp_path}/{name}" for name in ("one", "two", "three")]
+    unexpanded = Connection("vault", (), {"userknownhostsfile": ("~/one ~/four ~/two",)})
+    assert unexpanded.known_hosts == [f"{tmp_path}/{name}" for name in ("one", "two")]
+    assert Connection("vault", (), {"identityfile": ("~/one", "~/four")}).identities == [f"{tmp_path}/one"]
+
+
+def test_key_named_with_tokens_is_found(ssh_config: SshConfig, tmp_path: Path) -> None:
+    """ssh -G prints `%h` and the like in IdentityFile as they stand."""
+    key = make_key(tmp_path / "key-vault.example-puller-100%")
+    ssh_config.write(
+        f"Host vault\n  HostName vault.example\n  User puller\n  IdentityFile {tmp_path}/key-%h-%r-100%%\n"
+    )
+    assert resolve("vault").identities == [str(key)]
+
+
+def test_unreadable_configuration_is_a_failure(ssh_config: SshConfig) -> None:
+    ssh_config.write("Nonsense yes\n")
+    with pytest.raises(Failure, match=r"(?s)ssh -G failed .*: Bad configuration option: nonsense"):
+        resolve("vault")
+
+
+def test_missing_ssh_client_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(zfs_replicate, "environment", lambda: {"PATH": "/nonexistent"})
+    with pytest.raises(Failure, match="has no program 'ssh'"):
+        resolve("vault")
+
+
+def test_proxy_command_is_expanded(ssh_config: SshConfig) -> None:
+    ssh_config.write(
+        "Host vault\n  HostName v.example\n  Port 2222\n  User puller\n  ProxyCommand relay %h:%p %r 100%% %%h %n\n"
+    )
+    assert resolve("vault").proxy == ("sh", "-c", "exec relay v.example:2222 puller 100% %h vault")
+    assert resolve("root@vault").proxy == ("sh", "-c", "exec relay v.example:2222 root 100% %h vault")
+
+
+@pytest.mark.parametrize("setting", ["ProxyCommand", "ProxyJump"])
+def test_no_proxy_is_no_proxy(ssh_config: SshConfig, setting: str) -> None:
+    ssh_config.write(f"Host vault\n  {setting} none\nHost *\n  {setting} relay\n")
+    assert resolve("vault").proxy is None
+
+
+@pytest.mark.parametrize(
+    ("jump", "words"),
+    [
+        ("gate", ("--", "ssh://gate")),
+        ("me@gate:2222", ("--", "ssh://me@gate:2222")),
+        ("a,me@b:2222", ("-J", "a", "--", "ssh://me@b:2222")),
+        ("me@a:2200,b,c", ("-J", "me@a:2200,b", "--", "ssh://c")),
+        ("ssh://me@gate:2222", ("--", "ssh://me@gate:2222")),
+    ],
+)
+def test_proxy_jump_becomes_a_client_that_forwards(ssh_config: SshConfig, jump: str, words: Command) -> None:
+    ssh_config.write(f"Host vault\n  HostName v.example\n  Port 2022\n  ProxyJump {jump}\n")
+    proxy = resolve("vault").proxy
+    assert proxy is not None
+    assert proxy[0] == "ssh"
+    assert "BatchMode=yes" in proxy
+    rest = [word for word in proxy[1:] if word != "-o" and "=" not in word]
+    assert [word for word in rest if word not in ("-W", "[v.example]:2022")] == list(words)
+    assert proxy[proxy.index("-W") + 1] == "[v.example]:2022"
+    # The real client understands it so.
+    told = subprocess.run((proxy[0], "-G", *proxy[1:]), capture_output=True, text=True, check=True).stdout.splitlines()
+    last = resolve(words[-1])
+    assert {f"hostname {last.get('hostname')}", f"user {last.get('user')}", f"port {last.port}"} <= set(told)
+    assert [line for line in told if line.startswith("proxyjump ")] == [f"proxyjump {words[1]}"] * (words[0] == "-J")
+
+
+def test_both_connections_log_in_alike(ssh_config: SshConfig, server: Server, tmp_path: Path) -> None:
+    """Same host, port, user, key and known_hosts, from one configuration and flags."""
+    other = make_key(tmp_path / "other")
+    server.authorized = {public(other)}
+    ssh_config.know(server)
+    ssh_config.write(
+        f"Host vault\n  HostName 127.0.0.1\n  User {server.user}\n  Port 1\n  IdentityFile {server.key_file}\n"
+    )
+    connection = resolve("vault", server.port, str(other))
+    with contextlib.closing(SshHost(connection)) as host:
+        assert host.ask(("echo", "control")).stdout == "control\n"
+        assert subprocess.check_output(host.piped(("echo", "bulk")), timeout=PATIENCE) == b"bulk\n"
+    assert server.logins == 2
+
+
+def test_both_connections_refuse_a_changed_key(ssh_config: SshConfig, server: Server) -> None:
+    ssh_config.add("vault", server)
+    connection = resolve("vault")
+    with contextlib.closing(SshHost(connection)) as host:
+        server.host_key = paramiko.ECDSAKey.generate()
+        done = subprocess.run(host.piped(("true",)), capture_output=True, text=True, timeout=PATIENCE)
+        assert done.returncode == 255
+        assert "REMOTE HOST IDENTIFICATION HAS CHANGED" in done.stderr
+    with pytest.raises(Failure, match="has changed"):
+        SshHost(connection)
+    assert server.logins == 1
+
+
+# --- dial: through proxies, for real ----------------------------------------------------------------------------------
+
+RELAY = """\
+#!{python}
+import os, socket, sys, threading
+link = socket.create_connection((sys.argv[1], int(sys.argv[2])))
+def inward():
+    while data := os.read(0, 65536):
+        link.sendall(data)
+    link.shutdown(socket.SHUT_RDWR)
+threading.Thread(target=inward, daemon=True).start()
+while data := link.recv(65536):
+    os.write(1, data)
+"""
+
+
+def test_login_through_a_proxy_command(ssh_config: SshConfig, server: Server, tmp_path: Path) -> None:
+    relay = executable(tmp_path / "relay", RELAY.format(python=f"{sys.executable} -IS"))
+    ssh_config.add("vault", server, f"ProxyCommand {relay} %h %p")
+    with contextlib.closing(SshHost(resolve("vault"))) as host:
+        assert host.ask(("echo", "control")).stdout == "control\n"
+        assert subprocess.check_output(host.piped(("echo", "bulk")), timeout=PATIENCE) == b"bulk\n"
+
+
+def test_login_through_a_jump_host(ssh_config: SshConfig, server: Server, tmp_path: Path) -> None:
+    (tmp_path / "gate").mkdir()
+    with contextlib.closing(Server(tmp_path / "gate")) as gate:
+        ssh_config.add("gate", gate)
+        ssh_config.add("vault", server, "ProxyJump gate")
+        with contextlib.closing(SshHost(resolve("vault"))) as host:
+            assert host.ask(("echo", "control")).stdout == "control\n"
+            assert gate.targets == [("127.0.0.1", server.port)]
+            assert subprocess.check_output(host.piped(("echo", "bulk")), timeout=PATIENCE) == b"bulk\n"
+            assert gate.targets == [("127.0.0.1", server.port)] * 2
+
+
+@pytest.mark.parametrize("proxy", ["no-such-program %h", "false", "exec false"])
+def test_proxy_that_fails_is_a_lost_link(connection: Connection, proxy: str) -> None:
+    with pytest.raises(LinkLost, match=r"cannot reach 127.0.0.1 port"):
+        SshHost(but(connection, proxycommand=proxy))
+
+
+def test_proxy_ends_with_the_connection(connection: Connection, tmp_path: Path) -> None:
+    told = tmp_path / "pid"
+    link = dial(but(connection, proxycommand=f"sh -c 'echo $$ > {told}; exec cat'"))
+    link.sendall(b"echo")
+    assert link.recv(4) == b"echo"
+    pid = int(told.read_text())
+    link.close()
+    assert eventually(lambda: gone(pid))
+
+
+def gone(pid: int) -> bool:
+    """Ended, whether or not it was waited for."""
+    try:
+        with open(f"/proc/{pid}/stat") as file:
+            return file.read().rpartition(")")[2].split()[0] == "Z"
+    except FileNotFoundError:
+        return True
+
+
+# --- The ssh client for the stream ------------------------------------------------------------------------------------
+
+
+def test_client_is_never_interactive(ssh_config: SshConfig) -> None:
+    """Whatever the user likes for sessions, the stream gets none of it."""
+    ssh_config.write(
+        """\
+        Host vault
+          RequestTTY force
+          RemoteCommand tmux attach
+          Compression yes
+          ControlMaster auto
+          ControlPath ~/.ssh/%C
+          LocalForward 8080 localhost:80
+          ForwardAgent yes
+          ForwardX11 yes
+          StrictHostKeyChecking no
+        """
+    )
+    client = ssh_client(resolve("vault"))
+    told = subprocess.run(
+        (*client, "-G", "--", "vault"), capture_output=True, text=True, check=True
+    ).stdout.splitlines()
+    assert {
+        "requesttty false",
+        "batchmode yes",
+        "compression no",
+        "controlmaster false",
+        "forwardagent no",
+        "forwardx11 no",
+        "stricthostkeychecking true",
+        "permitlocalcommand no",
+        "clearallforwardings yes",
+    } <= set(told)
+    assert not [line for line in told if line.startswith(("remotecommand", "controlpath", "localforward"))]
+
+
+def test_fast_cipher_comes_first_if_none_is_named(ssh_config: SshConfig) -> None:
+    connection = resolve("vault")
+    (setting,) = fast_cipher(connection)
+    key, _, ciphers = setting.partition("=")
+    assert key == "Ciphers"
+    assert ciphers.startswith("aes128-gcm@openssh.com,aes256-gcm@openssh.com,chacha20-poly1305@openssh.com,")
+    assert sorted(ciphers.split(",")) == sorted(connection.get("ciphers").split(","))
+    told = subprocess.run((*ssh_client(connection), "-G", "vault"), capture_output=True, text=True, check=True).stdout
+    assert f"\nciphers {ciphers}\n" in told
+
+
+@pytest.mark.parametrize("ciphers", ["aes256-ctr", "-aes128-gcm@openssh.com", "^aes256-ctr"])
+def test_cipher_that_the_user_named_stays(ssh_config: SshConfig, ciphers: str) -> None:
+    ssh_config.write(f"Host vault\n  Ciphers {ciphers}\n")
+    connection = resolve("vault")
+    assert fast_cipher(connection) == []
+    told = subprocess.run((*ssh_client(connection), "-G", "vault"), capture_output=True, text=True, check=True).stdout
+    assert f"\nciphers {connection.get('ciphers')}\n" in told

@@ -1,0 +1,274 @@
+"""The text of zfs, in the shapes real zfs prints it."""
+
+from __future__ import annotations
+
+import string
+
+import pytest
+from hypothesis import given, strategies as st
+
+from zfs_replicate import (
+    LIST_COLUMNS,
+    Dataset,
+    Failure,
+    Partial,
+    Snapshot,
+    count_objects,
+    parse_holds,
+    parse_token,
+    parse_tree,
+    with_tags,
+)
+
+LETTERS = string.ascii_letters + string.digits + "-_.: "
+components = st.text(LETTERS, min_size=1, max_size=20)
+datasets = st.lists(components, min_size=1, max_size=4).map(lambda parts: "tank/" + "/".join(parts))
+numbers = st.integers(0, 2**64 - 1)
+tag_names = st.text(string.printable[:95], min_size=1, max_size=30).filter(lambda tag: not tag.startswith("."))
+
+GUID = 18446744073709551615
+
+
+def row(
+    name: str, kind: str, guid: int = GUID, txg: int = 5, refs: str = "0", token: str = "-", key: str = "off"
+) -> str:
+    """A line of `zfs list -Hp -o LIST_COLUMNS`. Datasets have no userrefs, bookmarks neither that nor encryption."""
+    if kind in ("filesystem", "volume", "bookmark"):
+        refs = "-"
+    return (
+        "\t".join((name, kind, str(guid), str(txg), "1700000000", refs, token, "-" if kind == "bookmark" else key))
+        + "\n"
+    )
+
+
+# zfs list
+
+
+def test_columns_are_those_the_rows_here_have() -> None:
+    assert LIST_COLUMNS == (
+        "name",
+        "type",
+        "guid",
+        "createtxg",
+        "creation",
+        "userrefs",
+        "receive_resume_token",
+        "encryption",
+    )
+
+
+def test_a_tree() -> None:
+    text = (
+        row("tank/vm", "filesystem")
+        + row("tank/vm@new", "snapshot", 2, txg=20)
+        + row("tank/vm@old", "snapshot", 1, txg=10, refs="2")
+        + row("tank/vm#old", "bookmark", 1, txg=10)
+        + row("tank/vm/disk", "volume", key="aes-256-gcm")
+        + row("tank/vm/disk@new", "snapshot", 3, txg=20, key="aes-256-gcm")
+    )
+    tree, held = parse_tree(text, "tank/vm")
+    old = Snapshot("tank/vm@old", 1, 10, 1700000000, tags=None)
+    new = Snapshot("tank/vm@new", 2, 20, 1700000000, tags=frozenset())
+    mark = Snapshot("tank/vm#old", 1, 10, 1700000000)
+    disk = Snapshot("tank/vm/disk@new", 3, 20, 1700000000)
+    assert tree == {
+        "": Dataset("tank/vm", "filesystem", (old, new), (mark,)),
+        "/disk": Dataset("tank/vm/disk", "volume", (disk,), encrypted=True),
+    }
+    assert [snapshot.short for snapshot in tree[""].snapshots] == ["@old", "@new"]  # oldest first
+    assert held == ["tank/vm@old"]
+
+
+def test_nothing_listed_is_an_empty_tree() -> None:
+    assert parse_tree("", "tank") == ({}, [])
+
+
+def test_the_root_may_be_a_pool() -> None:
+    tree, _ = parse_tree(row("tank", "filesystem") + row("tank/a", "filesystem"), "tank")
+    assert list(tree) == ["", "/a"]
+
+
+def test_spaces_belong_to_names_at_their_end_too() -> None:
+    text = (
+        row("tank/my vm ", "filesystem") + row("tank/my vm @ a day ", "snapshot") + row("tank/my vm # m ", "bookmark")
+    )
+    dataset = parse_tree(text, "tank/my vm ")[0][""]
+    assert dataset.name == "tank/my vm "
+    assert dataset.snapshots[0].name == "tank/my vm @ a day "
+    assert dataset.snapshots[0].short == "@ a day "
+    assert dataset.bookmarks[0].short == "# m "
+
+
+def test_datasets_whose_names_begin_alike_keep_their_own_snapshots() -> None:
+    text = row("t/a", "filesystem") + row("t/a@1", "snapshot") + row("t/a ", "filesystem") + row("t/a-b", "filesystem")
+    tree, _ = parse_tree(text.replace("t/a", "t/r/a") + row("t/r", "filesystem"), "t/r")
+    assert {key: len(dataset.snapshots) for key, dataset in tree.items()} == {"/a": 1, "/a ": 0, "/a-b": 0, "": 0}
+
+
+def test_a_resume_token_waits_to_be_decoded() -> None:
+    tree, _ = parse_tree(
+        row("tank/vm", "filesystem", token="1-c0ffee-d8-789c63") + row("tank/vm/a", "volume"), "tank/vm"
+    )
+    assert tree[""].partial == Partial("1-c0ffee-d8-789c63", None, None)
+    assert tree["/a"].partial is None
+
+
+@pytest.mark.parametrize("key", ["aes-256-gcm", "aes-128-ccm"])
+def test_encryption(key: str) -> None:
+    assert parse_tree(row("tank", "filesystem", key=key), "tank")[0][""].encrypted
+    assert not parse_tree(row("tank", "filesystem"), "tank")[0][""].encrypted
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        pytest.param(row("tank", "filesystem")[:-5] + "\n", id="too-few"),
+        pytest.param(row("tank", "filesystem")[:-1] + "\tmore\n", id="too-many"),
+        pytest.param(row("tank", "filesystem") + "\n", id="an-empty-line"),
+        pytest.param("no datasets available\n", id="a-message"),
+        pytest.param(row("tank", "filesystem").replace("\t", "    "), id="spaces-for-tabs"),
+    ],
+)
+def test_a_line_of_another_width_is_refused(text: str) -> None:
+    with pytest.raises(Failure, match="columns where 8 were asked for"):
+        parse_tree(text, "tank")
+
+
+@given(
+    root=datasets,
+    children=st.lists(components, unique=True, max_size=4),
+    points=st.lists(
+        st.tuples(st.sampled_from("@#"), components, numbers, numbers), max_size=6, unique_by=lambda p: p[:2]
+    ),
+)
+def test_every_name_comes_back(root: str, children: list[str], points: list[tuple[str, str, int, int]]) -> None:
+    names = [root, *(f"{root}/{child}" for child in children)]
+    text = "".join(row(name, "filesystem") for name in names)
+    for mark, short, guid, txg in points:
+        for name in names:
+            text += row(name + mark + short, "snapshot" if mark == "@" else "bookmark", guid, txg)
+    tree, held = parse_tree(text, root)
+    assert {root + key for key in tree} == set(names)
+    assert held == []
+    for key, dataset in tree.items():
+        assert dataset.name == root + key
+        back = {(s.name, s.guid, s.createtxg) for s in dataset.snapshots + dataset.bookmarks}
+        assert back == {(dataset.name + mark + short, guid, txg) for mark, short, guid, txg in points}
+        assert all(snapshot.is_bookmark == (snapshot in dataset.bookmarks) for snapshot in dataset.snapshots)
+        assert [s.createtxg for s in dataset.snapshots] == sorted(s.createtxg for s in dataset.snapshots)
+
+
+# zfs holds
+
+
+def test_holds() -> None:
+    text = (
+        "tank/my vm @a \tkeep it \tThu Nov 16 10:00 2023\n"
+        "tank/my vm @a \toffsite\tThu Nov 16 10:00 2023\n"
+        "tank@b\t.send-123-1\tThu Nov 16 10:00 2023\n"
+    )
+    assert parse_holds(text) == {
+        "tank/my vm @a ": frozenset({"keep it ", "offsite"}),
+        "tank@b": frozenset({".send-123-1"}),
+    }
+
+
+def test_no_holds_print_nothing() -> None:
+    assert parse_holds("") == {}
+
+
+@pytest.mark.parametrize("text", ["tank@a\toffsite\n", "tank@a\toffsite\tThu\tNov\n", "cannot open 'tank@a'\n", "\n"])
+def test_a_line_of_holds_of_another_width_is_refused(text: str) -> None:
+    with pytest.raises(Failure, match="columns where 3 were asked for"):
+        parse_holds(text)
+
+
+@given(st.dictionaries(st.tuples(datasets, components).map("@".join), st.sets(tag_names, min_size=1), max_size=5))
+def test_every_tag_comes_back(holds: dict[str, set[str]]) -> None:
+    text = "".join(f"{name}\t{tag}\tThu Nov 16 10:00 2023\n" for name, tags in holds.items() for tag in tags)
+    assert parse_holds(text) == holds
+
+
+def test_tags_are_filled_in_where_known_and_stay_unknown_elsewhere() -> None:
+    text = row("tank", "filesystem") + "".join(row(f"tank@{n}", "snapshot", refs=n, txg=int(n)) for n in "012")
+    tree, held = parse_tree(text, "tank")
+    assert held == ["tank@1", "tank@2"]
+    filled = with_tags(tree, {"tank@1": frozenset({"offsite"})})[""]
+    assert [snapshot.tags for snapshot in filled.snapshots] == [frozenset(), {"offsite"}, None]
+
+
+@pytest.mark.parametrize("letter", ["\x0b", "\x1c", "\x85", "\u2028", "é", "\r"], ids=ascii)
+def test_a_tag_of_somebody_else_may_hold_any_letter(letter: str) -> None:
+    """zfs checks the length of a tag and no more; a line ends at a newline and nowhere else."""
+    assert parse_holds(f"tank@a\ta{letter}b\tThu Nov 16 10:00 2023\n") == {"tank@a": {f"a{letter}b"}}
+
+
+# Resume tokens, as `zfs send -nvt` tells of them
+
+INCREMENTAL = """resume token contents:
+nvlist version: 0
+	fromguid = 0x5d33bd9ad1bb21a4
+	object = 0x2
+	offset = 0x1a0000
+	bytes = 0x1b6a28
+	toguid = 0xffffffffffffffff
+	toname = tank/my vm @b c
+	compressok = 1
+	rawok = 1
+send from @a to tank/my vm @b c estimated size is 4.00M
+"""
+
+
+def test_a_token_of_an_increment() -> None:
+    assert parse_token("1-x", INCREMENTAL) == Partial("1-x", GUID, 0x5D33BD9AD1BB21A4)
+
+
+def test_a_token_of_a_first_receive_has_no_base() -> None:
+    text = INCREMENTAL.replace("\tfromguid = 0x5d33bd9ad1bb21a4\n", "")
+    assert parse_token("1-x", text) == Partial("1-x", GUID, None)
+
+
+def test_a_token_decodes_where_its_snapshot_is_not() -> None:
+    """Here, the name in the token is that of the source: the contents come on stdout all the same."""
+    text = (
+        INCREMENTAL.rsplit("send from", 1)[0]
+        + "cannot resume send: 'tank/my vm @b c' is no longer the same snapshot used in the initial send\n"
+    )
+    assert parse_token("1-x", text) == Partial("1-x", GUID, 0x5D33BD9AD1BB21A4)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "cannot resume send: resume token is corrupt (invalid checksum)\n",
+        "cannot resume send: resume token is corrupt (decompression failed)\n",
+    ],
+)
+def test_a_corrupt_token_tells_nothing(text: str) -> None:
+    assert parse_token("1-x", text) == Partial("1-x", None, None)
+
+
+@given(numbers, st.none() | numbers, datasets, components)
+def test_every_token_comes_back(to_guid: int, from_guid: int | None, dataset: str, snapshot: str) -> None:
+    base = "" if from_guid is None else f"\tfromguid = {from_guid:#x}\n"
+    text = (
+        f"resume token contents:\nnvlist version: 0\n{base}\tobject = 0x0\n\toffset = 0x0\n\tbytes = 0x0\n"
+        f"\ttoguid = {to_guid:#x}\n\ttoname = {dataset}@{snapshot}\n"
+    )
+    assert parse_token("1-x", text) == Partial("1-x", to_guid, from_guid)
+
+
+# zfs userspace
+
+
+@pytest.mark.parametrize(
+    ("text", "count"), [("1\n", 1), ("1\n250\n3\n", 254), ("-\n1\n", 1), ("none\n6\n", 6), ("", 0)]
+)
+def test_objects_are_counted(text: str, count: int) -> None:
+    assert count_objects(text) == count
+
+
+def test_a_count_of_another_width_is_refused() -> None:
+    with pytest.raises(Failure, match="columns"):
+        count_objects("root\t1\n")

@@ -1,0 +1,286 @@
+"""The pipeline: real processes, every way in which one of them can end."""
+
+from __future__ import annotations
+
+import contextlib
+import faulthandler
+import os
+import shutil
+import signal
+import subprocess
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from ssh_server import PATIENCE, Fault, Server
+from test_hosts import MEBIBYTE, SshConfig, executable, shell
+
+from zfs_replicate import (
+    Command,
+    Connection,
+    Failure,
+    LinkLost,
+    SshHost,
+    Stopped,
+    StreamFailed,
+    blame,
+    buffer_stage,
+    stream,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+
+def into(path: Path) -> Command:
+    return shell('exec cat > "$1"', str(path))
+
+
+@pytest.fixture(autouse=True)
+def _nothing_remains() -> Iterator[None]:
+    """Whatever becomes of a stream: no child, alive or not waited for, no open file, and no endless wait."""
+
+    def too_long(number: int, frame: Any) -> None:
+        faulthandler.dump_traceback(2)
+        raise AssertionError(f"hangs for {PATIENCE} seconds")
+
+    def files() -> int:
+        return len(os.listdir("/proc/self/fd"))
+
+    before = files()
+    handler = signal.signal(signal.SIGALRM, too_long)
+    signal.setitimer(signal.ITIMER_REAL, PATIENCE)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, handler)
+    with pytest.raises(ChildProcessError):
+        os.waitpid(-1, os.WNOHANG)
+    assert files() <= before
+
+
+# --- Streams that arrive ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("between", [0, 1, 3])
+def test_stream_arrives_whole(tmp_path: Path, between: int) -> None:
+    data = os.urandom(5 * MEBIBYTE)
+    (tmp_path / "in").write_bytes(data)
+    stream([("cat", str(tmp_path / "in")), *[("cat",)] * between, into(tmp_path / "out")])
+    assert (tmp_path / "out").read_bytes() == data
+
+
+def test_equal_stages_are_different_stages(tmp_path: Path) -> None:
+    same = shell('cat; echo x >> "$1"', str(tmp_path / "out"))
+    stream([same, same, same])
+    assert (tmp_path / "out").read_text() == "x\n" * 3
+
+
+def test_first_stage_has_nothing_to_read() -> None:
+    stream([shell('test -z "$(cat)"')])
+
+
+def test_last_stage_prints_nothing_to_the_user(capfd: pytest.CaptureFixture[str]) -> None:
+    stream([shell("echo out; echo warning >&2"), shell("cat; echo warning >&2")])
+    assert capfd.readouterr() == ("", "")
+
+
+def test_many_complaints_do_not_block() -> None:
+    noisy = shell('head -c "$1" /dev/zero | tr "\\0" "\\n" >&2; cat', str(4 * MEBIBYTE))
+    stream([noisy, noisy, noisy])
+
+
+# --- Stages that fail -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("place", [0, 1, 2])
+def test_failing_stage_is_named_with_what_it_said(place: int) -> None:
+    stages = [shell("echo some data"), ("cat",), shell("cat > /dev/null")]
+    stages[place] = ("sh", "-c", "cat > /dev/null; echo 'out of space' >&2; exit 3")
+    with pytest.raises(StreamFailed) as caught:
+        stream(stages)
+    assert caught.value.what == "the stream failed: sh: out of space"
+    assert not isinstance(caught.value, LinkLost)
+
+
+@pytest.mark.parametrize("place", [0, 1, 2])
+def test_silent_failure_is_told_by_its_status(place: int) -> None:
+    stages = [shell("echo some data"), ("cat",), shell("cat > /dev/null")]
+    stages[place] = shell("cat > /dev/null; exit 3")
+    with pytest.raises(StreamFailed, match=r"^the stream failed: sh ended with status 3$"):
+        stream(stages)
+
+
+def test_first_stage_dies_half_way(tmp_path: Path) -> None:
+    """What follows sees a clean end of its input: only the status tells."""
+    with pytest.raises(StreamFailed, match=r"sh: dataset is busy"):
+        stream([shell("echo half; echo 'dataset is busy' >&2; exit 1"), ("cat",), into(tmp_path / "out")])
+    assert (tmp_path / "out").read_text() == "half\n"
+
+
+def test_last_stage_dies_early() -> None:
+    """The endless stages before it get SIGPIPE, and it is the last one that is blamed."""
+    with pytest.raises(StreamFailed, match=r"^the stream failed: sh: cannot receive$"):
+        stream([("cat", "/dev/zero"), ("cat",), shell("head -c 10; echo 'cannot receive' >&2; exit 1")])
+
+
+def test_last_stage_that_succeeds_without_reading_all_has_not_received_all() -> None:
+    with pytest.raises(StreamFailed, match=rf"cat ended with status -{signal.SIGPIPE}"):
+        stream([("cat", "/dev/zero"), ("head", "-c", "10")])
+
+
+@pytest.mark.parametrize("place", [0, 1, 2])
+def test_stage_killed_by_a_signal(place: int) -> None:
+    stages = [shell("echo some data"), ("cat",), shell("cat > /dev/null")]
+    stages[place] = shell("kill -KILL $$")
+    with pytest.raises(StreamFailed, match="sh ended with status -9"):
+        stream(stages)
+
+
+@pytest.mark.parametrize("place", [0, 1, 2])
+@pytest.mark.parametrize("program", ["no-such-program", "/dev/null"])
+def test_stage_that_cannot_start_is_named(place: int, program: str) -> None:
+    stages: list[Command] = [("cat", "/dev/zero"), ("cat",), ("sleep", "60")]
+    stages[place] = (program, "-q")
+    with pytest.raises(Failure, match=program):
+        stream(stages)
+
+
+def test_only_the_last_lines_are_told() -> None:
+    with pytest.raises(StreamFailed) as caught:
+        stream([shell("seq 100 >&2; printf '\\377' >&2; exit 1")])
+    assert caught.value.what == "the stream failed: sh: 97\n98\n99\n100\n\ufffd"
+
+
+# --- Interrupted ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stubborn", [False, True], ids=["willing", "stubborn"])
+def test_no_stage_survives_a_signal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stubborn: bool) -> None:
+    """Stopped comes out of the wait; what runs is ended, by force if need be."""
+    started = tmp_path / "started"
+    os.mkfifo(started)
+    script = f"{'trap : TERM;' if stubborn else ''} echo $$ > '{started}'; while :; do read line; done"
+    wait = subprocess.Popen.wait
+    pids: list[int] = []
+
+    def wait_until_stopped(process: subprocess.Popen[bytes], timeout: float | None = None) -> int:
+        if not pids:
+            pids.append(int(started.read_text()))  # the stage has set its trap
+            signal.setitimer(signal.ITIMER_REAL, 0.02)
+        return wait(process, None if timeout is None else 0.05)
+
+    def stop(number: int, frame: Any) -> None:
+        raise Stopped(number)
+
+    monkeypatch.setattr(subprocess.Popen, "wait", wait_until_stopped)
+    signal.signal(signal.SIGALRM, stop)
+    with pytest.raises(Stopped):
+        stream([("sleep", "60"), ("sh", "-c", script), ("cat",)])
+    assert pids
+    with pytest.raises(ProcessLookupError):
+        os.kill(pids[0], 0)
+
+
+# --- Over the ssh client ----------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def sending(
+    directory: Path, monkeypatch: pytest.MonkeyPatch, command: Command, login_shell: str = "sh"
+) -> Iterator[tuple[Command, Server]]:
+    """The first stage of a pull: `command` on the far end, over the real client and a server of ours."""
+    config = SshConfig(directory, monkeypatch)
+    with contextlib.closing(Server(directory, login_shell)) as server:
+        config.add("source", server)
+        connection = Connection.resolve("source", None, None)
+        with contextlib.closing(SshHost(connection)) as host:
+            yield host.piped(command), server
+
+
+def test_stream_over_ssh_arrives_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = os.urandom(3 * MEBIBYTE)
+    (tmp_path / "in").write_bytes(data)
+    with sending(tmp_path, monkeypatch, ("cat", str(tmp_path / "in"))) as (stage, _):
+        stream([stage, ("cat",), into(tmp_path / "out")])
+    assert (tmp_path / "out").read_bytes() == data
+
+
+def test_failure_at_the_far_end_is_no_lost_link(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    script = shell("echo some data; echo 'cannot open: no such dataset' >&2; exit 1")
+    with (
+        sending(tmp_path, monkeypatch, script) as (stage, _),
+        pytest.raises(StreamFailed, match=r"^the stream failed: ssh: cannot open: no such dataset$"),
+    ):
+        stream([stage, shell("cat > /dev/null")])
+
+
+def test_dropped_connection_is_a_lost_link(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with sending(tmp_path, monkeypatch, ("cat", "/dev/zero")) as (stage, server):
+        server.fault = Fault.DROPPED
+        with pytest.raises(LinkLost, match=r"^the link broke: ssh: .+; sh: incomplete stream\n"):
+            stream([stage, shell("cat > /dev/null; echo 'incomplete stream' >&2; exit 1")])
+
+
+@pytest.mark.parametrize("login_shell", [name for name in ("sh", "bash") if shutil.which(name)])
+def test_receiver_that_fails_is_no_lost_link(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, login_shell: str) -> None:
+    """The sender then dies of SIGPIPE, for which ssh has its status 255 too; the other datasets can still be sent."""
+    with (
+        sending(tmp_path, monkeypatch, ("cat", "/dev/zero"), login_shell) as (stage, _),
+        pytest.raises(StreamFailed, match="out of space"),
+    ):
+        stream([stage, ("cat",), shell("head -c 10; echo 'out of space' >&2; exit 1")])
+
+
+def test_ssh_that_says_why_and_ends_with_255_is_a_lost_link(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    executable(tmp_path / "ssh", "#!/bin/sh\necho some data\necho 'Connection reset by peer' >&2\nexit 255\n")
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    with pytest.raises(LinkLost, match=r"^the link broke: ssh: Connection reset by peer; sh: incomplete stream\n"):
+        stream([("ssh", "source", "zfs send"), shell("cat > /dev/null; echo 'incomplete stream' >&2; exit 1")])
+
+
+# --- Blame ------------------------------------------------------------------------------------------------------------
+
+
+def test_blame_names_nobody_if_all_went_well() -> None:
+    blame([])
+    blame([(("ssh",), 0, "a warning"), (("zfs", "recv"), 0, "another")])
+
+
+def test_blame_names_those_with_something_to_say() -> None:
+    with pytest.raises(StreamFailed) as caught:
+        blame(
+            [
+                (("ssh", "source"), -13, ""),
+                (("mbuffer", "-q"), 1, "mbuffer: error: outputThread"),
+                (("zfs", "recv"), 1, "cannot receive: out of space"),
+            ]
+        )
+    assert caught.value.what == (
+        "the stream failed: mbuffer: mbuffer: error: outputThread; zfs: cannot receive: out of space"
+    )
+
+
+def test_blame_tells_a_status_where_nobody_speaks() -> None:
+    with pytest.raises(StreamFailed, match=r"^the stream failed: ssh ended with status -13; zfs ended with status 2$"):
+        blame([(("ssh", "source"), -13, ""), (("mbuffer",), 0, "a warning"), (("zfs", "recv"), 2, "")])
+
+
+def test_blame_tells_a_lost_link_by_the_ssh_client_alone() -> None:
+    with pytest.raises(LinkLost, match="next run goes on") as caught:
+        blame([(("ssh", "source"), 255, "Timeout, server source not responding."), (("zfs", "recv"), 1, "incomplete")])
+    assert caught.value.what == "the link broke: ssh: Timeout, server source not responding.; zfs: incomplete"
+    with pytest.raises(StreamFailed):
+        blame([(("zfs", "send"), 255, "odd"), (("zfs", "recv"), 1, "incomplete")])
+
+
+# --- The buffer -------------------------------------------------------------------------------------------------------
+
+
+def test_buffer_is_used_where_it_is_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("zfs_replicate.SBIN", str(tmp_path))
+    monkeypatch.setenv("PATH", "/nonexistent")
+    assert buffer_stage("256M") == ()
+    executable(tmp_path / "mbuffer", "#!/bin/sh\n")
+    assert buffer_stage("256M") == (("mbuffer", "-q", "-m", "256M"),)
