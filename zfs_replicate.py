@@ -62,7 +62,7 @@ import sys
 import tempfile
 import time
 from base64 import b64encode
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import IO, Any, Callable, NoReturn, Protocol, Union
@@ -303,7 +303,11 @@ def fields(text: str, count: int) -> Iterator[list[str]]:
 
     Raises Failure on a row of another width: guessing here could end in destroying the wrong thing.
     """
-    for line in text.splitlines():
+    # Not splitlines(): it also cuts at characters that a hold tag of somebody else's may contain.
+    *lines, rest = text.split("\n")
+    if rest:
+        raise Failure(f"zfs printed a line without an end: {rest!r}")
+    for line in lines:
         row = line.split("\t")
         if len(row) != count:
             raise Failure(f"zfs printed a line of {len(row)} columns where {count} were asked for: {line!r}")
@@ -338,7 +342,7 @@ def parse_tree(text: str, root: str) -> tuple[Tree, list[str]]:
 
 
 def parse_holds(text: str) -> dict[str, frozenset[str]]:
-    """Tags by snapshot name from `zfs holds -H`."""
+    """Tags by snapshot name from `zfs holds -H`. Raises Failure if they cannot be told apart (a tag with a TAB)."""
     tags: dict[str, set[str]] = {}
     for name, tag, _date in fields(text, 3):
         tags.setdefault(name, set()).add(tag)
@@ -406,29 +410,38 @@ def plan_dataset(source: Dataset, local: Dataset | None, policy: Policy, local_n
     if not source.snapshots:
         return UpToDate()
     if local is None or not local.snapshots:
-        plan = plan_first(source, local, policy)
-    else:
-        plan = plan_next(source, local, policy)
-    if isinstance(plan, Transfer):
-        return too_long(plan.targets, local_name) or plan
-    return plan
+        return plan_first(source, local, policy, local_name)
+    return plan_next(source, local, policy)
 
 
 def plan_partial(source: Dataset, local: Dataset, partial: Partial, policy: Policy) -> Plan:
-    """An interrupted receive goes on if the source still owns both ends of it; else it is given up, and planned anew.
+    """An interrupted receive goes on if its base still is the newest local snapshot and the source still owns both
+    ends of it; else it is given up, and planned anew. What is to follow is part of the plan: it must be held as well.
 
     Giving up a first receive destroys the local dataset (that was all there is of it), so plan as if it were absent.
     """
+    whole = replace(local, partial=None)
     target = source.find(partial.to_guid)
-    bases = {point.guid for point in source.snapshots + source.bookmarks}
-    if target and (partial.from_guid is None or partial.from_guid in bases):
-        return Transfer((Receive(target, token=partial.token),))
-    rest = plan_dataset(source, replace(local, partial=None) if local.snapshots else None, policy, local.name)
-    later = rest.steps if isinstance(rest, Transfer) else ()
-    return Transfer((Abandon(partial), *later))
+    base = local.snapshots[-1] if local.snapshots else None
+    bases = {None, *(point.guid for point in source.snapshots + source.bookmarks)}
+    if target and partial.from_guid in bases and partial.from_guid == (base and base.guid):
+        arrived = replace(target, createtxg=base.createtxg + 1 if base else 0)
+        rest = plan_dataset(source, replace(whole, snapshots=(*local.snapshots, arrived)), policy, local.name)
+        return Transfer((Receive(target, token=partial.token), *steps_of(rest)))
+    rest = plan_dataset(source, whole if local.snapshots else None, policy, local.name)
+    return rest if isinstance(rest, Blocked) else Transfer((Abandon(partial), *steps_of(rest)))
 
 
-def plan_first(source: Dataset, local: Dataset | None, policy: Policy) -> Plan:
+def steps_of(plan: Plan) -> tuple[Step, ...]:
+    return plan.steps if isinstance(plan, Transfer) else ()
+
+
+def incoming(later: Sequence[Snapshot], policy: Policy) -> Sequence[Snapshot]:
+    """Of the snapshots that we lack, those that will be ours."""
+    return later if policy.intermediates else later[-1:]
+
+
+def plan_first(source: Dataset, local: Dataset | None, policy: Policy, local_name: str) -> Plan:
     """A full stream: of the newest snapshot, or with intermediates of the oldest and then of all that follow."""
     if local is not None and not local.vacant:
         return Blocked(
@@ -436,6 +449,9 @@ def plan_first(source: Dataset, local: Dataset | None, policy: Policy) -> Plan:
             f"keep that data by renaming it aside: zfs rename '{local.name}' '{local.name}.old'; "
             "or mirror to another place with -l; or, if nothing in it is needed, destroy it yourself",
         )
+    refused = too_long(incoming(source.snapshots, policy), local_name)
+    if refused:
+        return refused
     oldest, newest = source.snapshots[0], source.snapshots[-1]
     if policy.intermediates and oldest is not newest:
         return Transfer((Receive(oldest), Receive(newest, oldest, intermediates=True)))
@@ -462,9 +478,8 @@ def plan_next(source: Dataset, local: Dataset, policy: Policy) -> Plan:
             "stop what makes snapshots on the mirror, then destroy these yourself or rename the dataset aside: "
             f"zfs rename '{local.name}' '{local.name}.old'",
         )
-    return clashing(later if policy.intermediates else later[-1:], local) or Transfer(
-        tuple(steps_between(mutual.source, later, policy))
-    )
+    refused = clashing(incoming(later, policy), local) or too_long(incoming(later, policy), local.name)
+    return refused or Transfer(tuple(steps_between(mutual.source, later, policy)))
 
 
 def steps_between(base: Snapshot, later: list[Snapshot], policy: Policy) -> Iterator[Receive]:
@@ -479,19 +494,20 @@ def steps_between(base: Snapshot, later: list[Snapshot], policy: Policy) -> Iter
         yield Receive(later[-1], base, intermediates=len(later) > 1)
 
 
-def clashing(incoming: Iterable[Snapshot], local: Dataset) -> Blocked | None:
+def clashing(arrivals: Iterable[Snapshot], local: Dataset) -> Blocked | None:
     """Refuse a snapshot whose name is taken here by another one (other guid)."""
     taken = {snapshot.short for snapshot in local.snapshots}
-    clash = next((snapshot.short for snapshot in incoming if snapshot.short in taken), None)
-    return clash and Blocked(
-        f"{local.name} already has a snapshot {clash} that is another one than the source's (their guids differ)",
-        f"rename the local one: zfs rename '{local.name}{clash}' '{local.name}{clash}.local'",
-    )  # type: ignore[return-value]
+    for name in (snapshot.short for snapshot in arrivals if snapshot.short in taken):
+        return Blocked(
+            f"{local.name} already has a snapshot {name} that is another one than the source's (their guids differ)",
+            f"rename the local one: zfs rename '{local.name}{name}' '{local.name}{name}.local'",
+        )
+    return None
 
 
-def too_long(incoming: Iterable[Snapshot], local_name: str) -> Blocked | None:
+def too_long(arrivals: Iterable[Snapshot], local_name: str) -> Blocked | None:
     """Refuse a name that is legal at the source and too long under our root."""
-    for snapshot in incoming:
+    for snapshot in arrivals:
         if len((local_name + snapshot.short).encode()) > NAME_LIMIT:
             return Blocked(
                 f"{local_name}{snapshot.short} would be longer than the {NAME_LIMIT} bytes ZFS allows",
@@ -504,7 +520,8 @@ def converge_holds(source: Dataset, local: Dataset | None, policy: Policy) -> Ho
     """What brings our holds to where they belong: on the newest mutual snapshot, and on the target of a live token.
 
     A local dataset whose history has nothing in common with the source is left alone, holds and all: the hold may be
-    the last thing that lets it be repaired. Tags that could not be read are not released.
+    the last thing that lets it be repaired. Tags that could not be read are not released, and with a token that
+    cannot be decoded nothing is released on the source.
     """
     mutual = newest_mutual(source, local) if local else None
     if local and local.snapshots and mutual is None:
@@ -514,6 +531,8 @@ def converge_holds(source: Dataset, local: Dataset | None, policy: Policy) -> Ho
     if local and local.partial and local.partial.to_guid is not None:
         on_source.add(local.partial.to_guid)
     place_source, release_source = moves(source, policy.tag, on_source)
+    if local and local.partial and local.partial.to_guid is None:
+        release_source = ()
     place_local, release_local = moves(local, policy.received_tag, {mutual.local.guid} if mutual else set())
     return HoldMoves(place_source, place_local, release_source, release_local)
 
@@ -721,6 +740,10 @@ class Answer:
     stdout: str
     stderr: str
 
+    @classmethod
+    def of(cls, status: int, stdout: bytes, stderr: bytes) -> Answer:
+        return cls(status, stdout.decode(errors="surrogateescape"), stderr.decode(errors="surrogateescape"))
+
 
 class Host(Protocol):
     """Where commands run. `label` names it to the user."""
@@ -761,12 +784,10 @@ class LocalHost:
     def ask(self, command: Command) -> Answer:
         self.note(f"{self.label}: {shlex.join(command)}")
         try:
-            done = subprocess.run(
-                command, stdin=subprocess.DEVNULL, capture_output=True, env=environment(), errors="surrogateescape"
-            )
+            done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, env=environment())
         except FileNotFoundError:
             return Answer(127, "", f"{command[0]}: not found")
-        return Answer(done.returncode, done.stdout, done.stderr)
+        return Answer.of(done.returncode, done.stdout, done.stderr)
 
     def piped(self, command: Command) -> Command:
         return command
@@ -934,10 +955,10 @@ class SshHost:
             channel.exec_command(line)
             channel.shutdown_write()
             errors = pool.submit(channel.makefile_stderr("rb").read)
-            texts = (channel.makefile("rb").read(), errors.result())
+            output, complaints = channel.makefile("rb").read(), errors.result()
             if not channel.status_event.wait(CONNECT_SECONDS) or channel.exit_status == -1:
                 raise OSError("the command ended without an exit status")  # a dead link looks like a clean end
-        return Answer(channel.exit_status, *(text.decode(errors="surrogateescape") for text in texts))
+        return Answer.of(channel.exit_status, output, complaints)
 
     def piped(self, command: Command) -> Command:
         return (*ssh_client(self.connection), "--", self.connection.destination, remote_line(command))
@@ -1154,7 +1175,9 @@ def read_tree(host: Host, root: str) -> tuple[Tree, Failure | None]:
     try:
         for batch in batches(held):
             tags.update(parse_holds(run(host, list_holds(batch))))
-    except CommandFailed as failure:
+    except LinkLost:
+        raise
+    except Failure as failure:
         return tree, failure
     return with_tags(tree, tags), None
 
@@ -1211,11 +1234,11 @@ class Run:
         """Find out what only further commands can tell: whose rest a token waits for, whether there is any file."""
         if local.partial:
             answer = self.target_host.ask(decode_token(local.partial.token))
-            return replace(local, partial=parse_token(local.partial.token, answer.stdout + answer.stderr))
+            local = replace(local, partial=parse_token(local.partial.token, answer.stdout + answer.stderr))
         source = self.source.get(key)
         if source and source.snapshots and not local.snapshots and local.kind == "filesystem":
             answer = self.target_host.ask(count_files(local.name))
-            return replace(local, vacant=answer.status == 0 and count_objects(answer.stdout) == 1)
+            local = replace(local, vacant=answer.status == 0 and count_objects(answer.stdout) == 1)
         return local
 
     def look_again(self, key: str) -> Dataset | None:

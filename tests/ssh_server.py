@@ -140,7 +140,9 @@ class Transport(paramiko.Transport):
     def hear(channel: Any, message: paramiko.Message) -> None:
         """paramiko's handler of requests, with the one it does not know: end of write, nobody reads."""
         if message.get_text() == "eow@openssh.com":
-            channel.transport.server_object.unread.add(channel.get_id())
+            with channel.lock:
+                channel.transport.server_object.unread.add(channel.get_id())
+                channel.out_buffer_cv.notify_all()
             return
         message.rewind()
         message.get_int()  # the number of the channel
@@ -238,8 +240,7 @@ class Session(paramiko.ServerInterface):
             self.server.start(feed, channel, process.stdin)
             errors = self.server.start(pump, process.stderr, channel.sendall_stderr)
             for data in chunks(process.stdout):
-                channel.sendall(data)
-                if channel.get_id() in self.unread:
+                if not self.write(channel, data):
                     break
             process.stdout.close()  # lets a command that goes on writing have its SIGPIPE
             errors.join(PATIENCE)
@@ -247,6 +248,20 @@ class Session(paramiko.ServerInterface):
         finally:
             kill(process)
             self.server.busy.remove(process)
+
+    def write(self, channel: Any, data: bytes) -> bool:
+        """Like sendall, but returns False, however full the window is, as soon as the client says that nobody reads."""
+
+        def unread() -> bool:
+            return channel.get_id() in self.unread
+
+        while data:
+            with channel.lock:
+                channel.out_buffer_cv.wait_for(lambda: unread() or channel.closed or channel.out_window_size > 0)
+            if unread():
+                return False
+            data = data[channel.send(data) :]
+        return True
 
 
 Transport._channel_handler_table = {  # type: ignore[attr-defined]

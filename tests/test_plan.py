@@ -429,7 +429,7 @@ def test_a_name_too_long_is_shown_in_full() -> None:
         pytest.param("@a,1 @c,3", "@a,1", partial(2, 1), "abandon; @a -> @c", id="target-gone-another-newer"),
         pytest.param("@c,3", "", partial(2), "abandon; full @c", id="first-target-gone"),
         pytest.param("", "", partial(2), "abandon", id="first-everything-gone"),
-        pytest.param("@b,2", "@a,1", partial(2, 1), "abandon", id="base-gone"),
+        pytest.param("@b,2", "@a,1", partial(2, 1), "Blocked", id="base-gone"),
         pytest.param("@a,1 @b,2", "@a,1", partial(None), "abandon; @a -> @b", id="token-beyond-decoding"),
         pytest.param("@a,1 @b,2", "", partial(None), "abandon; full @b", id="first-token-beyond-decoding"),
     ],
