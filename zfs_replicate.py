@@ -61,6 +61,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import warnings
 from base64 import b64encode
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -787,6 +788,8 @@ class LocalHost:
             done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, env=environment())
         except FileNotFoundError:
             return Answer(127, "", f"{command[0]}: not found")
+        except OSError as error:
+            return Answer(126, "", f"{command[0]}: {error.strerror}")
         return Answer.of(done.returncode, done.stdout, done.stderr)
 
     def piped(self, command: Command) -> Command:
@@ -901,6 +904,8 @@ def dial(connection: Connection) -> socket.socket:
         link = socket.create_connection((connection.get("hostname"), connection.port), CONNECT_SECONDS)
         # A peer that went away without a word: the kernel gives up on unacknowledged keepalives after this time.
         link.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, LINK_SECONDS * 1000)
+        # paramiko leaves Nagle's algorithm on, which costs each command one delayed acknowledgement, 40 ms.
+        link.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         return link
     link, other = socket.socketpair()
     # The proxy ends by itself when our end of the socket closes.
@@ -924,6 +929,11 @@ class KnownHostsOnly:
         )
 
 
+def why(error: Exception) -> str:
+    """Its message; paramiko raises timeouts and ends of file without a word."""
+    return str(error) or type(error).__name__
+
+
 class SshHost:
     """A host behind one paramiko login; commands run over it one at a time."""
 
@@ -942,7 +952,8 @@ class SshHost:
         try:
             return self.exchange(remote_line(command))
         except (OSError, EOFError, paramiko.SSHException) as error:
-            raise LinkLost(f"lost the connection to {self.label} during {' '.join(command[:2])}: {error}") from None
+            doing = " ".join(command[:2])
+            raise LinkLost(f"lost the connection to {self.label} during {doing}: {why(error)}") from None
 
     def exchange(self, line: str) -> Answer:
         transport = self.client.get_transport()
@@ -969,22 +980,49 @@ class SshHost:
 
 def log_in(connection: Connection) -> Any:
     """A connected paramiko client. Raises LinkLost if the host is out of reach, Failure if it or we are refused."""
-    import paramiko  # here, not above: it costs a quarter of a second that --help and localhost runs need not pay
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # an older paramiko beside a newer cryptography: not the user's business
+        import paramiko  # here, not above: it costs a quarter of a second that --help and localhost runs need not pay
 
     logging.getLogger("paramiko").setLevel(logging.CRITICAL + 1)  # its transport thread logs tracebacks to stderr
+    if hasattr(paramiko.client, "DSSKey"):  # before 4.0: reads a rejected RSA key as a DSS one, and chokes on it
+        paramiko.client.DSSKey = paramiko.RSAKey
+    client = paramiko.SSHClient()
+    try:
+        load_known_hosts(client, connection)
+        connect(client, connection)
+    except BaseException:
+        client.close()
+        raise
+    client.get_transport().set_keepalive(KEEPALIVE_SECONDS)  # type: ignore[union-attr]  # it is connected
+    return client
+
+
+def load_known_hosts(client: Any, connection: Connection) -> None:
+    """Let the client know the hosts ssh knows, and no other. Raises Failure for a file it cannot read."""
+    import paramiko
+
+    client.set_missing_host_key_policy(KnownHostsOnly(connection))
+    for path in connection.known_hosts:
+        try:
+            client.load_system_host_keys(path)
+        except (OSError, ValueError, paramiko.hostkeys.InvalidHostKey) as error:
+            raise Failure(f"cannot read {path}: {error}", "ssh skips a broken line, we cannot: remove it") from None
+
+
+def connect(client: Any, connection: Connection) -> None:
+    """Reach the host, check its key, log in. Raises LinkLost or Failure as `log_in` does."""
+    import paramiko
+
     where = f"{connection.get('hostname')} port {connection.port}"
     name, port = connection.known_as
-    client = paramiko.SSHClient()
-    for path in connection.known_hosts:
-        client.load_system_host_keys(path)
-    client.set_missing_host_key_policy(KnownHostsOnly(connection))  # type: ignore[arg-type]
     try:
         client.connect(
             name,
             port,
             connection.get("user"),
             sock=dial(connection),
-            key_filename=connection.identities,  # type: ignore[arg-type]  # the stubs lack that a list will do
+            key_filename=connection.identities,
             allow_agent=connection.get("identitiesonly") != "yes",
             look_for_keys=False,
             timeout=CONNECT_SECONDS,
@@ -997,21 +1035,19 @@ def log_in(connection: Connection) -> Any:
             "if the change is genuine: "
             f"ssh-keygen -R {shlex.quote(host_pattern(name, port))}, then {connection.by_hand()}",
         ) from None
-    except paramiko.AuthenticationException as error:
+    except (OSError, EOFError, ValueError, paramiko.SSHException) as error:
+        # Once keys are exchanged the host is reached, and it is our login that failed: the exception often says no
+        # more than that the key is not of the kind paramiko tried last.
+        transport = client.get_transport()
+        if transport is None or not transport.initial_kex_done:
+            hint = f"this must work: {connection.by_hand()} true"
+            raise LinkLost(f"cannot reach {where}: {why(error)}", hint) from None
         keys = ", ".join(connection.identities) or "no key file"
         raise Failure(
-            f"{connection.get('user')}@{where} does not accept our login ({keys}): {error}",
+            f"{connection.get('user')}@{where} does not accept our login ({keys}): {why(error)}",
             "authorise a key there (ssh-copy-id), or name the right one with -i; "
             f"this must work without a question asked: {connection.by_hand()} true",
         ) from None
-    except (OSError, EOFError, paramiko.SSHException) as error:
-        raise LinkLost(
-            f"cannot reach {where}: {error or type(error).__name__}", f"this must work: {connection.by_hand()} true"
-        ) from None
-    transport = client.get_transport()
-    assert transport is not None
-    transport.set_keepalive(KEEPALIVE_SECONDS)
-    return client
 
 
 def host_pattern(name: str, port: int) -> str:
@@ -1027,6 +1063,7 @@ def ssh_client(connection: Connection) -> Command:
     quiet = (
         *ALIVE_SETTINGS,
         "StrictHostKeyChecking=yes",
+        "LogLevel=INFO",  # a broken link must be told
         "Compression=no",
         "ClearAllForwardings=yes",
         "ForwardAgent=no",
@@ -1069,35 +1106,51 @@ def buffer_stage(size: str) -> tuple[Command, ...]:
     return (("mbuffer", "-q", "-m", size),)
 
 
-def stream(stages: Iterable[Command]) -> None:
-    """Run `stages` as one pipeline, joined by kernel pipes, until each has ended.
+@dataclass(frozen=True)
+class Stage:
+    """One process of a pipeline. Its stderr goes to a file, which cannot fill up and block as a pipe can."""
+
+    program: str
+    process: subprocess.Popen[bytes]
+    errors: IO[bytes]
+
+    def said(self) -> str:
+        """The last lines it wrote to its stderr."""
+        self.errors.seek(0)
+        return "\n".join(self.errors.read().decode(errors="replace").strip().splitlines()[-5:])
+
+
+def stream(commands: Sequence[Command]) -> None:
+    """Run `commands` as one pipeline, joined by kernel pipes, until each has ended.
 
     A stream that ended is not a stream that arrived: raises StreamFailed unless every exit status is 0, or LinkLost if
-    what failed was the ssh client.
+    it was the ssh client that failed. Whatever ends this early ends the processes too.
     """
-    commands = list(stages)
-    running: list[tuple[Command, subprocess.Popen[bytes], IO[bytes]]] = []
-    upstream: int | IO[bytes] = subprocess.DEVNULL
     with contextlib.ExitStack() as stack:
-        for command in commands:
-            errors = stack.enter_context(tempfile.TemporaryFile())  # a file cannot fill up and block as a pipe can
-            last = command is commands[-1]
-            process = subprocess.Popen(
-                command,
-                stdin=upstream,
-                stdout=subprocess.DEVNULL if last else subprocess.PIPE,
-                stderr=errors,
-                env=environment(),
-            )
-            stack.callback(end, process)
+        stages = start(commands, stack)
+        for stage in stages:
+            stage.process.wait()
+        blame([(stage.program, stage.process.returncode, stage.said()) for stage in stages])
+
+
+def start(commands: Sequence[Command], stack: contextlib.ExitStack) -> list[Stage]:
+    """Start a pipeline; `stack` ends it. Raises StreamFailed if a program cannot be started."""
+    stages: list[Stage] = []
+    upstream: int | IO[bytes] = subprocess.DEVNULL
+    for number, command in enumerate(commands, 1):
+        errors = stack.enter_context(tempfile.TemporaryFile())
+        output = subprocess.PIPE if number < len(commands) else subprocess.DEVNULL
+        try:
+            process = subprocess.Popen(command, stdin=upstream, stdout=output, stderr=errors, env=environment())
+        except OSError as error:
+            raise StreamFailed(f"cannot start {command[0]}: {error.strerror}", "is it installed?") from None
+        finally:
             if not isinstance(upstream, int):
                 upstream.close()  # ours would keep the pipe open after the next stage has gone
-            if process.stdout is not None:
-                upstream = process.stdout
-            running.append((command, process, errors))
-        for _, process, _ in running:
-            process.wait()
-        blame([(command, process.returncode, said(errors)) for command, process, errors in running])
+        stack.callback(end, process)
+        upstream = process.stdout or subprocess.DEVNULL
+        stages.append(Stage(command[0], process, errors))
+    return stages
 
 
 def end(process: subprocess.Popen[bytes]) -> None:
@@ -1111,21 +1164,16 @@ def end(process: subprocess.Popen[bytes]) -> None:
             process.wait()
 
 
-def said(errors: IO[bytes]) -> str:
-    """The last lines a stage wrote to its stderr."""
-    errors.seek(0)
-    return "\n".join(errors.read().decode(errors="replace").strip().splitlines()[-5:])
-
-
-def blame(ended: list[tuple[Command, int, str]]) -> None:
-    """Raise for the stages that failed; name those that have something to say before those that died of the others."""
-    failed = [(command, status, text) for command, status, text in ended if status != 0]
+def blame(ended: Sequence[tuple[str, int, str]]) -> None:
+    """Raise for the stages that failed, given with exit status and last words: what those say that say something."""
+    failed = [(program, status, text) for program, status, text in ended if status != 0]
     if not failed:
         return
-    parts = [f"{command[0]}: {text}" for command, _, text in failed if text]
-    silent = [f"{command[0]} ended with status {status}" for command, status, _ in failed]
-    what = "; ".join(parts or silent)
-    if any(command[0] == "ssh" and status == LINK_STATUS for command, status, _ in failed):
+    silent = [f"{program} ended {f'with status {n}' if n > 0 else f'by signal {-n}'}" for program, n, _ in failed]
+    what = "; ".join([f"{program}: {text}" for program, _, text in failed if text] or silent)
+    # Without a word, 255 is no broken link: ssh has it too for a command there that a signal killed, as SIGPIPE does
+    # when the receiver fails.
+    if any(program == "ssh" and status == LINK_STATUS and text for program, status, text in failed):
         raise LinkLost(f"the link broke: {what}", "what arrived is kept; the next run goes on from there")
     raise StreamFailed(f"the stream failed: {what}")
 
@@ -1537,7 +1585,13 @@ def parser() -> argparse.ArgumentParser:
     add("-b", "--mbuffer", type=memory_size, default="256M", metavar="SIZE",
         help="memory of mbuffer (default: %(default)s)")  # fmt: skip
     add("-p", "--port", type=port_number, metavar="PORT", help="SSH port (default: as in ssh_config, else 22)")
-    add("-i", "--identity", type=readable_file, metavar="FILE", help="log in with this private key and no other")
+    add(
+        "-i",
+        "--identity",
+        type=readable_file,
+        metavar="FILE",
+        help="log in with this private key, and with none of the agent's",
+    )
     add("-n", "--no-pigz", action="store_true",
         help="no compression on the wire; so far there is none, the option is kept for old crontabs")  # fmt: skip
     add("-v", "--verbose", action="count", default=0, help="tell each step; twice: each command")

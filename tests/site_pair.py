@@ -87,9 +87,9 @@ class Site:
         assert "Traceback" not in done.stderr
         return done
 
-    def replicate_silently(self, *options: str) -> None:
+    def replicate_silently(self, *options: str, job: str = JOB) -> None:
         """A run that succeeds, and prints nothing."""
-        done = self.replicate(*options)
+        done = self.replicate(*options, job=job)
         assert done.stdout + done.stderr == ""
 
     def plant(self, *children: str, size: str = "16M") -> None:
