@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import re
 import time
 from typing import TYPE_CHECKING
 
 import pytest
-from site_pair import JOB, MIRROR, TAG, TREE, held, history, names, renew
+from site_pair import JOB, MIRROR, PROGRAM, TAG, TREE, held, history, names, renew
 
 if TYPE_CHECKING:
     from site_pair import Site
@@ -120,6 +121,29 @@ def test_stream_goes_without_mbuffer(site: Site) -> None:
     finally:
         site.backup.run("mv /root/mbuffer.away /usr/bin/mbuffer")
     site.assert_in_step()
+
+
+def test_without_root_as_the_readme_says(site: Site) -> None:
+    readme = (PROGRAM.parent / "README.md").read_text(encoding="utf-8")
+    allow_there, allow_here = re.findall("^    (zfs allow .*)$", readme, re.MULTILINE)
+    site.plant("www")
+    site.source.run(f"id puller || useradd -m puller; {allow_there}")
+    site.backup.run(
+        f"id keeper || useradd -m keeper; {allow_here}; rm -rf ~keeper/.ssh; "
+        "su keeper -c 'mkdir -m 700 ~/.ssh && ssh-keygen -q -t ed25519 -N \"\" -f ~/.ssh/id_ed25519'"
+    )
+    site.source.write("/home/puller/.ssh/authorized_keys", site.backup.read("/home/keeper/.ssh/id_ed25519.pub"))
+    job = f"su keeper -c '{JOB.replace('-h source', '-h puller@source')} -k 30'"
+    site.snapshot("monday")
+    site.replicate_silently(job=job)
+    site.source.shift_clock(40)
+    site.backup.shift_clock(40)
+    site.write("two", "www")
+    site.snapshot("tuesday")
+    site.replicate_silently(job=job)
+    assert names(site.backup, f"{MIRROR}/www") == ["tuesday"]
+    site.assert_in_step()
+    assert site.checksums(site.backup, MIRROR) == site.checksums(site.source, TREE)
 
 
 def test_real_cron_is_silent_on_success_and_mails_a_failure(site: Site) -> None:

@@ -194,6 +194,18 @@ def test_interrupted_first_receive_goes_on_from_its_token(site: Site) -> None:
     assert site.checksums(site.backup, MIRROR) == site.checksums(site.source, TREE)
 
 
+def test_interrupted_first_receive_into_an_empty_target_goes_on(site: Site) -> None:
+    site.source.run(f"zfs create -p {TREE} && head -c 60M /dev/urandom > /{TREE}/big")
+    site.snapshot("monday")
+    site.backup.run(f"zfs create -p {MIRROR}")
+    interrupt(site)
+    assert get(site.backup, "receive_resume_token", MIRROR)[0].startswith("1-")
+    assert "rest of @monday" in site.replicate("-v").stderr
+    assert get(site.backup, "readonly,canmount,mounted", MIRROR) == ["on", "noauto", "no"]
+    site.assert_in_step()
+    assert site.checksums(site.backup, MIRROR) == site.checksums(site.source, TREE)
+
+
 def test_interrupted_increment_goes_on_and_its_base_stays(site: Site) -> None:
     site.source.run(f"zfs create -p {TREE}")
     site.snapshot("monday")
