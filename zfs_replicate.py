@@ -935,13 +935,14 @@ def why(error: Exception) -> str:
 
 
 class SshHost:
-    """A host behind one paramiko login; commands run over it one at a time."""
+    """A host behind one paramiko login; commands run over it one at a time. Streams share a login of the ssh client."""
 
     def __init__(self, connection: Connection, note: Callable[[str], None] = lambda line: None) -> None:
         """Log in. Raises LinkLost if the host cannot be reached, Failure if it or we are not recognised."""
         self.connection = connection
         self.label = connection.destination
         self.note = note
+        self.streams: tempfile.TemporaryDirectory[str] | None = None
         self.client = log_in(connection)
         note(f"{self.label}: logged in as {connection.get('user')} at {connection.get('hostname')}:{connection.port}")
 
@@ -972,10 +973,16 @@ class SshHost:
         return Answer.of(channel.exit_status, output, complaints)
 
     def piped(self, command: Command) -> Command:
-        return (*ssh_client(self.connection), "--", self.connection.destination, remote_line(command))
+        if self.streams is None:
+            self.streams = tempfile.TemporaryDirectory(prefix="zfs_replicate-")
+            self.ssh = ssh_client(self.connection, self.streams.name + "/master")
+        return (*self.ssh, "--", self.connection.destination, remote_line(command))
 
     def close(self) -> None:
         self.client.close()
+        if self.streams is not None:
+            LocalHost().ask((*self.ssh, "-O", "exit", "--", self.connection.destination))
+            self.streams.cleanup()
 
 
 def log_in(connection: Connection) -> Any:
@@ -1055,10 +1062,11 @@ def host_pattern(name: str, port: int) -> str:
     return name if port == 22 else f"[{name}]:{port}"
 
 
-def ssh_client(connection: Connection) -> Command:
-    """The ssh client for a stream: no questions, no terminal, no forwarding, no compression, a fast cipher.
+def ssh_client(connection: Connection, control_path: str) -> Command:
+    """The ssh client for streams: no questions, no terminal, no forwarding, no compression, a fast cipher.
 
-    A ControlMaster of the user's would keep our pipe open after the stream, so it is left out.
+    The streams of a run share one login, through a master of our own at `control_path`: the first of them leaves it
+    behind, and should we be killed it ends by itself.
     """
     quiet = (
         *ALIVE_SETTINGS,
@@ -1070,8 +1078,9 @@ def ssh_client(connection: Connection) -> Command:
         "ForwardX11=no",
         "PermitLocalCommand=no",
         "RemoteCommand=none",
-        "ControlMaster=no",
-        "ControlPath=none",
+        "ControlMaster=auto",
+        f"ControlPath={control_path}",
+        f"ControlPersist={LINK_SECONDS}",
         *fast_cipher(connection),
     )
     return ("ssh", "-T", *connection.options, *settings(quiet))

@@ -53,11 +53,15 @@ class Pair(contextlib.AbstractContextManager["Pair"]):
 
 
 def renew(machine: Machine, pool: str) -> None:
-    """An empty pool on the data disk, and the program as one copied file beside the distribution's paramiko."""
+    """An empty pool on the data disk, and the program as one copied file beside the distribution's paramiko.
+
+    The first pool partitions the disk. Later ones take the partition: partitioning anew races with udev.
+    """
     machine.put(PROGRAM, "/usr/local/bin/zfs_replicate", 0o755)
     machine.run(
         "for pool in $(zpool list -H -o name); do zpool destroy -f $pool; done; "
-        f"zpool create -f -O compression=lz4 {pool} {DISK}",
+        f"disk={DISK}; [ -e $disk-part1 ] && disk=$disk-part1; "
+        f"zpool create -f -O compression=lz4 {pool} $disk && udevadm settle",
     )
     machine.set_clock(datetime.now(timezone.utc))
 

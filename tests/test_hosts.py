@@ -15,6 +15,7 @@ import textwrap
 import threading
 import time
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Callable
 
 import paramiko
@@ -42,7 +43,6 @@ from zfs_replicate import (
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from pathlib import Path
 
 MEBIBYTE = 1024 * 1024
 
@@ -687,6 +687,27 @@ def test_both_connections_log_in_alike(ssh_config: SshConfig, server: Server, tm
     assert server.logins == 2
 
 
+def test_streams_share_one_login_that_ends_with_us(ssh_config: SshConfig, server: Server) -> None:
+    ssh_config.add("vault", server)
+    with contextlib.closing(SshHost(resolve("vault"))) as host:
+        for _ in range(3):
+            assert subprocess.check_output(host.piped(("echo", "bulk")), timeout=PATIENCE) == b"bulk\n"
+        assert server.logins == 2
+        assert host.streams is not None
+        master = Path(host.streams.name) / "master"
+        assert master.is_socket()
+    assert not master.parent.exists()
+    ours = bytes(master)  # a master's command line becomes "ssh: CONTROLPATH [mux]"
+    assert eventually(lambda: not [path for path in Path("/proc").glob("[0-9]*/cmdline") if ours in read(path)])
+
+
+def read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError:  # the process has just ended
+        return b""
+
+
 def test_both_connections_refuse_a_changed_key(ssh_config: SshConfig, server: Server) -> None:
     ssh_config.add("vault", server)
     connection = resolve("vault")
@@ -780,7 +801,7 @@ def test_client_is_never_interactive(ssh_config: SshConfig) -> None:
           StrictHostKeyChecking no
         """
     )
-    client = ssh_client(resolve("vault"))
+    client = ssh_client(resolve("vault"), "/private/master")
     told = subprocess.run(
         (*client, "-G", "--", "vault"), capture_output=True, text=True, check=True
     ).stdout.splitlines()
@@ -788,14 +809,15 @@ def test_client_is_never_interactive(ssh_config: SshConfig) -> None:
         "requesttty false",
         "batchmode yes",
         "compression no",
-        "controlmaster false",
+        "controlmaster auto",
+        "controlpath /private/master",
         "forwardagent no",
         "forwardx11 no",
         "stricthostkeychecking true",
         "permitlocalcommand no",
         "clearallforwardings yes",
     } <= set(told)
-    assert not [line for line in told if line.startswith(("remotecommand", "controlpath", "localforward"))]
+    assert not [line for line in told if line.startswith(("remotecommand", "localforward"))]
 
 
 def test_fast_cipher_comes_first_if_none_is_named(ssh_config: SshConfig) -> None:
@@ -805,7 +827,9 @@ def test_fast_cipher_comes_first_if_none_is_named(ssh_config: SshConfig) -> None
     assert key == "Ciphers"
     assert ciphers.startswith("aes128-gcm@openssh.com,aes256-gcm@openssh.com,chacha20-poly1305@openssh.com,")
     assert sorted(ciphers.split(",")) == sorted(connection.get("ciphers").split(","))
-    told = subprocess.run((*ssh_client(connection), "-G", "vault"), capture_output=True, text=True, check=True).stdout
+    told = subprocess.run(
+        (*ssh_client(connection, "none"), "-G", "vault"), capture_output=True, text=True, check=True
+    ).stdout
     assert f"\nciphers {ciphers}\n" in told
 
 
@@ -814,5 +838,7 @@ def test_cipher_that_the_user_named_stays(ssh_config: SshConfig, ciphers: str) -
     ssh_config.write(f"Host vault\n  Ciphers {ciphers}\n")
     connection = resolve("vault")
     assert fast_cipher(connection) == []
-    told = subprocess.run((*ssh_client(connection), "-G", "vault"), capture_output=True, text=True, check=True).stdout
+    told = subprocess.run(
+        (*ssh_client(connection, "none"), "-G", "vault"), capture_output=True, text=True, check=True
+    ).stdout
     assert f"\nciphers {connection.get('ciphers')}\n" in told
