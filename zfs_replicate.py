@@ -757,6 +757,9 @@ class Host(Protocol):
     def piped(self, command: Command) -> Command:
         """The local command whose standard input and output are those of `command` on this host."""
 
+    def connected(self) -> bool:
+        """Whether the connection of the `piped` commands stands, after one of them has failed."""
+
     def close(self) -> None:
         """Let go of the connection."""
 
@@ -794,6 +797,9 @@ class LocalHost:
 
     def piped(self, command: Command) -> Command:
         return command
+
+    def connected(self) -> bool:
+        return True
 
     def close(self) -> None:
         pass
@@ -943,6 +949,7 @@ class SshHost:
         self.label = connection.destination
         self.note = note
         self.streams: tempfile.TemporaryDirectory[str] | None = None
+        self.ssh: Command = ()
         self.client = log_in(connection)
         note(f"{self.label}: logged in as {connection.get('user')} at {connection.get('hostname')}:{connection.port}")
 
@@ -978,10 +985,17 @@ class SshHost:
             self.ssh = ssh_client(self.connection, self.streams.name + "/master")
         return (*self.ssh, "--", self.connection.destination, remote_line(command))
 
+    def connected(self) -> bool:
+        return self.control("check").status == 0
+
+    def control(self, request: str) -> Answer:
+        """Ask the master of the streams."""
+        return LocalHost().ask((*self.ssh, "-O", request, "--", self.connection.destination))
+
     def close(self) -> None:
         self.client.close()
         if self.streams is not None:
-            LocalHost().ask((*self.ssh, "-O", "exit", "--", self.connection.destination))
+            self.control("exit")
             self.streams.cleanup()
 
 
@@ -1104,9 +1118,6 @@ def fast_cipher(connection: Connection) -> list[str]:
 # Room 7: Stream
 # ---------------------------------------------------------------------------------------------------------------------
 
-LINK_STATUS = 255
-"""The exit status of the ssh client for an error of its own."""
-
 
 def buffer_stage(size: str) -> tuple[Command, ...]:
     """mbuffer, where it is installed, to even out the bursts of both ends."""
@@ -1132,8 +1143,8 @@ class Stage:
 def stream(commands: Sequence[Command]) -> None:
     """Run `commands` as one pipeline, joined by kernel pipes, until each has ended.
 
-    A stream that ended is not a stream that arrived: raises StreamFailed unless every exit status is 0, or LinkLost if
-    it was the ssh client that failed. Whatever ends this early ends the processes too.
+    A stream that ended is not a stream that arrived: raises StreamFailed unless every exit status is 0. Whatever ends
+    this early ends the processes too.
     """
     with contextlib.ExitStack() as stack:
         stages = start(commands, stack)
@@ -1180,11 +1191,23 @@ def blame(ended: Sequence[tuple[str, int, str]]) -> None:
         return
     silent = [f"{program} ended {f'with status {n}' if n > 0 else f'by signal {-n}'}" for program, n, _ in failed]
     what = "; ".join([f"{program}: {text}" for program, _, text in failed if text] or silent)
-    # Without a word, 255 is no broken link: ssh has it too for a command there that a signal killed, as SIGPIPE does
-    # when the receiver fails.
-    if any(program == "ssh" and status == LINK_STATUS and text for program, status, text in failed):
-        raise LinkLost(f"the link broke: {what}", "what arrived is kept; the next run goes on from there")
     raise StreamFailed(f"the stream failed: {what}")
+
+
+def pull(source: Host, sending: Command, target: Host, receiving: Command, buffer: Sequence[Command]) -> None:
+    """Stream what `sending` sends on the source into `receiving` on the target.
+
+    Raises StreamFailed, or LinkLost if the connection is gone afterwards. No exit status tells: ssh ends with 255 for
+    a broken link, but also for a command there that a signal killed, as SIGPIPE does when the receiver fails.
+    """
+    try:
+        stream((source.piped(sending), *buffer, target.piped(receiving)))
+    except StreamFailed as failure:
+        if source.connected():
+            raise
+        raise LinkLost(
+            f"the link to {source.label} broke: {failure.what}", "what arrived is kept; the next run goes on from there"
+        ) from None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1631,9 +1654,8 @@ def replicate(options: argparse.Namespace, report: Report) -> int:
         buffer = buffer_stage(options.mbuffer)
         if not buffer:
             report.step("mbuffer is not installed here: the stream goes without it")
-        stages = (source.piped(sending), *buffer, target.piped(receiving))
-        report.command(" | ".join(map(shlex.join, stages)))
-        stream(stages)
+        report.command(f"{source.label}: {shlex.join(sending)} | {target.label}: {shlex.join(receiving)}")
+        pull(source, sending, target, receiving, buffer)
 
     with contextlib.closing(source):
         replication = Run(policy, source, target, carry, report)
