@@ -99,13 +99,13 @@ class Site:
     def plant(self, *children: str, size: str = "16M") -> None:
         """The tree with a file in each dataset: its root, the named children, and a volume `disk` of `size`."""
         lines = [f"zfs create -p {TREE}", f"zfs create -V {size} {TREE}/disk"]
-        lines += [f"zfs create -p {TREE}/{child}" for child in children]
+        lines += [f"zfs create -p '{TREE}/{child}'" for child in children]
         self.source.run(" && ".join(lines))
         self.write("one", *children)
 
     def write(self, word: str, *children: str) -> None:
         """Change every dataset of the tree: a file called `word` in the filesystems, new bytes on the volume."""
-        lines = [f"head -c 300000 /dev/urandom > /{TREE}/{child}/{word}" for child in ("", *children)]
+        lines = [f"head -c 300000 /dev/urandom > '/{TREE}/{child}/{word}'" for child in ("", *children)]
         lines.append(f"dd if=/dev/urandom of=/dev/zvol/{TREE}/disk bs=64k count=10 oflag=direct status=none")
         self.source.run(f"udevadm settle && {' && '.join(lines)}")
 

@@ -150,7 +150,7 @@ def test_real_cron_is_silent_on_success_and_mails_a_failure(site: Site) -> None:
     site.plant("www")
     site.snapshot("monday")
     site.backup.run("rm -f /var/mail/root; systemctl start cron")
-    cron = f"MAILTO=root\n* * * * * root {JOB} -k 30 && touch /run/cron.passed || touch /run/cron.failed\n"
+    cron = f"PATH=/usr/local/bin:/usr/bin:/bin\nMAILTO=root\n* * * * * root {JOB} -k 30 && touch /run/cron.passed || touch /run/cron.failed\n"
     try:
         site.backup.write("/etc/cron.d/mirror", cron)
         wait_for(site, "/run/cron.passed")
