@@ -1693,7 +1693,7 @@ def main(argv: list[str] | None = None) -> int:
     except Stopped as stopped:
         return 128 + stopped.number
     except Failure as failure:
-        report.failure(options.remote_host, failure)
+        report.failure(options.local_fs, failure)
         return 3
 
 

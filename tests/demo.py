@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import textwrap
 import time
 
 from lab import Lab, Machine
@@ -73,9 +74,7 @@ class Demo:
         source, backup = self.site.source, self.site.backup
         self.tell("What is mirrored: checksums of every file and of the volume, on both sides")
         theirs, ours = self.site.checksums(source, TREE), self.site.checksums(backup, MIRROR)
-        for line in ours.splitlines():
-            digest, rest = sorted(line.split(" ", 1), key=len, reverse=True) if line.endswith("disk") else ("", line)
-            print(f"    {digest} {rest}".rstrip())
+        print(textwrap.indent(ours, "    ").rstrip())
         self.check("they agree", right=ours == theirs and "later" in ours)
         self.tell("What is held: on each side the newest snapshot that both know, and no other")
         for machine, tree, tag in ((source, TREE, TAG), (backup, MIRROR, f"{TAG}:received")):

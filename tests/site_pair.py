@@ -130,19 +130,20 @@ class Site:
         }
 
     def checksums(self, machine: Machine, tree: str) -> str:
-        """Checksums of all files and volumes of a tree, at paths below it. Received filesystems are mounted for it."""
+        """Checksums of all files in the newest snapshots of a tree, and of its volumes, at paths below it."""
         return machine.run(CHECKSUMS, input=tree, timeout=300).stdout
 
 
 CHECKSUMS = r"""
 tree=$(cat); top=$(mktemp -d); udevadm settle
 zfs list -H -r -o name,type -t filesystem,volume "$tree" | while IFS="$(printf '\t')" read -r name type; do
+    below=${name#"$tree"}
     if [ "$type" = volume ]; then
-        echo "$(sha256sum < "/dev/zvol/$name") volume ${name#"$tree"}"
+        sha256sum < "/dev/zvol/$name" | sed "s| -| $below|"
     else
         last=$(zfs list -H -d 1 -t snapshot -o name -s createtxg "$name" | tail -n 1)
         mount -t zfs -o ro "$last" "$top"
-        (cd "$top" && find . -type f -exec sha256sum {} + | sort -k 2 | sed "s|^|${name#"$tree"} |")
+        (cd "$top" && find . -type f -exec sha256sum {} + | sort -k 2 | sed "s|  \.|  $below|")
         umount "$top"
     fi
 done

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import email
 import re
 import time
 from typing import TYPE_CHECKING
@@ -151,6 +152,7 @@ def test_real_cron_is_silent_on_success_and_mails_a_failure(site: Site) -> None:
     site.snapshot("monday")
     site.backup.run("rm -f /var/mail/root; systemctl start cron")
     cron = f"PATH=/usr/local/bin:/usr/bin:/bin\nMAILTO=root\n* * * * * root {JOB} -k 30 && touch /run/cron.passed || touch /run/cron.failed\n"
+    absent = "cannot open 'backuppool/gone': dataset does not exist"
     try:
         site.backup.write("/etc/cron.d/mirror", cron)
         wait_for(site, "/run/cron.passed")
@@ -159,7 +161,9 @@ def test_real_cron_is_silent_on_success_and_mails_a_failure(site: Site) -> None:
         site.backup.write("/etc/cron.d/mirror", cron.replace(TREE, "backuppool/gone"))
         wait_for(site, "/run/cron.failed")
         wait_for(site, "/var/mail/root")
-        assert "cannot open 'backuppool/gone': dataset does not exist" in site.backup.read("/var/mail/root")
+        mail = email.message_from_string(site.backup.read("/var/mail/root").partition("\n")[2])
+        body = mail.get_payload(decode=True)
+        assert body == f"zfs_replicate: {MIRROR}: zfs list failed on source: {absent}\n".encode()
     finally:
         site.backup.run(
             "rm -f /etc/cron.d/mirror /run/cron.passed /run/cron.failed /var/mail/root; systemctl stop cron"

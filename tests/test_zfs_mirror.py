@@ -31,7 +31,7 @@ def test_crontab_line_does_a_full_then_an_incremental_pull(site: Site) -> None:
     site.replicate_silently()
     site.assert_in_step()
     assert site.checksums(site.backup, MIRROR) == site.checksums(site.source, TREE)
-    assert "./two" in site.checksums(site.backup, MIRROR)
+    assert "/www/two" in site.checksums(site.backup, MIRROR)
     assert names(site.backup, MIRROR) == ["monday", "wednesday"]
     assert names(site.source, TREE) == ["monday", "tuesday", "wednesday"]
 
