@@ -16,12 +16,8 @@ RELEASES = ("bookworm", "trixie")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Run what needs no VM first: a mistake shows in seconds. All tests of one release share one worker's machines."""
+    """Run what needs no VM first: a mistake shows in seconds."""
     items.sort(key=lambda item: item.get_closest_marker("zfs") is not None)
-    for item in items:
-        for release in RELEASES:
-            if release in item.name:
-                item.add_marker(pytest.mark.xdist_group(release))
 
 
 @pytest.fixture(scope="session")
