@@ -708,6 +708,11 @@ def decode_token(token: str) -> Command:
     return ("zfs", "send", "-nvt", token)
 
 
+def settle(pool: str) -> Command:
+    """Writes out what was written lately, so that it counts."""
+    return ("zpool", "sync", pool)
+
+
 def count_files(name: str) -> Command:
     """Prints how many objects each user and group owns; an empty filesystem has one, its root directory."""
     return ("zfs", "userspace", "-Hp", "-o", "objused", name)
@@ -1295,11 +1300,13 @@ class Run:
         names = lineage(self.policy.target_root)
         answer = self.target_host.ask(list_existing(names))
         self.existing = answer.stdout.splitlines()
-        if names[0] not in self.existing:
-            raise Failure(
-                f"cannot list the pool {names[0]} on {self.target_host.label}: {answer.stderr.strip()}",
-                f"is it imported? zpool import {names[0]}",
-            )
+        for name in names:
+            # Absent is only what zfs says is absent: a mirror taken for absent would lose the hold on its base.
+            if name not in self.existing and (
+                name == names[0] or f"'{name}': dataset does not exist" not in answer.stderr
+            ):
+                hint = f"is the pool imported? zpool import {names[0]}"
+                raise Failure(f"cannot list {name} on {self.target_host.label}: {answer.stderr.strip()}", hint)
         self.target = self.read(self.target_host, names[-1]) if names[-1] in self.existing else {}
         for key in self.target:
             self.target[key] = self.examine(key, self.target[key])
@@ -1317,6 +1324,7 @@ class Run:
             local = replace(local, partial=parse_token(local.partial.token, answer.stdout + answer.stderr))
         source = self.source.get(key)
         if source and source.snapshots and not local.snapshots and local.kind == "filesystem":
+            self.target_host.ask(settle(lineage(local.name)[0]))
             answer = self.target_host.ask(count_files(local.name))
             local = replace(local, vacant=answer.status == 0 and count_objects(answer.stdout) == 1)
         return local
@@ -1392,6 +1400,9 @@ class Run:
     def bring_up(self, key: str) -> None:
         """Step by step until the plan has nothing more to say; after each step the plan is made anew from a listing."""
         for _ in range(MOST_STEPS):
+            local = self.target.get(key)
+            if local and local.vacant:
+                self.look_again(key)  # hours may have gone since the survey, and -F would overwrite what came
             plan = self.decide(key)
             if isinstance(plan, UpToDate):
                 return
@@ -1429,7 +1440,11 @@ class Run:
                     self.existing.append(name)
             return
         parent = key.rpartition("/")[0]
-        if parent in self.target:
+        here = self.target.get(parent)
+        if here and here.partial and not here.snapshots:
+            # Should its rest never come it must be given up, and zfs gives up no dataset that has children.
+            raise Failure(f"skipped, for its parent {here.name} is not wholly here")
+        if here:
             return
         if self.source[parent].snapshots:
             raise Failure(f"skipped, for its parent {self.local_name(parent)} is not here")

@@ -88,7 +88,7 @@ def test_missing_dataset_missing_pool_and_missing_zfs_stop_before_the_start(site
     done = site.replicate(status=3, job=f"zfs_replicate -h source -r backuppool/none -l {MIRROR} -t {TAG}")
     assert "cannot open 'backuppool/none': dataset does not exist" in done.stderr
     done = site.replicate(status=3, job=f"zfs_replicate -h source -r {TREE} -l nopool/virt -t {TAG}")
-    assert "is it imported? zpool import nopool" in done.stderr
+    assert "is the pool imported? zpool import nopool" in done.stderr
     site.source.run("mv $(readlink -f $(command -v zfs)) /root/zfs.away; hash -r")
     try:
         done = site.replicate(status=3)
