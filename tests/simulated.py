@@ -1,0 +1,533 @@
+"""A small ZFS machine in memory: it answers the commands that the program runs, and no others.
+
+What it says and refuses follows openzfs/zfs as the integration tests have seen it; where it and a real machine
+disagree, it is wrong. What it leaves out: data (a guid stands for it), properties, encryption, local changes since the
+newest snapshot, sends that share one pipe. A destroyed dataset takes its holds along.
+
+    world = World()
+    source, backup = Machine(world, "source", "backuppool"), Machine(world, "this host", "offsite")
+    source.create("backuppool/virt"); source.snapshot("backuppool/virt@one")
+    wire = Wire(source, backup)
+    Run(policy, Near(wire, source), Near(wire, backup), wire.carry, report)
+
+Every moment at which the program could die, or somebody else could act, passes through `Wire.at`.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Callable
+
+from zfs_replicate import DAY, FILESYSTEM_LEFT_OUT, FILESYSTEM_OVERRIDES, LIST_COLUMNS, LIST_KINDS, Answer, StreamFailed
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from zfs_replicate import Command
+
+GUID_STEP = 0x9E3779B97F4A7C15
+"""Odd, so that all multiples of it differ: guids that neither run with time nor fit in 63 bits."""
+
+
+class Refused(Exception):
+    """zfs says no: its message, as the program or an administrator gets to read it."""
+
+
+@dataclass
+class World:
+    """What all machines share: one clock, and guids that never come twice."""
+
+    now: int = 1_700_000_000
+    made: int = 0
+
+    def guid(self) -> int:
+        self.made += 1
+        return self.made * GUID_STEP % 2**64
+
+
+@dataclass
+class Point:
+    """A snapshot or a bookmark. `doomed`: marked by `destroy -d`, the last release destroys it."""
+
+    guid: int
+    createtxg: int
+    creation: int
+    tags: set[str] = field(default_factory=set)
+    doomed: bool = False
+
+
+@dataclass(frozen=True)
+class Segment:
+    """One stream of a pipe: a snapshot in full, or from a base. `resumed`: the rest of one."""
+
+    kind: str
+    name: str
+    guid: int
+    creation: int
+    base: int | None
+    resumed: bool = False
+
+    @property
+    def token(self) -> str:
+        return f"1-{self.guid:x}-{self.base or 0:x}-{self.name.encode().hex()}"
+
+
+@dataclass
+class Store:
+    """A filesystem or volume. `files`: holds files of its own. `partial`: an interrupted receive waits."""
+
+    kind: str = "filesystem"
+    snapshots: dict[str, Point] = field(default_factory=dict)
+    bookmarks: dict[str, Point] = field(default_factory=dict)
+    files: bool = False
+    partial: Segment | None = None
+    unborn: bool = False  # a first receive has not come to its end: the dataset is its partial state
+
+    @property
+    def newest(self) -> Point | None:
+        return max(self.snapshots.values(), key=lambda point: point.createtxg, default=None)
+
+    def point(self, guid: int | None) -> tuple[str, Point] | None:
+        """The snapshot with this guid, and its short name."""
+        return next(((name, point) for name, point in self.snapshots.items() if point.guid == guid), None)
+
+
+def split(name: str) -> tuple[str, str]:
+    dataset, _, short = name.partition("@")
+    assert dataset, name
+    assert short, f"not a snapshot: {name!r}"
+    return dataset, short
+
+
+class Machine:
+    """A host with one pool. `ask` is for the program; what is named in words is for the others."""
+
+    def __init__(self, world: World, label: str, pool: str, txg: int = 100) -> None:
+        self.world = world
+        self.label = label
+        self.txg = txg
+        self.datasets = {pool: Store()}
+
+    # what others do
+
+    def create(self, name: str, kind: str = "filesystem", *, files: bool = True) -> None:
+        """A dataset, and its parents as `create -p` does."""
+        self.add(name, Store(kind, files=files), parents=True)
+
+    def destroy_dataset(self, name: str) -> None:
+        store = self.store(name)
+        if any(point.tags for point in store.snapshots.values()):
+            raise Refused(f"cannot destroy '{name}': dataset is busy")
+        self.remove(name)
+
+    def snapshot(self, name: str) -> int:
+        dataset, short = split(name)
+        store = self.store(dataset)
+        if short in store.snapshots:
+            raise Refused(f"cannot create snapshot '{name}': dataset already exists")
+        if store.unborn:
+            raise Refused(f"cannot create snapshot '{name}': dataset is busy")
+        guid = self.world.guid()
+        store.snapshots[short] = Point(guid, self.next_txg(), self.world.now)
+        return guid
+
+    def bookmark(self, name: str, mark: str) -> None:
+        dataset, short = split(name)
+        point = self.store(dataset).snapshots[short]
+        self.store(dataset).bookmarks[mark] = replace(point, tags=set(), doomed=False)
+
+    def rename(self, name: str, new: str) -> None:
+        """Rename a snapshot: holds go with it."""
+        dataset, short = split(name)
+        snapshots = self.store(dataset).snapshots
+        if new in snapshots:
+            raise Refused(f"cannot rename '{name}': dataset already exists")
+        snapshots[new] = snapshots.pop(short)
+
+    def hold(self, tag: str, name: str) -> None:
+        point = self.find(name, f"cannot hold snapshot '{name}'")
+        if tag in point.tags:
+            raise Refused(f"cannot hold snapshot '{name}': tag already exists on this dataset")
+        point.tags.add(tag)
+
+    def release(self, tag: str, name: str) -> None:
+        point = self.find(name, f"cannot release hold from snapshot '{name}'")
+        if tag not in point.tags:
+            raise Refused(f"cannot release hold from snapshot '{name}': no such tag on this dataset")
+        point.tags.remove(tag)
+        if point.doomed and not point.tags:
+            dataset, short = split(name)
+            del self.store(dataset).snapshots[short]
+
+    def doom(self, name: str) -> None:
+        """As `destroy -d` does: at once if nobody holds it, else when the last one lets go."""
+        dataset, short = split(name)
+        if self.store(dataset).snapshots[short].tags:
+            self.store(dataset).snapshots[short].doomed = True
+        else:
+            self.destroy(dataset, [short])
+
+    def destroy(self, dataset: str, shorts: list[str]) -> None:
+        """All or nothing; those that are gone do not count, unless all are."""
+        store = self.store(dataset)
+        there = [short for short in shorts if short in store.snapshots]
+        if not there:
+            raise Refused("could not find any snapshots to destroy; check snapshot names.")
+        for short in there:
+            if store.partial and store.snapshots[short].guid == store.partial.base:
+                raise Refused(f"cannot destroy '{dataset}@{short}': snapshot has dependent clones")
+            if store.snapshots[short].tags:
+                raise Refused(f"cannot destroy snapshot {dataset}@{short}: dataset is busy")
+        for short in there:
+            del store.snapshots[short]
+
+    # the parts of it
+
+    def next_txg(self) -> int:
+        self.txg += 7
+        return self.txg
+
+    def store(self, name: str) -> Store:
+        if name not in self.datasets:
+            raise Refused(f"cannot open '{name}': dataset does not exist")
+        return self.datasets[name]
+
+    def find(self, name: str, prefix: str) -> Point:
+        dataset, short = split(name)
+        if dataset not in self.datasets or short not in self.datasets[dataset].snapshots:
+            raise Refused(f"{prefix}: dataset does not exist")
+        return self.datasets[dataset].snapshots[short]
+
+    def below(self, root: str) -> list[str]:
+        return sorted(name for name in self.datasets if name == root or name.startswith(root + "/"))
+
+    def add(self, name: str, store: Store, *, parents: bool = False) -> None:
+        parent = name.rpartition("/")[0]
+        if name in self.datasets:
+            raise Refused(f"cannot create '{name}': dataset already exists")
+        if parent not in self.datasets:
+            if not parents or not parent:
+                raise Refused(f"cannot create '{name}': parent does not exist")
+            self.add(parent, Store(), parents=True)
+        if self.datasets[parent].kind != "filesystem":
+            raise Refused(f"cannot create '{name}': parent is not a filesystem")
+        self.datasets[name] = store
+
+    def remove(self, name: str) -> None:
+        if self.below(name) != [name]:
+            raise Refused(f"cannot destroy '{name}': filesystem has children")
+        del self.datasets[name]
+
+    # what the program asks
+
+    def ask(self, command: Command) -> Answer:
+        """The answer of zfs. A command that the program has no business to run is an AssertionError."""
+        action: Callable[[list[str]], Answer] | None = getattr(self, f"{command[0]}_{command[1]}", None)
+        assert action, f"not a command of the program: {command}"
+        try:
+            return action(list(command[2:]))
+        except Refused as refused:
+            return Answer(1, "", f"{refused}\n")
+
+    def piped(self, command: Command) -> Command:
+        return command
+
+    def connected(self) -> bool:
+        return True
+
+    def close(self) -> None:
+        pass
+
+    def each(self, names: list[str], action: Callable[[str], None]) -> Answer:
+        """Each by itself; one failure does not stop the others, but shows in the exit status."""
+        assert names
+        errors = []
+        for name in names:
+            try:
+                action(name)
+            except Refused as refused:
+                errors.append(f"{refused}\n")
+        return Answer(int(bool(errors)), "", "".join(errors))
+
+    def zfs_list(self, words: list[str]) -> Answer:
+        if words[0] == "-H":
+            assert words[:5] == ["-H", "-o", "name", "-t", "filesystem,volume"], words
+            lines: list[str] = []
+            answer = self.each(words[5:], lambda name: lines.append(f"{name}\n" * bool(self.store(name))))
+            return replace(answer, stdout="".join(lines))
+        assert words.pop(0) == "-Hp", words
+        depth = words.pop(0)
+        assert depth == "-r" or (depth == "-d" and words.pop(0) == "1"), words
+        columns = ",".join(LIST_COLUMNS)
+        assert words[:4] == ["-t", LIST_KINDS, "-o", columns], words
+        (root,) = words[4:]
+        self.store(root)
+        names = [name for name in self.below(root) if depth == "-r" or "/" not in name[len(root) + 1 :]]
+        with_points = names if depth == "-r" else [root]
+        rows = [row for name in names for row in self.rows(name, points=name in with_points)]
+        return Answer(0, "".join("\t".join(map(str, row)) + "\n" for row in rows), "")
+
+    def rows(self, name: str, *, points: bool) -> Iterator[tuple[str | int, ...]]:
+        """A dataset and its points, as LIST_COLUMNS has them; in no order that anybody should rely on."""
+        store = self.datasets[name]
+        token = store.partial.token if store.partial else "-"
+        yield name, store.kind, 1, 1, 1, "-", token, "off"
+        for kind, mark, found in (("snapshot", "@", store.snapshots), ("bookmark", "#", store.bookmarks)):
+            for short, point in sorted(found.items(), key=lambda item: item[1].guid) if points else ():
+                userrefs = len(point.tags) if mark == "@" else "-"
+                yield name + mark + short, kind, point.guid, point.createtxg, point.creation, userrefs, "-", "-"
+
+    def zfs_holds(self, words: list[str]) -> Answer:
+        assert words.pop(0) == "-H", words
+        lines: list[str] = []
+
+        def show(name: str) -> None:
+            tags = sorted(self.find(name, f"cannot open '{name}'").tags)
+            lines.extend(f"{name}\t{tag}\tThu Nov 16 10:00 2023\n" for tag in tags)
+
+        return replace(self.each(words, show), stdout="".join(lines))
+
+    def zfs_hold(self, words: list[str]) -> Answer:
+        tag = words.pop(0)
+        assert not tag.startswith(("-", ".")), tag
+        return self.each(words, lambda name: self.hold(tag, name))
+
+    def zfs_release(self, words: list[str]) -> Answer:
+        tag = words.pop(0)
+        assert not tag.startswith(("-", ".")), tag
+        return self.each(words, lambda name: self.release(tag, name))
+
+    def zfs_destroy(self, words: list[str]) -> Answer:
+        (name,) = words
+        assert re.fullmatch("[^-@%#,][^@%#,]*@[^@%#]+", name), f"this destroys more than snapshots: {name}"
+        dataset, shorts = split(name)
+        self.destroy(dataset, shorts.split(","))
+        return Answer(0, "", "")
+
+    def zfs_create(self, words: list[str]) -> Answer:
+        assert words[:3] == ["-u", "-o", "canmount=off"], words
+        (name,) = words[3:]
+        self.add(name, Store())
+        return Answer(0, "", "")
+
+    def zpool_sync(self, words: list[str]) -> Answer:
+        (pool,) = words
+        assert pool in self.datasets
+        return Answer(0, "", "")
+
+    def zfs_userspace(self, words: list[str]) -> Answer:
+        assert words[:3] == ["-Hp", "-o", "objused"], words
+        (name,) = words[3:]
+        return Answer(0, "250\n3\n" if self.store(name).files else "1\n", "")
+
+    def zfs_recv(self, words: list[str]) -> Answer:
+        assert words.pop(0) == "-A", words
+        (name,) = words
+        store = self.store(name)
+        if not store.partial:
+            raise Refused(f"'{name}' does not have any resumable receive state to abort")
+        if store.unborn:
+            self.remove(name)
+        store.partial = None
+        return Answer(0, "", "")
+
+    def zfs_send(self, words: list[str]) -> Answer:
+        """What a token says; it decodes anywhere, also where the snapshot is not."""
+        assert words.pop(0) == "-nvt", words
+        (token,) = words
+        segment = self.decoded(token)
+        base = f"\tfromguid = {segment.base:#x}\n" if segment.base else ""
+        return Answer(
+            255,
+            f"resume token contents:\nnvlist version: 0\n{base}\tobject = 0x2\n\toffset = 0x0\n\tbytes = 0x1000\n"
+            f"\ttoguid = {segment.guid:#x}\n\ttoname = {segment.name}\n",
+            f"cannot resume send: '{segment.name}' used in the initial send no longer exists\n",
+        )
+
+    # streams
+
+    def decoded(self, token: str) -> Segment:
+        _, guid, base, name = token.split("-")
+        return Segment("", bytes.fromhex(name).decode(), int(guid, 16), 0, int(base, 16) or None, resumed=True)
+
+    def send(self, command: Command) -> list[Segment]:
+        """The streams that a sending command writes, one after another."""
+        words = list(command)
+        assert [words.pop(0), words.pop(0)] == ["zfs", "send"], command
+        if words[0] == "-t":
+            assert len(words) == 2, command
+            return [self.rest(self.decoded(words[1]))]
+        assert [words.pop(0) for _ in range(3)] == ["-L", "-c", "-p"], command
+        flag, base_name = (words.pop(0), words.pop(0)) if len(words) > 1 else ("", "")
+        (name,) = words
+        assert flag in ("", "-i", "-I"), command
+        last = self.find(name, f"cannot open '{name}'")
+        dataset, _ = split(name)
+        store = self.datasets[dataset]
+        if not flag:
+            return [Segment(store.kind, name, last.guid, last.creation, None)]
+        base = self.base(base_name, dataset, bookmark=flag == "-i")
+        if base.createtxg >= last.createtxg:
+            raise Refused(f"cannot send '{name}': not an earlier snapshot from the same fs")
+        chain = [(name, last)]
+        if flag == "-I":
+            between = [it for it in store.snapshots.items() if base.createtxg < it[1].createtxg < last.createtxg]
+            between.sort(key=lambda it: it[1].createtxg)
+            chain = [(f"{dataset}@{short}", point) for short, point in between] + chain
+        bases = [base.guid, *(point.guid for _, point in chain)]
+        return [Segment(store.kind, n, p.guid, p.creation, b) for (n, p), b in zip(chain, bases)]
+
+    def base(self, name: str, dataset: str, *, bookmark: bool) -> Point:
+        own, mark, short = re.split("([@#])", name)
+        assert own == dataset, name
+        assert bookmark or mark == "@", f"-I takes no bookmark: {name}"
+        found = self.datasets[dataset].snapshots if mark == "@" else self.datasets[dataset].bookmarks
+        if short not in found:
+            raise Refused(f"cannot send: incremental source '{name}' does not exist")
+        return found[short]
+
+    def rest(self, waiting: Segment) -> Segment:
+        """The rest of an interrupted stream: both ends are looked up by guid, so that they may be renamed."""
+        store = self.store(split(waiting.name)[0])
+        found = store.point(waiting.guid)
+        if not found:
+            raise Refused(f"cannot resume send: '{waiting.name}' used in the initial send no longer exists")
+        bases = {point.guid for point in (*store.snapshots.values(), *store.bookmarks.values())}
+        if waiting.base and waiting.base not in bases:
+            raise Refused(f"cannot resume send: incremental source {waiting.base:#x} no longer exists")
+        return replace(waiting, kind=store.kind, creation=found[1].creation)
+
+    def receive(self, command: Command, segment: Segment) -> Iterator[None]:
+        """Receive one stream. It stops once, half-way: left alone there, it leaves its partial state behind."""
+        name, force = receiving(command, segment.kind)
+        store = self.datasets.get(name)
+        self.permit(name, store, segment, force=force)
+        if store is None:
+            store = Store(segment.kind, unborn=True)
+            self.add(name, store)
+        if not segment.resumed:
+            store.partial = segment
+        yield
+        assert store.partial
+        short = split(store.partial.name)[1]  # as the stream began: a token keeps the name
+        if short in store.snapshots:
+            raise Refused(f"cannot receive: destination {name}@{short} already exists")
+        if store.newest and store.newest.guid != segment.base:
+            raise Refused(f"cannot receive: destination {name} has been modified since most recent snapshot")
+        store.snapshots[short] = Point(segment.guid, self.next_txg(), segment.creation)
+        store.partial = None
+        store.unborn = False
+        store.files = True
+
+    def permit(self, name: str, store: Store | None, segment: Segment, *, force: bool) -> None:
+        """Refuse what zfs refuses at the head of a stream."""
+        if segment.resumed:
+            if not store or not store.partial or store.partial.guid != segment.guid:
+                raise Refused(f"cannot receive resume stream: destination {name} does not match")
+        elif store and store.partial:
+            raise Refused(
+                f'cannot receive: destination {name} contains partially-complete state from "zfs receive -s".'
+            )
+        elif segment.base is None:
+            if store and not force:
+                raise Refused(f"cannot receive new filesystem stream: destination '{name}' exists")
+            if store and store.snapshots:
+                raise Refused(f"cannot receive new filesystem stream: destination has snapshots (eg. {name}@)")
+            assert not store or not store.files, f"-F overwrites what is in {name}"
+        elif store is None:
+            raise Refused(f"cannot receive incremental stream: destination '{name}' does not exist")
+        elif store.newest is None or store.newest.guid != segment.base:
+            if store.point(segment.base):
+                raise Refused(f"cannot receive: destination {name} has been modified since most recent snapshot")
+            raise Refused(f"cannot receive: most recent snapshot of {name} does not match incremental source")
+
+
+def receiving(command: Command, kind: str) -> tuple[str, bool]:
+    """Where a receiving command puts the stream, and whether with -F; its options must suit the kind of dataset."""
+    words = list(command)
+    assert [words.pop(0) for _ in range(4)] == ["zfs", "recv", "-s", "-u"], command
+    force = words[0] == "-F"
+    options = words[force:-1]
+    legal = {*FILESYSTEM_LEFT_OUT, "readonly", "canmount"}
+    if kind == "volume":
+        legal = {"reservation", "refreservation", "readonly"}
+    assert len(options) % 2 == 0, command
+    for flag, value in zip(options[::2], options[1::2]):
+        assert value in (FILESYSTEM_OVERRIDES if flag == "-o" else legal), command
+        assert flag in ("-o", "-x"), command
+        assert value.split("=")[0] in legal, f"a {kind} has no such property: {command}"
+    assert words[-1][0] != "-", command
+    return words[-1], force
+
+
+@dataclass
+class Near:
+    """A machine as the program reaches it: each command passes two moments, one before and one after it."""
+
+    wire: Wire
+    machine: Machine
+    label: str = ""
+
+    def __post_init__(self) -> None:
+        self.label = self.machine.label
+
+    def ask(self, command: Command) -> Answer:
+        answer = self.wire.at(self.machine, command, "before")
+        if answer is None:
+            answer = self.machine.ask(command)
+            self.wire.done.append((self.label, *command[1:]))
+            answer = self.wire.at(self.machine, command, "after") or answer
+        return answer
+
+    def piped(self, command: Command) -> Command:
+        return self.machine.piped(command)
+
+    def connected(self) -> bool:
+        return True
+
+    def close(self) -> None:
+        self.machine.close()
+
+
+def undisturbed(machine: Machine, command: Command, moment: str) -> Answer | None:
+    return None
+
+
+@dataclass
+class Wire:
+    """The ways from the program to the machines, and of the streams between them.
+
+    `at` is called before and after every command and in the middle of every stream. What it raises happens to the
+    program there; an Answer takes the place of the real one.
+    """
+
+    source: Machine
+    target: Machine
+    at: Callable[[Machine, Command, str], Answer | None] = undisturbed
+    done: list[tuple[str, ...]] = field(default_factory=list)
+
+    def carry(self, sending: Command, receiving: Command) -> None:
+        self.disturbed(sending, "before")
+        try:
+            for segment in self.source.send(sending):
+                for _ in self.target.receive(receiving, segment):
+                    self.disturbed(sending, "half-way")
+                self.done.append((self.target.label, "recv", segment.name, receiving[-1]))
+        except Refused as refused:
+            raise StreamFailed(f"the stream failed: zfs: {refused}") from None
+        self.disturbed(sending, "after")
+
+    def disturbed(self, sending: Command, moment: str) -> None:
+        answer = self.at(self.source, sending, moment)
+        if answer:
+            raise StreamFailed(f"the stream failed: {answer.stderr}")
+
+    def writes(self) -> list[tuple[str, ...]]:
+        """The commands so far that change something, each after the label of its machine."""
+        harmless = ("list", "holds", "send", "userspace", "sync")
+        return [command for command in self.done if command[1] not in harmless]
+
+
+def days(count: float) -> int:
+    return int(count * DAY)

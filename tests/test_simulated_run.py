@@ -1,0 +1,581 @@
+"""Stories of one job, told on simulated machines: what is where in the end, and what came before what."""
+
+from __future__ import annotations
+
+import re
+from typing import Callable
+
+import pytest
+from histories import LOCAL, RECEIVED, SOURCE, TAG
+from simulated import Machine, Near, Refused, Wire, World, days
+
+from zfs_replicate import Answer, Command, Failure, LinkLost, Policy, Report, Run
+
+Disturbance = Callable[[Machine, Command, str], "Answer | None"]
+EMPTY = Answer(1, "", "permission denied")
+
+
+class Job:
+    """A tree on one machine and its mirror on another; `replicate` is the crontab line."""
+
+    def __init__(self, source: Machine, backup: Machine, tree: str = SOURCE, mirror: str = LOCAL) -> None:
+        self.source = source
+        self.backup = backup
+        self.tree = tree
+        self.mirror = mirror
+        self.said: list[str] = []
+        self.wire = Wire(source, backup)
+
+    def replicate(
+        self, status: int = 0, keep: int | None = None, every: bool = False, at: Disturbance | None = None
+    ) -> str:
+        """One run, which must exit with `status`. Returns what it told the user."""
+        self.wire = Wire(self.source, self.backup)
+        if at:
+            self.wire.at = at
+        report = Report()
+        policy = Policy(self.tree, self.mirror, TAG, keep, every)
+        run = Run(policy, Near(self.wire, self.source), Near(self.wire, self.backup), self.wire.carry, report)
+        try:
+            run.survey()
+            run.execute(self.source.world.now)
+            ended = 1 if report.failures else 0
+        except Failure as failure:
+            report.failures.append(str(failure))
+            ended = 3
+        said = "\n".join(report.failures)
+        assert ended == status, said
+        return said
+
+    def snapshot(self, name: str, *keys: str) -> None:
+        """Snapshot some datasets of the tree, then let an hour pass."""
+        for key in keys or [name[len(self.tree) :] for name in self.source.below(self.tree)]:
+            self.source.snapshot(f"{self.tree}{key}@{name}")
+        self.source.world.now += days(1 / 24)
+
+    def here(self, key: str = "") -> str:
+        """The mirror's snapshots with their tags, oldest first: `a b!offsite:received`."""
+        return told(self.backup, self.mirror + key)
+
+    def there(self, key: str = "") -> str:
+        return told(self.source, self.tree + key)
+
+    def done(self, *kinds: str) -> list[str]:
+        """The writing commands of the last run, in order, as one line each."""
+        return [" ".join(words) for words in self.wire.writes() if not kinds or words[1] in kinds]
+
+
+def told(machine: Machine, dataset: str) -> str:
+    if dataset not in machine.datasets:
+        return "absent"
+    snapshots = machine.datasets[dataset].snapshots
+    names = sorted(snapshots, key=lambda name: snapshots[name].createtxg)
+    return " ".join("!".join([name, *sorted(snapshots[name].tags)]) for name in names)
+
+
+def refusing(pattern: str, machine: str = "", moment: str = "before") -> Disturbance:
+    """Every command that looks like this fails and does nothing; `after`: it was done all the same."""
+
+    def at(where: Machine, command: Command, when: str) -> Answer | None:
+        hit = when == moment and machine in where.label and re.search(pattern, " ".join(command))
+        return EMPTY if hit else None
+
+    return at
+
+
+def once(when: str, deed: Callable[[], object], pattern: str = "") -> Disturbance:
+    """Somebody does something at the first such moment."""
+    deeds = [deed]
+
+    def at(where: Machine, command: Command, moment: str) -> Answer | None:
+        if deeds and moment == when and re.search(pattern, " ".join(command)):
+            deeds.pop()()
+        return None
+
+    return at
+
+
+def break_link() -> None:
+    raise LinkLost("the link broke")
+
+
+@pytest.fixture
+def job() -> Job:
+    """A tree of a root, a filesystem with a child, and a volume, on `source`; an empty pool on `backup`."""
+    world = World()
+    source = Machine(world, "source", "backuppool", txg=9000)
+    for key, kind in (("/www/logs", "filesystem"), ("/disk", "volume")):
+        source.create(SOURCE + key, kind)
+    return Job(source, Machine(world, "backup", "offsite"))
+
+
+@pytest.fixture
+def mirrored(job: Job) -> Job:
+    """The same, in step at @a."""
+    job.snapshot("a")
+    job.replicate()
+    return job
+
+
+EACH = ("", "/www", "/www/logs", "/disk")
+
+
+# --- Pulling ----------------------------------------------------------------------------------------------------------
+
+
+def test_the_first_pull_brings_the_newest_of_each_dataset(job: Job) -> None:
+    job.snapshot("a")
+    job.snapshot("b")
+    assert job.replicate() == ""
+    for key in EACH:
+        assert job.here(key) == f"b!{RECEIVED}"
+        assert job.there(key) == f"a b!{TAG}"
+    assert job.backup.datasets[f"{LOCAL}/disk"].kind == "volume"
+
+
+def test_the_first_pull_of_every_snapshot(job: Job) -> None:
+    for name in "abc":
+        job.snapshot(name)
+    job.replicate(every=True)
+    for key in EACH:
+        assert job.here(key) == f"a b c!{RECEIVED}"
+        assert job.there(key) == f"a b c!{TAG}"
+
+
+def test_an_increment_goes_straight_to_the_newest(mirrored: Job) -> None:
+    for name in "bc":
+        mirrored.snapshot(name)
+    mirrored.replicate()
+    for key in EACH:
+        assert mirrored.here(key) == f"a c!{RECEIVED}"
+        assert mirrored.there(key) == f"a b c!{TAG}"
+
+
+def test_intermediates_come_along(mirrored: Job) -> None:
+    for name in "bcd":
+        mirrored.snapshot(name)
+    mirrored.replicate(every=True)
+    for key in EACH:
+        assert mirrored.here(key) == f"a b c d!{RECEIVED}"
+        assert mirrored.there(key) == f"a b c d!{TAG}"
+
+
+def test_nothing_new_means_no_writing_command_and_not_a_word(mirrored: Job, capsys: pytest.CaptureFixture[str]) -> None:
+    capsys.readouterr()
+    mirrored.replicate(keep=1, every=True)
+    assert mirrored.done() == []
+    assert capsys.readouterr() == ("", "")
+
+
+def test_a_new_child(mirrored: Job) -> None:
+    mirrored.source.create(f"{SOURCE}/new/deep")
+    mirrored.snapshot("b")
+    mirrored.replicate()
+    for key in (*EACH, "/new", "/new/deep"):
+        assert mirrored.here(key).endswith(f"b!{RECEIVED}")
+
+
+def test_a_parent_without_a_snapshot_is_a_placeholder_until_it_has_one(job: Job) -> None:
+    job.snapshot("a", "/www/logs")
+    job.replicate()
+    assert [job.here(key) for key in ("", "/www", "/www/logs")] == ["", "", f"a!{RECEIVED}"]
+    job.snapshot("b", "", "/www")
+    job.replicate()
+    assert [job.here(key) for key in ("", "/www", "/www/logs")] == [f"b!{RECEIVED}", f"b!{RECEIVED}", f"a!{RECEIVED}"]
+
+
+def test_a_child_that_is_gone_at_the_source_stays_here(mirrored: Job) -> None:
+    mirrored.source.release(TAG, f"{SOURCE}/www/logs@a")
+    mirrored.source.destroy_dataset(f"{SOURCE}/www/logs")
+    mirrored.source.world.now += days(100)
+    mirrored.snapshot("b")
+    mirrored.replicate(keep=1)
+    assert mirrored.here("/www/logs") == f"a!{RECEIVED}"
+    assert mirrored.here("/www") == f"b!{RECEIVED}"
+
+
+def test_a_child_made_anew_under_its_old_name_is_blocked_and_nothing_is_lost(mirrored: Job) -> None:
+    mirrored.source.release(TAG, f"{SOURCE}/www/logs@a")
+    mirrored.source.destroy_dataset(f"{SOURCE}/www/logs")
+    mirrored.source.create(f"{SOURCE}/www/logs")
+    mirrored.snapshot("a2")
+    assert "no snapshot in common" in mirrored.replicate(status=1, keep=1)
+    assert mirrored.here("/www/logs") == f"a!{RECEIVED}"
+    assert mirrored.here("/www") == f"a a2!{RECEIVED}"
+
+
+def test_names_tell_nothing(mirrored: Job) -> None:
+    """The base was renamed at the source, and another snapshot has its name now."""
+    mirrored.source.rename(f"{SOURCE}@a", "old")
+    mirrored.snapshot("a", "")
+    mirrored.snapshot("b", "")
+    mirrored.replicate()
+    assert mirrored.here() == f"a b!{RECEIVED}"
+    assert mirrored.there() == f"old a b!{TAG}"
+
+
+def test_guids_and_times_tell_nothing_of_the_order(mirrored: Job) -> None:
+    """The clock at the source was set back by a month between two snapshots."""
+    mirrored.source.world.now -= days(31)
+    mirrored.snapshot("b")
+    mirrored.replicate()
+    mirrored.snapshot("c")
+    mirrored.replicate()
+    assert mirrored.here() == f"a b c!{RECEIVED}"
+    assert mirrored.there() == f"a b c!{TAG}"
+
+
+def test_from_a_bookmark(mirrored: Job) -> None:
+    mirrored.source.bookmark(f"{SOURCE}@a", "mark")
+    mirrored.source.release(TAG, f"{SOURCE}@a")
+    mirrored.source.destroy(SOURCE, ["a"])
+    mirrored.snapshot("b")
+    mirrored.snapshot("c")
+    mirrored.replicate(every=True)
+    assert mirrored.here() == f"a b c!{RECEIVED}"
+
+
+def test_a_chain_of_three_with_one_tag(mirrored: Job) -> None:
+    third = Machine(mirrored.source.world, "third", "vault")
+    onward = Job(mirrored.backup, third, LOCAL, "vault/mirror")
+    onward.replicate()
+    assert mirrored.here() == f"a!{TAG}!{RECEIVED}"
+    mirrored.snapshot("b")
+    mirrored.source.world.now += days(50)
+    mirrored.snapshot("c")
+    mirrored.replicate(keep=1)
+    assert mirrored.here() == f"a!{TAG} c!{RECEIVED}", "the end of the chain still needs @a"
+    onward.replicate(keep=1)
+    assert (mirrored.here(), onward.here()) == (f"a c!{TAG}!{RECEIVED}", f"c!{RECEIVED}")
+    mirrored.replicate(keep=1)
+    assert mirrored.here() == f"c!{TAG}!{RECEIVED}"
+
+
+# --- Holds ------------------------------------------------------------------------------------------------------------
+
+
+def test_all_holds_are_placed_before_the_first_byte_and_in_one_command(mirrored: Job) -> None:
+    mirrored.snapshot("b")
+    mirrored.replicate()
+    kinds = [words[:2] for words in mirrored.wire.writes()]
+    assert kinds[:5] == [("source", "hold"), *[("backup", "recv")] * 4]
+    assert len(mirrored.wire.writes()[0]) == 3 + 4
+
+
+def test_new_holds_are_placed_on_both_sides_before_an_old_one_is_released(mirrored: Job) -> None:
+    mirrored.snapshot("b")
+    mirrored.replicate()
+    kinds = [f"{where} {what}" for where, what, *_ in mirrored.wire.writes() if what in ("hold", "release")]
+    assert kinds == ["source hold", "backup hold", "source release", "backup release"]
+
+
+def test_a_release_may_destroy_what_was_marked_for_it(mirrored: Job) -> None:
+    mirrored.source.doom(f"{SOURCE}@a")
+    mirrored.snapshot("b")
+    mirrored.replicate()
+    assert mirrored.there() == f"b!{TAG}"
+    assert mirrored.here() == f"a b!{RECEIVED}"
+
+
+def test_holds_of_others_and_other_tags_of_the_same_stem_stay(mirrored: Job) -> None:
+    for tag in ("monthly", f"{TAG}2", f"{TAG}:sent", RECEIVED):
+        mirrored.source.hold(tag, f"{SOURCE}@a")
+    mirrored.backup.hold(TAG, f"{LOCAL}@a")
+    mirrored.snapshot("b")
+    mirrored.replicate()
+    assert mirrored.there() == f"a!monthly!{TAG}2!{RECEIVED}!{TAG}:sent b!{TAG}"
+    assert mirrored.here() == f"a!{TAG} b!{RECEIVED}"
+
+
+def test_nothing_is_sent_that_cannot_be_held(mirrored: Job) -> None:
+    mirrored.snapshot("b")
+    said = mirrored.replicate(status=1, at=refusing("^zfs hold ", "source"))
+    assert "cannot hold" in said
+    for key in EACH:
+        assert mirrored.here(key) == f"a!{RECEIVED}"
+        assert mirrored.there(key) == f"a!{TAG} b"
+
+
+def test_one_snapshot_that_cannot_be_held_stops_only_its_own_dataset(mirrored: Job) -> None:
+    """It vanished after the listing: the status of the command says nothing of the others."""
+    mirrored.snapshot("b")
+    vanish = once("before", lambda: mirrored.source.destroy(f"{SOURCE}/www", ["b"]), "^zfs hold ")
+    mirrored.replicate(status=1, at=vanish)
+    assert mirrored.here("/www") == f"a!{RECEIVED}"
+    assert mirrored.there("/www") == f"a!{TAG}"
+    for key in ("", "/www/logs", "/disk"):
+        assert mirrored.here(key) == f"a b!{RECEIVED}"
+
+
+def test_a_hold_that_reports_failure_but_was_placed_counts(mirrored: Job) -> None:
+    mirrored.snapshot("b")
+    mirrored.replicate(at=refusing("^zfs hold ", moment="after"))
+    assert (mirrored.here(), mirrored.there()) == (f"a b!{RECEIVED}", f"a b!{TAG}")
+
+
+def test_without_a_hold_here_the_old_ones_stay_on_both_sides(mirrored: Job) -> None:
+    mirrored.snapshot("b")
+    said = mirrored.replicate(status=1, keep=1, at=refusing("^zfs hold ", "backup"))
+    assert f"not held: {LOCAL}@b" in said
+    assert (mirrored.here(), mirrored.there()) == (f"a!{RECEIVED} b", f"a!{TAG} b!{TAG}")
+    mirrored.replicate()
+    assert (mirrored.here(), mirrored.there()) == (f"a b!{RECEIVED}", f"a b!{TAG}")
+
+
+def test_holds_that_somebody_removed_are_placed_again(mirrored: Job) -> None:
+    mirrored.source.release(TAG, f"{SOURCE}@a")
+    mirrored.backup.release(RECEIVED, f"{LOCAL}/www@a")
+    mirrored.replicate()
+    assert (mirrored.there(), mirrored.here("/www")) == (f"a!{TAG}", f"a!{RECEIVED}")
+
+
+# --- Expiry -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def aged(mirrored: Job) -> Job:
+    """@b to @d came at 10 days from each other, and @e is still to be pulled."""
+    for name in "bcde":
+        mirrored.source.world.now += days(10)
+        if name == "e":
+            mirrored.replicate()
+        mirrored.snapshot(name)
+        if name != "e":
+            mirrored.replicate()
+    return mirrored
+
+
+def test_what_is_past_its_time_goes_here_and_nowhere_else(aged: Job) -> None:
+    aged.replicate(keep=15)
+    for key in EACH:
+        assert aged.here(key) == f"d e!{RECEIVED}"
+        assert aged.there(key) == f"a b c d e!{TAG}"
+    assert len(aged.done("destroy")) == 4, "one command for each dataset"
+
+
+def test_without_keep_days_nothing_goes(aged: Job) -> None:
+    aged.replicate()
+    assert aged.here() == f"a b c d e!{RECEIVED}"
+
+
+def test_the_old_base_expires_in_the_run_that_releases_it(aged: Job) -> None:
+    aged.replicate(keep=1)
+    assert aged.here() == f"e!{RECEIVED}"
+
+
+def test_a_source_that_stopped_does_not_empty_the_mirror(aged: Job) -> None:
+    aged.replicate()
+    aged.source.world.now += days(1000)
+    aged.replicate(keep=15)
+    assert aged.here() == f"d e!{RECEIVED}"
+
+
+def test_what_others_hold_here_stays(aged: Job) -> None:
+    aged.backup.hold("keep", f"{LOCAL}@b")
+    aged.replicate(keep=1)
+    assert aged.here() == f"b!keep e!{RECEIVED}"
+
+
+def test_one_that_cannot_be_destroyed_does_not_save_the_others(aged: Job) -> None:
+    """Somebody held it after the listing."""
+    hold = once("before", lambda: aged.backup.hold("quick", f"{LOCAL}@b"), "^zfs destroy offsite/virt/machines@")
+    said = aged.replicate(status=1, keep=1, at=hold)
+    assert f"{LOCAL}@b: zfs destroy failed on backup: cannot destroy snapshot {LOCAL}@b: dataset is busy" in said
+    assert aged.here() == f"b!quick e!{RECEIVED}"
+
+
+@pytest.mark.parametrize("machine", ["source", "backup"])
+def test_where_holds_cannot_be_read_nothing_held_is_touched(aged: Job, machine: str) -> None:
+    aged.source.hold(TAG, f"{SOURCE}@b")
+    aged.backup.hold("keep", f"{LOCAL}@a")
+    said = aged.replicate(status=1, keep=1, at=refusing("^zfs holds", machine))
+    assert f"holds on {machine}" in said
+    if machine == "source":
+        assert aged.here() == f"a!keep b d!{RECEIVED} e!{RECEIVED}"
+        assert aged.there() == f"a b!{TAG} c d!{TAG} e!{TAG}"
+    else:
+        assert aged.here() == f"a!keep d!{RECEIVED} e!{RECEIVED}"
+    assert not [line for line in aged.done("release") if line.startswith(machine)]
+
+
+@pytest.mark.parametrize("moment", ["before", "after"])
+def test_where_nothing_can_be_released_no_twin_is_destroyed(aged: Job, moment: str) -> None:
+    aged.source.hold(TAG, f"{SOURCE}@b")
+    silent = moment == "after"
+    aged.replicate(status=0 if silent else 1, keep=1, at=refusing("^zfs release", "source", moment))
+    if silent:  # released, whatever the status says
+        assert aged.here() == f"e!{RECEIVED}"
+    else:
+        assert aged.there() == f"a b!{TAG} c d!{TAG} e!{TAG}"
+        assert aged.here() == f"b d e!{RECEIVED}"
+
+
+def test_when_the_source_does_not_answer_any_more_nothing_is_destroyed(aged: Job) -> None:
+    def lost(where: Machine, command: Command, moment: str) -> Answer | None:
+        if where is aged.source and len(aged.done("recv")) == 4:
+            break_link()
+        return None
+
+    assert "the link broke" in aged.replicate(status=1, keep=1, at=lost)
+    assert aged.here() == f"a b c d!{RECEIVED} e"
+    aged.replicate(keep=1)
+    assert aged.here() == f"e!{RECEIVED}"
+
+
+# --- What goes wrong --------------------------------------------------------------------------------------------------
+
+
+def half_way(pattern: str = "", deed: Callable[[], object] | None = None) -> Disturbance:
+    """The first such stream breaks off half-way."""
+    deeds = [deed]
+
+    def at(where: Machine, command: Command, moment: str) -> Answer | None:
+        if deeds and moment == "half-way" and re.search(pattern, " ".join(command)):
+            act = deeds.pop()
+            return Answer(1, "", "out of space") if act is None else act()  # type: ignore[return-value]
+        return None
+
+    return at
+
+
+def test_one_failing_dataset_does_not_stop_the_others(mirrored: Job) -> None:
+    mirrored.snapshot("b")
+    assert "permission denied" in mirrored.replicate(status=1, at=refusing("machines/www@b", moment="half-way"))
+    assert mirrored.here("/www") == f"a!{RECEIVED}"
+    assert mirrored.there("/www") == f"a!{TAG} b!{TAG}", "its partial receive still needs @b"
+    for key in ("", "/www/logs", "/disk"):
+        assert mirrored.here(key) == f"a b!{RECEIVED}"
+
+
+def test_a_lost_link_stops_them_all(mirrored: Job) -> None:
+    mirrored.snapshot("b")
+    assert "the link broke" in mirrored.replicate(status=1, at=half_way("machines@b", break_link))
+    assert [mirrored.here(key) for key in EACH] == [f"a!{RECEIVED}"] * 4
+
+
+@pytest.mark.parametrize("first", [True, False], ids=["first", "increment"])
+def test_an_interrupted_receive_goes_on_and_then_to_what_is_newer(job: Job, first: bool) -> None:
+    job.snapshot("a")
+    if not first:
+        job.replicate()
+        job.snapshot("b")
+    job.replicate(status=1, at=half_way("machines@", break_link))
+    assert job.backup.datasets[LOCAL].partial
+    job.snapshot("c")
+    job.replicate()
+    assert job.here() == (f"a c!{RECEIVED}" if first else f"a b c!{RECEIVED}")
+    assert job.there() == (f"a c!{TAG}" if first else f"a b c!{TAG}")
+
+
+def test_what_follows_a_resumed_receive_is_held_before_it_is_sent(mirrored: Job) -> None:
+    mirrored.snapshot("b", "")
+    mirrored.replicate(status=1, at=half_way())
+    mirrored.snapshot("c", "")
+    mirrored.replicate()
+    assert [line.split()[1] for line in mirrored.done()][:3] == ["hold", "recv", "recv"]
+
+
+@pytest.mark.parametrize("first", [True, False], ids=["first", "increment"])
+def test_a_stale_token_is_given_up(job: Job, first: bool) -> None:
+    job.snapshot("a")
+    if not first:
+        job.replicate()
+    job.snapshot("b", "")
+    job.replicate(status=1, at=half_way("machines@", break_link))
+    job.source.release(TAG, f"{SOURCE}@b")
+    job.source.destroy(SOURCE, ["b"])
+    job.snapshot("c", "")
+    job.replicate()
+    assert job.here() == (f"c!{RECEIVED}" if first else f"a c!{RECEIVED}")
+    assert job.there() == f"a c!{TAG}"
+
+
+def test_the_base_of_a_partial_receive_does_not_expire(aged: Job) -> None:
+    aged.replicate(status=1, keep=1, at=refusing("machines@e", moment="half-way"))
+    assert aged.here().endswith(f"d!{RECEIVED}")
+    aged.replicate(keep=1)
+    assert aged.here() == f"e!{RECEIVED}"
+
+
+def test_a_target_renamed_in_mid_run_is_found_by_the_next(mirrored: Job) -> None:
+    mirrored.snapshot("b", "")
+    rename = once("before", lambda: mirrored.source.rename(f"{SOURCE}@b", "weekly"), "^zfs send")
+    mirrored.replicate(status=1, at=rename)
+    assert (mirrored.here(), mirrored.there()) == (f"a!{RECEIVED}", f"a!{TAG} weekly")
+    mirrored.replicate()
+    assert (mirrored.here(), mirrored.there()) == (f"a weekly!{RECEIVED}", f"a weekly!{TAG}")
+
+
+def test_a_target_is_safe_from_its_owner_once_it_is_held(mirrored: Job) -> None:
+    mirrored.snapshot("b", "")
+
+    def destroy() -> None:
+        with pytest.raises(Refused, match="busy"):
+            mirrored.source.destroy(SOURCE, ["b"])
+
+    mirrored.replicate(at=once("before", destroy, "^zfs send"))
+    assert mirrored.here() == f"a b!{RECEIVED}"
+
+
+def test_a_stream_that_says_it_arrived_is_not_believed(mirrored: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    mirrored.snapshot("b", "")
+    monkeypatch.setattr(Wire, "carry", lambda self, sending, receiving: None)
+    assert "does not end in @b" in mirrored.replicate(status=1)
+    assert (mirrored.here(), mirrored.there()) == (f"a!{RECEIVED}", f"a!{TAG} b")
+
+
+def test_newer_local_snapshots_block_and_are_kept(mirrored: Job) -> None:
+    mirrored.backup.snapshot(f"{LOCAL}@mine")
+    mirrored.snapshot("b")
+    mirrored.source.world.now += days(90)
+    assert "1 local snapshot newer" in mirrored.replicate(status=1, keep=1)
+    assert (mirrored.here(), mirrored.there()) == (f"a!{RECEIVED} mine", f"a!{TAG} b")
+    assert mirrored.here("/www") == f"a b!{RECEIVED}"
+
+
+def test_children_of_a_dataset_that_could_not_be_created_are_skipped_and_named(job: Job) -> None:
+    job.snapshot("a")
+    said = job.replicate(status=1, at=refusing("^zfs send .*machines/www@a"))
+    assert f"{LOCAL}/www/logs: skipped" in said
+    assert [job.here(key) for key in EACH] == [f"a!{RECEIVED}", "absent", "absent", f"a!{RECEIVED}"]
+    assert job.there("/www") == "a", "no hold is left for what was not pulled"
+    job.replicate()
+    assert [job.here(key) for key in EACH] == [f"a!{RECEIVED}"] * 4
+
+
+def test_a_tree_that_is_not_there(job: Job) -> None:
+    job.source.datasets.clear()
+    assert "does not exist" in job.replicate(status=3)
+    assert job.done() == []
+
+
+def test_a_pool_that_is_not_imported_costs_no_hold(mirrored: Job) -> None:
+    before = mirrored.there()
+    mirrored.backup.datasets.clear()
+    assert "cannot list offsite" in mirrored.replicate(status=3)
+    assert (mirrored.there(), mirrored.done()) == (before, [])
+
+
+def test_a_mirror_that_cannot_be_listed_costs_no_hold(mirrored: Job) -> None:
+    """zfs lists what it can of several names, and exits 1: what is missing then need not be absent."""
+    mirrored.snapshot("b")
+
+    def unreadable(where: Machine, command: Command, moment: str) -> Answer | None:
+        if moment == "before" and where is mirrored.backup and LOCAL in command and "filesystem,volume" in command:
+            return Answer(1, "offsite\noffsite/virt\n", f"cannot open '{LOCAL}': I/O error\n")
+        return None
+
+    mirrored.replicate(status=3, at=unreadable)
+    assert [mirrored.there(key) for key in EACH] == [f"a!{TAG} b"] * 4
+
+
+def test_children_do_not_go_into_a_parent_that_is_half_received(job: Job) -> None:
+    """When its rest cannot come any more it must be given up, and a dataset with children cannot be destroyed."""
+    job.snapshot("a")
+    job.replicate(status=1, at=refusing("machines/www@a", moment="half-way"))
+    job.source.release(TAG, f"{SOURCE}/www@a")
+    job.source.destroy(f"{SOURCE}/www", ["a"])
+    job.snapshot("b", "/www")
+    job.replicate()
+    assert job.here("/www") == f"b!{RECEIVED}"
+    assert job.here("/www/logs") == f"a!{RECEIVED}"
