@@ -10,8 +10,9 @@ common snapshot alive with `zfs hold` on both sides, and expires old local snaps
 
     zfs_replicate -h HOST -r backuppool/virt/machines -l offsite/virt/machines -t offsite -k 30
 
-What it never does: create or destroy a snapshot on the source; roll back, overwrite or rename local data; destroy a
-local snapshot whose twin on the source carries our hold, or might; destroy anything but snapshots.
+What it never does: create or destroy a snapshot on the source; overwrite local data; destroy a local snapshot whose
+twin on the source carries our hold, or might; destroy a dataset. What it does only if that very command line says so:
+roll local data back (--rollback), rename it aside (--quarantine), keep a bookmark on the source (--bookmark).
 
 How one run goes
     1. lock the local tree, list both trees with their holds               survey
@@ -24,10 +25,10 @@ How one run goes
 Whatever an earlier run left behind, steps 1 and 2 see it, and 3 to 7 repair it: there is no state outside ZFS.
 
 Exit codes
-    0      in step, or nothing to do, or another run of this job is at work
+    0      in step, or nothing to do, or another run of this job is at work and moving
     1      a dataset failed or is blocked; the others were done
     2      usage
-    3      could not start: login, listing, lock
+    3      could not start: login, listing, a run that holds the lock and is stuck
     128+n  ended by signal n
 
 Rooms of this file, in reading order; a room uses only rooms above it
@@ -52,6 +53,7 @@ import fcntl
 import hashlib
 import logging
 import os
+import random
 import re
 import shlex
 import shutil
@@ -136,12 +138,15 @@ class Snapshot:
 class Partial:
     """An interrupted receive that waits for its rest.
 
-    `to_guid` is the snapshot it was receiving, `from_guid` that one's base; both None if the token cannot be decoded.
+    `to_guid` is the snapshot it was receiving, `from_guid` that one's base; both None if the token was not decoded,
+    and `corrupt` if zfs says that it never will be. `raw` says that the stream was an encrypted one as it is stored.
     """
 
     token: str
     to_guid: int | None
     from_guid: int | None
+    raw: bool = False
+    corrupt: bool = False
 
 
 @dataclass(frozen=True)
@@ -149,7 +154,7 @@ class Dataset:
     """A filesystem or volume and its history. Snapshots and bookmarks are kept oldest first, however they came in.
 
     `vacant` says of a local filesystem without snapshots that it is known to hold no file, so that a first receive
-    may take its place.
+    may take its place; `changed` of a local dataset that zfs found it changed since its newest snapshot.
     """
 
     name: str
@@ -159,6 +164,7 @@ class Dataset:
     partial: Partial | None = None
     encrypted: bool = False
     vacant: bool = False
+    changed: bool = False
 
     def __post_init__(self) -> None:
         for field in ("snapshots", "bookmarks"):
@@ -183,11 +189,18 @@ class Policy:
     tag: str
     keep_days: int | None = None
     intermediates: bool = False
+    bookmark: bool = False
+    rollback: bool = False
+    quarantine: bool = False
 
     @property
     def received_tag(self) -> str:
         """The tag of our holds on the local side; it differs from `tag` so that A -> B -> C can share one tag."""
         return f"{self.tag}:received"
+
+    def mark(self, guid: int) -> str:
+        """The name of our own bookmark of a snapshot. The guid is in it so that mirrors of one source do not clash."""
+        return f"#{re.sub('[^A-Za-z0-9_.:-]', '_', self.tag)}-{guid}"
 
 
 # Steps of a plan, and what a plan can say of one dataset.
@@ -244,11 +257,43 @@ class Transfer:
 
 
 @dataclass(frozen=True)
+class Rollback:
+    """A way out: take the local dataset back to its snapshot `to`, with newer snapshots and unsaved changes lost."""
+
+    to: Snapshot
+    newer: tuple[Snapshot, ...] = ()
+
+    def __str__(self) -> str:
+        lost = ", ".join(snapshot.short for snapshot in self.newer)
+        return f"rolling back to {self.to.short}, which destroys {lost or 'what was changed since'}"
+
+
+@dataclass(frozen=True)
+class Quarantine:
+    """A way out: rename the local dataset aside, children and all, and start afresh."""
+
+
+WayOut = Union[Rollback, Quarantine]
+
+
+@dataclass(frozen=True)
 class Blocked:
-    """The dataset cannot be brought up to date without losing local data: why, and the way out."""
+    """The dataset cannot be brought up to date without losing local data: why, and what a person can do.
+
+    `ways` are those that we take ourselves if the command line says so; the hint names them last.
+    """
 
     reason: str
-    hint: str
+    advice: str
+    ways: tuple[WayOut, ...] = ()
+
+    @property
+    def hint(self) -> str:
+        offers = {
+            Rollback: "to destroy what is in the way: --rollback",
+            Quarantine: "to rename all that is here aside and pull afresh: --quarantine",
+        }
+        return "; ".join([self.advice, *(offers[type(way)] for way in self.ways)])
 
 
 Plan = Union[UpToDate, Transfer, Blocked]
@@ -281,6 +326,14 @@ class HoldMoves:
 
     def __bool__(self) -> bool:
         return bool(self.place_source or self.place_local or self.release_source or self.release_local)
+
+
+@dataclass(frozen=True)
+class BookmarkMoves:
+    """The source snapshot that our bookmark is to be made of, and the bookmarks of ours to destroy thereafter."""
+
+    place: Snapshot | None = None
+    remove: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -366,7 +419,8 @@ def parse_token(token: str, text: str) -> Partial:
         found = re.search(rf"^\s*{key} = 0x([0-9a-f]+)$", text, re.MULTILINE)
         return int(found[1], 16) if found else None
 
-    return Partial(token, guid("toguid"), guid("fromguid"))
+    raw = re.search(r"^\s*rawok = 1$", text, re.MULTILINE) is not None
+    return Partial(token, guid("toguid"), guid("fromguid"), raw, corrupt="resume token is corrupt" in text)
 
 
 def count_objects(text: str) -> int:
@@ -403,8 +457,9 @@ def plan_dataset(source: Dataset, local: Dataset | None, policy: Policy, local_n
     """Decide how `local` (None: not there yet), to be called `local_name`, gets in step with `source`."""
     if local is not None and local.kind != source.kind:
         return Blocked(
-            f"the source has a {source.kind}, but {local.name} is a {local.kind}",
-            f"rename the local one aside: zfs rename '{local.name}' '{local.name}.old'",
+            f"{source.name} is a {source.kind}, but {local.name} is a {local.kind} ({newest_of(source, local)})",
+            "see which of them is right, and check -r and -l",
+            (Quarantine(),),
         )
     if local is not None and local.partial is not None:
         return plan_partial(source, local, local.partial, policy)
@@ -416,16 +471,24 @@ def plan_dataset(source: Dataset, local: Dataset | None, policy: Policy, local_n
 
 
 def plan_partial(source: Dataset, local: Dataset, partial: Partial, policy: Policy) -> Plan:
-    """An interrupted receive goes on if its base still is the newest local snapshot and the source still owns both
-    ends of it; else it is given up, and planned anew. What is to follow is part of the plan: it must be held as well.
+    """An interrupted receive goes on if its base still is the newest local snapshot, the source still owns both ends
+    of it, and sends it in the same way (raw or plain: they do not mix, https://github.com/openzfs/zfs/issues/8758);
+    else it is given up, and planned anew. What is to follow is part of the plan: it must be held as well.
 
     Giving up a first receive destroys the local dataset (that was all there is of it), so plan as if it were absent.
     """
+    if partial.to_guid is None and not partial.corrupt:
+        return Blocked(
+            f"{local.name} has an interrupted receive, and zfs could not say whose",
+            f"look at its token: zfs send -nvt $(zfs get -Hp -o value receive_resume_token '{local.name}'); "
+            f"to give it up, bytes and all: zfs recv -A '{local.name}'",
+        )
     whole = replace(local, partial=None)
     target = source.find(partial.to_guid)
     base = local.snapshots[-1] if local.snapshots else None
     bases = {None, *(point.guid for point in source.snapshots + source.bookmarks)}
-    if target and partial.from_guid in bases and partial.from_guid == (base and base.guid):
+    ends_match = target and partial.from_guid in bases and partial.from_guid == (base and base.guid)
+    if target and ends_match and partial.raw == source.encrypted and not local.changed:
         arrived = replace(target, createtxg=base.createtxg + 1 if base else 0)
         rest = plan_dataset(source, replace(whole, snapshots=(*local.snapshots, arrived)), policy, local.name)
         return Transfer((Receive(target, token=partial.token), *steps_of(rest)))
@@ -446,9 +509,10 @@ def plan_first(source: Dataset, local: Dataset | None, policy: Policy, local_nam
     """A full stream: of the newest snapshot, or with intermediates of the oldest and then of all that follow."""
     if local is not None and not local.vacant:
         return Blocked(
-            f"{local.name} holds data but no snapshot, and a first receive would overwrite it",
-            f"keep that data by renaming it aside: zfs rename '{local.name}' '{local.name}.old'; "
-            "or mirror to another place with -l; or, if nothing in it is needed, destroy it yourself",
+            f"{local.name} is not empty: it holds data but no snapshot, and a first receive would overwrite it "
+            f"({newest_of(source, local)})",
+            "mirror to another place with -l; or, if nothing in it is needed, destroy it yourself",
+            (Quarantine(),),
         )
     refused = too_long(incoming(source.snapshots, policy), local_name)
     if refused:
@@ -463,24 +527,66 @@ def plan_next(source: Dataset, local: Dataset, policy: Policy) -> Plan:
     """What is newer than the newest mutual point, unless something local stands in the way."""
     mutual = newest_mutual(source, local)
     if mutual is None:
-        return Blocked(
-            f"{local.name} and {source.name} have no snapshot in common "
-            f"(newest here {local.snapshots[-1].short}, newest there {source.snapshots[-1].short})",
-            f"check -r and -l; to start afresh and keep what is here: zfs rename '{local.name}' '{local.name}.old'",
-        )
+        return strangers(source, local, policy)
     later = [snapshot for snapshot in source.snapshots if snapshot.createtxg > mutual.source.createtxg]
     if not later:
         return UpToDate()
-    ahead = [snapshot for snapshot in local.snapshots if snapshot.createtxg > mutual.local.createtxg]
-    if ahead:
+    return (
+        diverged(source, local, mutual, policy)
+        or clashing(incoming(later, policy), source, local)
+        or too_long(incoming(later, policy), local.name)
+        or Transfer(tuple(steps_between(mutual.source, later, policy)))
+    )
+
+
+def newest_of(source: Dataset, local: Dataset) -> str:
+    """Where both sides stand, for a person to compare."""
+    here, there = (dataset.snapshots[-1].short if dataset.snapshots else "none" for dataset in (local, source))
+    return f"newest snapshot here: {here}, at the source: {there}"
+
+
+def strangers(source: Dataset, local: Dataset, policy: Policy) -> Blocked:
+    """Two histories without a common point. Our hold on a local snapshot proves that there was one once."""
+    if any(snapshot.tags is None or policy.received_tag in snapshot.tags for snapshot in local.snapshots):
         return Blocked(
-            f"{local.name} has {len(ahead)} local snapshot{'s' * (len(ahead) > 1)} newer than the newest common one "
-            f"({mutual.local.short}), the newest {ahead[-1].short}; the source is at {later[-1].short}",
-            "stop what makes snapshots on the mirror, then destroy these yourself or rename the dataset aside: "
-            f"zfs rename '{local.name}' '{local.name}.old'",
+            f"the common base of {local.name} is gone: {source.name} has none of the snapshots that are here "
+            f"({newest_of(source, local)})",
+            "find out who destroyed it there, or whether the dataset was made anew",
+            (Quarantine(),),
         )
-    refused = clashing(incoming(later, policy), local) or too_long(incoming(later, policy), local.name)
-    return refused or Transfer(tuple(steps_between(mutual.source, later, policy)))
+    return Blocked(
+        f"{local.name} is no mirror of {source.name}: they never had a snapshot in common ({newest_of(source, local)})",
+        "this may be the wrong tree: check -h, -r and -l",
+        (Quarantine(),),
+    )
+
+
+def diverged(source: Dataset, local: Dataset, mutual: Mutual, policy: Policy) -> Blocked | None:
+    """Refuse to pull onto what was made here: newer snapshots, or changes that are in none."""
+    ahead = [snapshot for snapshot in local.snapshots if snapshot.createtxg > mutual.local.createtxg]
+    where = f"the newest common one, {mutual.local.short} ({newest_of(source, local)})"
+    protected = [f"{it.short} ({why})" for it in ahead for why in reasons_to_spare(it, source, policy)]
+    ways: tuple[WayOut, ...] = () if protected else (Rollback(mutual.local, tuple(ahead)),)
+    if ahead:
+        count = f"{len(ahead)} local snapshot{'s' * (len(ahead) > 1)}"
+        spared = f"; not to be rolled back: {', '.join(protected)}" if protected else ""
+        advice = f"stop what makes snapshots on the mirror{spared}"
+        return Blocked(f"{local.name} has {count} newer than {where}", advice, (*ways, Quarantine()))
+    if local.changed:
+        advice = f"stop what writes to the mirror; to see what was changed: zfs diff '{mutual.local.name}'"
+        return Blocked(f"{local.name} was changed since {where}", advice, (*ways, Quarantine()))
+    return None
+
+
+def reasons_to_spare(snapshot: Snapshot, source: Dataset, policy: Policy) -> Iterator[str]:
+    """What speaks against destroying a local snapshot that was made here: holds, but not our own of an earlier run."""
+    twin = source.find(snapshot.guid)
+    if snapshot.tags is None or (twin and twin.tags is None):
+        yield "its holds could not be read"
+    elif snapshot.tags - {policy.received_tag}:
+        yield "held by " + ", ".join(sorted(snapshot.tags - {policy.received_tag}))
+    elif twin and twin.tags and policy.tag in twin.tags:
+        yield f"its twin at the source is held by {policy.tag}"
 
 
 def steps_between(base: Snapshot, later: list[Snapshot], policy: Policy) -> Iterator[Receive]:
@@ -495,13 +601,15 @@ def steps_between(base: Snapshot, later: list[Snapshot], policy: Policy) -> Iter
         yield Receive(later[-1], base, intermediates=len(later) > 1)
 
 
-def clashing(arrivals: Iterable[Snapshot], local: Dataset) -> Blocked | None:
+def clashing(arrivals: Iterable[Snapshot], source: Dataset, local: Dataset) -> Blocked | None:
     """Refuse a snapshot whose name is taken here by another one (other guid)."""
     taken = {snapshot.short for snapshot in local.snapshots}
     for name in (snapshot.short for snapshot in arrivals if snapshot.short in taken):
         return Blocked(
-            f"{local.name} already has a snapshot {name} that is another one than the source's (their guids differ)",
+            f"{local.name} already has a snapshot {name} that is another one than the source's: their guids differ "
+            f"({newest_of(source, local)})",
             f"rename the local one: zfs rename '{local.name}{name}' '{local.name}{name}.local'",
+            (Quarantine(),),
         )
     return None
 
@@ -536,6 +644,20 @@ def converge_holds(source: Dataset, local: Dataset | None, policy: Policy) -> Ho
         release_source = ()
     place_local, release_local = moves(local, policy.received_tag, {mutual.local.guid} if mutual else set())
     return HoldMoves(place_source, place_local, release_source, release_local)
+
+
+def converge_bookmarks(source: Dataset, local: Dataset | None, policy: Policy) -> BookmarkMoves:
+    """What brings our own bookmark to the newest mutual snapshot, and to it alone. None goes without that one there:
+    without a common point, or with another's bookmark as the only one, ours may be the last that is left."""
+    mutual = newest_mutual(source, local) if local else None
+    if mutual is None:
+        return BookmarkMoves()
+    there = {point.name for point in source.bookmarks}
+    wanted = source.name + policy.mark(mutual.source.guid)
+    older = sorted(there & {source.name + policy.mark(point.guid) for point in source.bookmarks} - {wanted})
+    if wanted in there:
+        return BookmarkMoves(None, tuple(older))
+    return BookmarkMoves() if mutual.source.is_bookmark else BookmarkMoves(mutual.source, tuple(older))
 
 
 def moves(dataset: Dataset | None, tag: str, wanted: set[int]) -> tuple[tuple[str, ...], tuple[str, ...]]:
@@ -654,6 +776,30 @@ def destroy(snapshots: Iterable[Snapshot]) -> Command:
     return ("zfs", "destroy", datasets.pop() + "@" + ",".join(name.split("@")[1] for name in names))
 
 
+def rollback(to: Snapshot) -> Command:
+    """-r destroys the newer snapshots, but never their clones (that would be -R), and none that is held."""
+    return ("zfs", "rollback", "-r", to.name)
+
+
+def rename_aside(name: str, new_name: str) -> Command:
+    return ("zfs", "rename", name, new_name)
+
+
+def bookmark(snapshot: Snapshot, mark: str) -> Command:
+    return ("zfs", "bookmark", snapshot.name, snapshot.name.partition("@")[0] + mark)
+
+
+def destroy_bookmark(name: str) -> Command:
+    """A name without `#` would be a dataset or a snapshot."""
+    if name.count("#") != 1 or "@" in name:
+        raise AssertionError(f"refusing to destroy anything but a bookmark: {name}")
+    return ("zfs", "destroy", name)
+
+
+def make_read_only(name: str) -> Command:
+    return ("zfs", "set", "readonly=on", name)
+
+
 def create_parent(name: str) -> Command:
     """A placeholder that never mounts. `-u` also spares the mount that only root may do."""
     return ("zfs", "create", "-u", "-o", "canmount=off", name)
@@ -675,10 +821,10 @@ def send(dataset: Dataset, step: Receive) -> Command:
     return ("zfs", "send", "-L", "-c", "-p", *flags, *base, step.snapshot.name)
 
 
-FILESYSTEM_OVERRIDES = ("readonly=on", "canmount=noauto")
-VOLUME_OVERRIDES = ("readonly=on",)
-FILESYSTEM_LEFT_OUT = ("mountpoint", "sharenfs", "sharesmb", "quota", "refquota", "reservation", "refreservation")
-VOLUME_LEFT_OUT = ("reservation", "refreservation")
+# Limits are set to none and not only left out: before OpenZFS 2.2 every second increment takes over what -x excludes.
+VOLUME_OVERRIDES = ("readonly=on", "reservation=none", "refreservation=none")
+FILESYSTEM_OVERRIDES = (*VOLUME_OVERRIDES, "canmount=noauto", "quota=none", "refquota=none")
+FILESYSTEM_LEFT_OUT = ("mountpoint", "sharenfs", "sharesmb")
 
 
 def receive(source: Dataset, local: Dataset | None, name: str) -> Command:
@@ -689,7 +835,7 @@ def receive(source: Dataset, local: Dataset | None, name: str) -> Command:
     """
     filesystem = source.kind == "filesystem"
     overrides = FILESYSTEM_OVERRIDES if filesystem else VOLUME_OVERRIDES
-    left_out: Command = FILESYSTEM_LEFT_OUT if filesystem else VOLUME_LEFT_OUT
+    left_out: Command = FILESYSTEM_LEFT_OUT if filesystem else ()
     options: list[str] = []
     if local is None or not local.snapshots:
         options += [word for override in overrides for word in ("-o", override)]
@@ -723,11 +869,14 @@ def count_files(name: str) -> Command:
 # ---------------------------------------------------------------------------------------------------------------------
 
 CONNECT_SECONDS = 30.0
-ANSWER_SECONDS = 15 * 60.0
-"""Longest silence of a command: `zfs list` prints nothing until it has sorted everything."""
+STALL_SECONDS = 3600
+"""Longest silence of a command, and of a stream: `zfs list` prints nothing until it has sorted everything, and an
+incremental `zfs send` nothing until it has found what changed."""
 KEEPALIVE_SECONDS = 15
 LINK_SECONDS = 60
 """How long a link may leave bytes unacknowledged before it counts as lost."""
+END_SECONDS = 5
+"""How long a process may take to end when told to."""
 
 ALIVE_SETTINGS = (
     f"ServerAliveInterval={KEEPALIVE_SECONDS}",
@@ -771,7 +920,11 @@ class Host(Protocol):
 
 def run(host: Host, command: Command) -> str:
     """What `command` prints; raises CommandFailed on any exit status but 0."""
-    answer = host.ask(command)
+    return output(host, command, host.ask(command))
+
+
+def output(host: Host, command: Command, answer: Answer) -> str:
+    """What `command` printed; raises CommandFailed unless it ended well."""
     if answer.status == 127:
         raise CommandFailed(
             f"{host.label} has no program {command[0]!r} in its PATH or in {SBIN}",
@@ -783,22 +936,51 @@ def run(host: Host, command: Command) -> str:
     return answer.stdout
 
 
-class LocalHost:
-    """This machine."""
+def tell_nobody(line: str) -> None:
+    pass
 
-    def __init__(self, label: str = "this host", note: Callable[[str], None] = lambda line: None) -> None:
+
+def end(process: subprocess.Popen[bytes]) -> None:
+    """End a process that still runs because we are leaving early. One that waits for a suspended pool cannot be
+    ended by anybody: it is left alone then."""
+    for signal_it in (process.terminate, process.kill):
+        if process.poll() is None:
+            signal_it()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(timeout=END_SECONDS)
+
+
+class LocalHost:
+    """This machine. A command that has not ended after `patience` seconds is given up."""
+
+    def __init__(
+        self, label: str = "this host", note: Callable[[str], None] = tell_nobody, patience: float = STALL_SECONDS
+    ) -> None:
         self.label = label
         self.note = note
+        self.patience = patience
 
     def ask(self, command: Command) -> Answer:
         self.note(f"{self.label}: {shlex.join(command)}")
+        pipe = subprocess.PIPE
         try:
-            done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, env=environment())
+            process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=pipe, stderr=pipe, env=environment())
         except FileNotFoundError:
             return Answer(127, "", f"{command[0]}: not found")
         except OSError as error:
             return Answer(126, "", f"{command[0]}: {error.strerror}")
-        return Answer.of(done.returncode, done.stdout, done.stderr)
+        with contextlib.ExitStack() as stack:
+            stack.callback(end, process)
+            stack.callback(process.stdout.close)  # type: ignore[union-attr]  # it is a pipe
+            stack.callback(process.stderr.close)  # type: ignore[union-attr]
+            try:
+                stdout, stderr = process.communicate(timeout=self.patience)
+            except subprocess.TimeoutExpired:
+                raise CommandFailed(
+                    f"{' '.join(command[:2])} on {self.label} has not ended after {duration(self.patience)}",
+                    "is the pool suspended, or very busy? zpool status; patience is a matter of --stall-timeout",
+                ) from None
+        return Answer.of(process.returncode, stdout, stderr)
 
     def piped(self, command: Command) -> Command:
         return command
@@ -813,6 +995,14 @@ class LocalHost:
 def environment() -> dict[str, str]:
     """Ours, with untranslated messages, and the sbin directories that cron leaves out of PATH."""
     return {**os.environ, "LC_ALL": "C", "PATH": os.environ.get("PATH", "") + ":" + SBIN}
+
+
+def duration(seconds: float) -> str:
+    """As --stall-timeout takes it: `90s`, `30m`, `2h`."""
+    for unit, size in (("h", 3600), ("m", 60)):
+        if seconds >= size and seconds % size == 0:
+            return f"{seconds / size:.0f}{unit}"
+    return f"{seconds:.0f}s"
 
 
 def settings(values: Iterable[str]) -> Command:
@@ -948,11 +1138,14 @@ def why(error: Exception) -> str:
 class SshHost:
     """A host behind one paramiko login; commands run over it one at a time. Streams share a login of the ssh client."""
 
-    def __init__(self, connection: Connection, note: Callable[[str], None] = lambda line: None) -> None:
+    def __init__(
+        self, connection: Connection, note: Callable[[str], None] = tell_nobody, patience: float = STALL_SECONDS
+    ) -> None:
         """Log in. Raises LinkLost if the host cannot be reached, Failure if it or we are not recognised."""
         self.connection = connection
         self.label = connection.destination
         self.note = note
+        self.patience = patience
         self.streams: tempfile.TemporaryDirectory[str] | None = None
         self.ssh: Command = ()
         self.client = log_in(connection)
@@ -975,7 +1168,7 @@ class SshHost:
         channel = transport.open_session(timeout=CONNECT_SECONDS)
         # Both ends are drained before the status is asked for: an undrained stderr stalls stdout after some 2 MiB.
         with ThreadPoolExecutor(1) as pool, contextlib.closing(channel):
-            channel.settimeout(ANSWER_SECONDS)
+            channel.settimeout(self.patience)
             channel.exec_command(line)
             channel.shutdown_write()
             errors = pool.submit(channel.makefile_stderr("rb").read)
@@ -995,7 +1188,7 @@ class SshHost:
 
     def control(self, request: str) -> Answer:
         """Ask the master of the streams."""
-        return LocalHost().ask((*self.ssh, "-O", request, "--", self.connection.destination))
+        return LocalHost(patience=CONNECT_SECONDS).ask((*self.ssh, "-O", request, "--", self.connection.destination))
 
     def close(self) -> None:
         self.client.close()
@@ -1145,28 +1338,54 @@ class Stage:
         return "\n".join(self.errors.read().decode(errors="replace").strip().splitlines()[-5:])
 
 
-def stream(commands: Sequence[Command]) -> None:
+@dataclass(frozen=True)
+class Transport:
+    """How streams are carried: through what `buffer`, and what is done about one while it runs.
+
+    A pipeline through which no byte has moved for `patience` seconds is ended; `moved` is called when one has.
+    `inherit` are open files that its last process keeps open should we be killed.
+    """
+
+    buffer: tuple[Command, ...] = ()
+    patience: float = STALL_SECONDS
+    moved: Callable[[], None] = lambda: None
+    inherit: tuple[int, ...] = ()
+
+
+WATCH_SECONDS = 5.0
+"""How often to look whether bytes move."""
+TAIL_FACTOR = 4
+"""How much longer zfs recv may be quiet when all bytes are in its hands: it still has to write and account for them."""
+
+
+def stream(commands: Sequence[Command], transport: Transport = Transport()) -> None:
     """Run `commands` as one pipeline, joined by kernel pipes, until each has ended.
 
-    A stream that ended is not a stream that arrived: raises StreamFailed unless every exit status is 0. Whatever ends
-    this early ends the processes too.
+    A stream that ended is not a stream that arrived: raises StreamFailed unless every exit status is 0, also when no
+    byte moves any more. Whatever ends this early ends the processes too.
     """
     with contextlib.ExitStack() as stack:
-        stages = start(commands, stack)
-        for stage in stages:
-            stage.process.wait()
+        stages = start(commands, stack, transport.inherit)
+        await_end(stages, transport)
         blame([(stage.program, stage.process.returncode, stage.said()) for stage in stages])
 
 
-def start(commands: Sequence[Command], stack: contextlib.ExitStack) -> list[Stage]:
+def start(commands: Sequence[Command], stack: contextlib.ExitStack, inherit: tuple[int, ...]) -> list[Stage]:
     """Start a pipeline; `stack` ends it. Raises StreamFailed if a program cannot be started."""
     stages: list[Stage] = []
     upstream: int | IO[bytes] = subprocess.DEVNULL
     for number, command in enumerate(commands, 1):
         errors = stack.enter_context(tempfile.TemporaryFile())
-        output = subprocess.PIPE if number < len(commands) else subprocess.DEVNULL
+        is_last = number == len(commands)
         try:
-            process = subprocess.Popen(command, stdin=upstream, stdout=output, stderr=errors, env=environment())
+            process = subprocess.Popen(
+                command,
+                stdin=upstream,
+                stdout=subprocess.DEVNULL if is_last else subprocess.PIPE,
+                stderr=errors,
+                env=environment(),
+                pass_fds=inherit if is_last else (),
+            )
         except OSError as error:
             raise StreamFailed(f"cannot start {command[0]}: {error.strerror}", "is it installed?") from None
         finally:
@@ -1178,15 +1397,44 @@ def start(commands: Sequence[Command], stack: contextlib.ExitStack) -> list[Stag
     return stages
 
 
-def end(process: subprocess.Popen[bytes]) -> None:
-    """End a stage that still runs because we are leaving early."""
-    if process.poll() is None:
-        process.terminate()
-        try:
-            process.wait(timeout=5)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
+def bytes_moved(process: subprocess.Popen[bytes]) -> int:
+    """Bytes that a process has read and written so far, as its kernel counts them; 0 where that cannot be known."""
+    try:
+        with open(f"/proc/{process.pid}/io", encoding="ascii") as counters:
+            return sum(int(line.split()[1]) for line in counters if line.startswith(("rchar", "wchar")))
+    except OSError:
+        return 0
+
+
+def await_end(stages: Sequence[Stage], transport: Transport) -> None:
+    """Wait until all stages have ended. Raises StreamFailed if they stand still.
+
+    Where the kernel counts no bytes (no /proc), only keepalives guard the link.
+    """
+    seen, since = 0, time.monotonic()
+    for stage in stages:
+        while True:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                stage.process.wait(timeout=min(WATCH_SECONDS, transport.patience))
+                break
+            now = sum(bytes_moved(each.process) for each in stages if each.process.poll() is None)
+            if now != seen:
+                seen, since = now, time.monotonic()
+                transport.moved()
+            patience = transport.patience * (TAIL_FACTOR if stage is stages[-1] and len(stages) > 1 else 1)
+            if now and time.monotonic() - since >= patience:
+                running = [each.program for each in stages if each.process.poll() is None]
+                raise stalled(patience, bytes_moved(stages[-1].process), running)
+
+
+def stalled(patience: float, moved: int, running: Sequence[str]) -> StreamFailed:
+    """What to say of a stream that stands still after `moved` bytes."""
+    return StreamFailed(
+        f"no byte of the stream has moved for {duration(patience)}: it stands after some {moved:,} bytes, "
+        f"with {', '.join(running)} still at work",
+        "what arrived is kept, and the next run goes on from there; if it happens again, look at zpool status on "
+        "both sides, or be more patient: --stall-timeout",
+    )
 
 
 def blame(ended: Sequence[tuple[str, int, str]]) -> None:
@@ -1199,14 +1447,14 @@ def blame(ended: Sequence[tuple[str, int, str]]) -> None:
     raise StreamFailed(f"the stream failed: {what}")
 
 
-def pull(source: Host, sending: Command, target: Host, receiving: Command, buffer: Sequence[Command]) -> None:
+def pull(source: Host, sending: Command, target: Host, receiving: Command, transport: Transport) -> None:
     """Stream what `sending` sends on the source into `receiving` on the target.
 
     Raises StreamFailed, or LinkLost if the connection is gone afterwards. No exit status tells: ssh ends with 255 for
     a broken link, but also for a command there that a signal killed, as SIGPIPE does when the receiver fails.
     """
     try:
-        stream((source.piped(sending), *buffer, target.piped(receiving)))
+        stream((source.piped(sending), *transport.buffer, target.piped(receiving)), transport)
     except StreamFailed as failure:
         if source.connected():
             raise
@@ -1226,25 +1474,78 @@ Carry = Callable[[Command, Command], None]
 """Carries the stream of a sending command on the source to a receiving command here; raises as `stream` does."""
 
 
+class Lock:
+    """The lock of a local tree: held as long as its file is open, here or in the `zfs recv` that inherits it. So what
+    a killed run leaves behind keeps the next one out until it has ended. The kernel drops it with the last of them.
+
+    The file says who holds it since when; its time of change is when something last moved.
+    """
+
+    def __init__(self, file: IO[str], tree: str) -> None:
+        self.file = file
+        file.truncate(0)
+        file.write(f"{os.getpid()} {time.time():.0f} {tree}\n")
+        file.flush()
+
+    def moved(self) -> None:
+        os.utime(self.file.fileno())
+
+
 @contextlib.contextmanager
-def lock(tree: str) -> Iterator[bool]:
-    """Hold the lock of a local tree; yields False if another run has it. The kernel drops it when its holder dies."""
+def lock(tree: str, patience: float) -> Iterator[Lock | None]:
+    """Hold the lock of a local tree; yields None if another run has it and something has moved there lately.
+
+    Raises Failure if nothing has for `patience` seconds, or if that run was killed and its receive lives on.
+    """
     directory = next(path for path in ("/run", tempfile.gettempdir()) if os.access(path, os.W_OK))
     path = os.path.join(directory, f"zfs_replicate-{hashlib.sha256(tree.encode()).hexdigest()[:16]}.lock")
     try:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
     except OSError as error:
         raise Failure(f"cannot open the lock file {path}: {error.strerror}", "see who owns it") from None
-    with os.fdopen(descriptor, "r+") as file:
+    with os.fdopen(descriptor, "r+", encoding="utf-8") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            yield False
-            return
-        file.truncate(0)
-        file.write(f"{os.getpid()} {tree}\n")
-        file.flush()
-        yield True
+            judge_holder(file, path, patience)
+            yield None
+        else:
+            yield Lock(file, tree)
+            file.truncate(0)  # who reads a pid of ours hereafter knows that we were killed
+
+
+def judge_holder(file: IO[str], path: str, patience: float) -> None:
+    """Raise Failure unless the run that holds the lock is alive, and something has moved there lately."""
+    found = re.match("([0-9]+) ([0-9]+) ", file.read())
+    if not found:
+        return  # it is just beginning or ending
+    pid, since = int(found[1]), clock(int(found[2]))
+    moved = os.stat(file.fileno()).st_mtime
+    if not is_alive(pid):
+        raise Failure(
+            f"an earlier run (pid {pid}, since {since}) was killed, and the zfs recv that it left behind is at work",
+            f"when that has ended the next run goes on from there; to see it: fuser -v {path}",
+        )
+    if time.time() - moved >= patience:
+        raise Failure(
+            f"another run (pid {pid}, since {since}) is at work, but nothing has moved there since {clock(moved)}",
+            f"see what it waits for (ps -f --ppid {pid}; zpool status), or end it: kill {pid}",
+        )
+
+
+def is_alive(pid: int) -> bool:
+    """Whether there is such a process, of whatever user."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def clock(moment: float) -> str:
+    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(moment))
 
 
 def lineage(name: str) -> list[str]:
@@ -1255,16 +1556,25 @@ def lineage(name: str) -> list[str]:
 
 def read_tree(host: Host, root: str) -> tuple[Tree, Failure | None]:
     """A tree with its holds. If the holds could not be read, they are unknown (None), and the reason comes along."""
-    tree, held = parse_tree(run(host, list_tree(root)), root)
-    tags: dict[str, frozenset[str]] = {}
-    try:
-        for batch in batches(held):
-            tags.update(parse_holds(run(host, list_holds(batch))))
-    except LinkLost:
-        raise
-    except Failure as failure:
-        return tree, failure
-    return with_tags(tree, tags), None
+    refused: Failure | None = None
+    for _ in range(2):  # a snapshot may go between our two questions, and then one more look will do
+        tree, held = parse_tree(run(host, list_tree(root)), root)
+        tags: dict[str, frozenset[str]] = {}
+        try:
+            for batch in batches(held):
+                tags.update(parse_holds(run(host, list_holds(batch))))
+        except LinkLost:
+            raise
+        except Failure as failure:
+            refused = failure
+        else:
+            return with_tags(tree, tags), None
+    return tree, refused
+
+
+def says_absent(answer: Answer, name: str) -> bool:
+    """Whether zfs says so itself: a mirror taken for absent upon any other error would lose the hold on its base."""
+    return answer.status != 0 and f"'{name}': dataset does not exist" in answer.stderr
 
 
 def place_holds(host: Host, tag: str, names: Iterable[str]) -> dict[str, str]:
@@ -1279,6 +1589,9 @@ def place_holds(host: Host, tag: str, names: Iterable[str]) -> dict[str, str]:
     return missing
 
 
+PARENT_FIRST = "it follows when its parent's failure is mended"
+
+
 class Run:
     """One run over a tree. The steps are told in "How one run goes" at the top."""
 
@@ -1291,20 +1604,23 @@ class Run:
         self.source: Tree = {}
         self.target: Tree = {}
         self.existing: list[str] = []  # of the lineage of the local root
+        self.held: set[str] = set()  # source snapshots that we have placed our tag on
+        self.lost: tuple[str, LinkLost] | None = None  # what was at work when the link broke
 
     # survey
 
     def survey(self) -> None:
         """List both trees. Raises Failure if either cannot be listed."""
         self.source = self.read(self.source_host, self.policy.source_root)
+        self.survey_target()
+
+    def survey_target(self) -> None:
+        """List the local tree, and what there is of its ancestors."""
         names = lineage(self.policy.target_root)
         answer = self.target_host.ask(list_existing(names))
         self.existing = answer.stdout.splitlines()
         for name in names:
-            # Absent is only what zfs says is absent: a mirror taken for absent would lose the hold on its base.
-            if name not in self.existing and (
-                name == names[0] or f"'{name}': dataset does not exist" not in answer.stderr
-            ):
+            if name not in self.existing and (name == names[0] or not says_absent(answer, name)):
                 hint = f"is the pool imported? zpool import {names[0]}"
                 raise Failure(f"cannot list {name} on {self.target_host.label}: {answer.stderr.strip()}", hint)
         self.target = self.read(self.target_host, names[-1]) if names[-1] in self.existing else {}
@@ -1332,12 +1648,14 @@ class Run:
     def look_again(self, key: str) -> Dataset | None:
         """List one local dataset anew; None if it is not there."""
         name = self.local_name(key)
-        answer = self.target_host.ask(list_tree(name, depth=1))
-        found = parse_tree(answer.stdout, name)[0].get("")
-        self.target.pop(key, None)
-        if found:
-            self.target[key] = self.examine(key, found)
-        return self.target.get(key)
+        command = list_tree(name, depth=1)
+        answer = self.target_host.ask(command)
+        if says_absent(answer, name):
+            self.target.pop(key, None)
+            return None
+        found = parse_tree(output(self.target_host, command, answer), name)[0]
+        self.target[key] = self.examine(key, found[""])
+        return self.target[key]
 
     def local_name(self, key: str) -> str:
         return self.policy.target_root + key
@@ -1345,71 +1663,105 @@ class Run:
     # plan, hold, stream, verify
 
     def execute(self, now: int) -> None:
-        """All that follows the first survey. What fails on the way is reported, and the rest goes on."""
+        """All that follows the first survey. What fails on the way is reported, and the rest goes on; a lost link is
+        only noted in `lost`, for it may be worth another try."""
         try:
-            if self.transfer(self.plan()):
+            if self.transfer(self.plan(), now):
                 self.survey()
             if self.converge():
                 self.survey()
                 self.check_holds()
+            if self.policy.bookmark:
+                self.move_bookmarks()
             self.expire(now)
+        except LinkLost as failure:
+            self.lost = self.lost or (self.policy.target_root, failure)
         except Failure as failure:
             self.report.failure(self.policy.target_root, failure)
 
     def decide(self, key: str) -> Plan:
         return plan_dataset(self.source[key], self.target.get(key), self.policy, self.local_name(key))
 
-    def plan(self) -> dict[str, Transfer]:
-        """What to transfer, parents first; blocked datasets are reported."""
-        transfers = {}
+    def plan(self) -> dict[str, Plan]:
+        """What to do for each dataset, parents first. Those blocked for good are reported, and left out."""
+        plans = {}
         for key in sorted(self.source, key=lambda key: key.split("/")):
             plan = self.decide(key)
-            if isinstance(plan, Transfer):
-                transfers[key] = plan
-            elif isinstance(plan, Blocked):
+            if isinstance(plan, Blocked) and not self.way_out(plan):
                 self.report.failure(self.local_name(key), Failure(plan.reason, plan.hint))
-            elif not self.source[key].snapshots:
-                self.report.step(f"{self.source[key].name}: no snapshot to pull")
-            else:
-                self.report.step(f"{self.local_name(key)}: in step")
+                continue
+            plans[key] = plan
+            if isinstance(plan, UpToDate):
+                has_any = self.source[key].snapshots
+                self.report.step(f"{self.local_name(key)}: {'in step' if has_any else 'no snapshot to pull'}")
         for key in self.target.keys() - self.source.keys():
             self.report.step(f"{self.local_name(key)}: not at the source (any more); left as it is")
-        return transfers
+        return plans
 
-    def transfer(self, transfers: dict[str, Transfer]) -> bool:
+    def way_out(self, plan: Blocked) -> WayOut | None:
+        """What the user has allowed us to do where nothing else helps."""
+        allowed = {Rollback: self.policy.rollback, Quarantine: self.policy.quarantine}
+        return next((way for way in plan.ways if allowed[type(way)]), None)
+
+    def transfer(self, plans: dict[str, Plan], now: int) -> bool:
         """Hold, then stream and verify. Returns whether anything may have changed on either side."""
-        missing = self.hold_targets(transfers)
-        for key, plan in transfers.items():
-            refused = [f"{target.name}: {missing[target.name]}" for target in plan.targets if target.name in missing]
+        self.hold_targets(plans.values())
+        for key in plans:
             try:
-                if refused:
-                    raise Failure(f"cannot hold {'; '.join(refused)}", "nothing was sent that may vanish meanwhile")
-                self.bring_up(key)
+                self.bring_up(key, now)
             except LinkLost as failure:
-                self.report.failure(self.local_name(key), failure)
+                self.lost = (self.local_name(key), failure)
                 break  # the others would only wait for the same link
             except Failure as failure:
                 self.report.failure(self.local_name(key), failure)
-        return bool(transfers)
+        return any(not isinstance(plan, UpToDate) for plan in plans.values())
 
-    def hold_targets(self, transfers: dict[str, Transfer]) -> dict[str, str]:
-        targets = [target for plan in transfers.values() for target in plan.targets]
-        unheld = [target.name for target in targets if self.policy.tag not in (target.tags or ())]
-        return place_holds(self.source_host, self.policy.tag, unheld)
+    def hold_targets(self, plans: Iterable[Plan]) -> dict[str, str]:
+        """Hold what these plans send, all in one command. Returns what is not held, with what zfs said."""
+        targets = [target for plan in plans if isinstance(plan, Transfer) for target in plan.targets]
+        unheld = {target.name for target in targets if self.policy.tag not in (target.tags or ())} - self.held
+        missing = place_holds(self.source_host, self.policy.tag, sorted(unheld))
+        self.held |= unheld - missing.keys()
+        return missing
 
-    def bring_up(self, key: str) -> None:
+    def bring_up(self, key: str, now: int) -> None:
         """Step by step until the plan has nothing more to say; after each step the plan is made anew from a listing."""
         for _ in range(MOST_STEPS):
-            local = self.target.get(key)
-            if local and local.vacant:
-                self.look_again(key)  # hours may have gone since the survey, and -F would overwrite what came
             plan = self.decide(key)
             if isinstance(plan, UpToDate):
                 return
             if isinstance(plan, Blocked):
-                raise Failure(plan.reason, plan.hint)
+                way = self.way_out(plan)
+                if way is None:
+                    raise Failure(plan.reason, plan.hint)
+                self.clear(key, way, now)
+                continue
+            missing = self.hold_targets([plan])  # all were held together before; ask again where that failed
+            if missing:
+                said = "; ".join(f"{name}: {message}" for name, message in missing.items())
+                raise Failure(f"cannot hold {said}", "nothing was sent that may vanish meanwhile")
             self.perform(key, plan.steps[0])
         raise StreamFailed(f"still not in step after {MOST_STEPS} steps", "run again; if it stays so, report it")
+
+    def clear(self, key: str, way: WayOut, now: int) -> None:
+        """Take a way out that the user has allowed, and say so before."""
+        name = self.local_name(key)
+        if isinstance(way, Quarantine):
+            aside = f"{name}.quarantine-{time.strftime('%Y-%m-%d-%H%M%S', time.gmtime(now))}"
+            self.report.notice(f"{name}: renaming it to {aside}, children and all, to pull it afresh")
+            run(self.target_host, rename_aside(name, aside))
+            self.survey_target()
+            return
+        self.report.notice(f"{name}: {way}")
+        # Ours may stand on what goes, if the source was rolled back before: the hold on the common one comes first.
+        missing = place_holds(self.target_host, self.policy.received_tag, [way.to.name])
+        if missing:
+            raise Failure(f"cannot hold {way.to.name}: {missing[way.to.name]}", "nothing was rolled back")
+        ours = [snapshot.name for snapshot in way.newer if snapshot.tags]
+        for batch in batches(ours):
+            run(self.target_host, release(self.policy.received_tag, batch))
+        run(self.target_host, rollback(way.to))
+        self.look_again(key)
 
     def perform(self, key: str, step: Step) -> None:
         """One step, and the proof that it did what it says."""
@@ -1424,10 +1776,22 @@ class Run:
         local = self.target.get(key)
         if local is None:
             self.make_room(key)
+        elif local.vacant:
+            # Hours may have gone since the survey, and hours may go until the stream is whole: what anybody writes
+            # meanwhile -F would overwrite.
+            run(self.target_host, make_read_only(name))
+            local = self.look_again(key)
+            if not (local and local.vacant):
+                return  # the plan will say what this means
         try:
             self.carry(send(self.source[key], step), receive(self.source[key], local, name))
-        finally:
+        except StreamFailed as failure:
             now = self.look_again(key)
+            if now and "has been modified" in failure.what:
+                self.target[key] = replace(now, changed=True)
+                return  # the plan will say what this means
+            raise
+        now = self.look_again(key)
         if now is None or not now.snapshots or now.snapshots[-1].guid != step.snapshot.guid:
             raise StreamFailed(f"zfs recv reported success, but {name} does not end in {step.snapshot.short}")
 
@@ -1443,11 +1807,11 @@ class Run:
         here = self.target.get(parent)
         if here and here.partial and not here.snapshots:
             # Should its rest never come it must be given up, and zfs gives up no dataset that has children.
-            raise Failure(f"skipped, for its parent {here.name} is not wholly here")
+            raise Failure(f"skipped, for its parent {here.name} is not wholly here", PARENT_FIRST)
         if here:
             return
         if self.source[parent].snapshots:
-            raise Failure(f"skipped, for its parent {self.local_name(parent)} is not here")
+            raise Failure(f"skipped, for its parent {self.local_name(parent)} is not here", PARENT_FIRST)
         self.make_room(parent)
         run(self.target_host, create_parent(self.local_name(parent)))
         self.look_again(parent)
@@ -1477,6 +1841,18 @@ class Run:
         for batch in batches(safe.release_local):
             self.target_host.ask(release(self.policy.received_tag, batch))
         return bool(wanted)
+
+    def move_bookmarks(self) -> None:
+        """Place our bookmarks, each before its older ones go. One that fails is reported, and the next run repairs."""
+        for key, source in self.source.items():
+            marks = converge_bookmarks(source, self.target.get(key), self.policy)
+            try:
+                if marks.place:
+                    run(self.source_host, bookmark(marks.place, self.policy.mark(marks.place.guid)))
+                for name in marks.remove:
+                    run(self.source_host, destroy_bookmark(name))
+            except CommandFailed as failure:
+                self.report.failure(source.name, failure)
 
     def check_holds(self) -> None:
         for key, moves in self.wanted_moves().items():
@@ -1526,6 +1902,10 @@ class Report:
     def step(self, line: str) -> None:
         if self.verbosity >= 1:
             print(line, file=sys.stderr)
+
+    def notice(self, line: str) -> None:
+        """What nobody may miss, though nothing failed."""
+        print(f"zfs_replicate: {line}", file=sys.stderr)
 
     def command(self, line: str) -> None:
         if self.verbosity >= 2:
@@ -1602,6 +1982,20 @@ def memory_size(text: str) -> str:
     return found[1] + {"k": "k", "m": "M", "g": "G"}[found[2].lower()]
 
 
+def time_span(text: str) -> float:
+    """A duration in seconds, from `90s`, `30m` or `2h`."""
+    found = re.fullmatch("([1-9][0-9]{0,5})([smh])", text)
+    if not found:
+        raise argparse.ArgumentTypeError(f"not a duration like 90s, 30m or 2h: {text!r}")
+    return float(found[1]) * {"s": 1, "m": 60, "h": 3600}[found[2]]
+
+
+def count(text: str) -> int:
+    if not re.fullmatch("[0-9]{1,4}", text):
+        raise argparse.ArgumentTypeError(f"not a number: {text!r}")
+    return int(text)
+
+
 def readable_file(text: str) -> str:
     if not os.path.isfile(text) or not os.access(text, os.R_OK):
         raise argparse.ArgumentTypeError(f"not a file we can read: {text!r}")
@@ -1641,6 +2035,21 @@ def parser() -> argparse.ArgumentParser:
     )
     add("-n", "--no-pigz", action="store_true",
         help="no compression on the wire; so far there is none, the option is kept for old crontabs")  # fmt: skip
+    add("--stall-timeout", type=time_span, default=duration(STALL_SECONDS), metavar="DURATION",
+        help="give up a stream through which no byte moves, or a command that is silent, for so long: "
+        "90s, 30m, 2h (default: %(default)s)")  # fmt: skip
+    add("--retries", type=count, default=0, metavar="N",
+        help="when the link is lost, list and plan anew up to N times, with growing pauses (default: %(default)s, "
+        "the next run goes on)")  # fmt: skip
+    add("--bookmark", action="store_true",
+        help="keep a bookmark of the newest common snapshot at the source: should that one have to go, the chain "
+        "lives on")  # fmt: skip
+    ways = it.add_mutually_exclusive_group()
+    ways.add_argument("--rollback", action="store_true",
+        help="destroy local snapshots and changes that are newer than the newest common snapshot")  # fmt: skip
+    ways.add_argument("--quarantine", action="store_true",
+        help="rename aside a local dataset that cannot be brought up to date, children and all, and pull it "
+        "afresh")  # fmt: skip
     add("-v", "--verbose", action="count", default=0, help="tell each step; twice: each command")
     add("--version", action="version", version=f"%(prog)s {__version__}")
     add("--help", action="help", help="show this help")
@@ -1657,33 +2066,81 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return options
 
 
-def replicate(options: argparse.Namespace, report: Report) -> int:
-    """Log in, survey, run. Raises Failure if it could not start."""
-    policy = Policy(options.remote_fs, options.local_fs, options.tag, options.keep_days, options.intermediates)
-    target = LocalHost(note=report.command)
-    source: Host = LocalHost("localhost", report.command)
+def pauses(retries: int, draw: Callable[[float, float], float] = random.uniform) -> Iterator[float]:
+    """Seconds to wait before each retry: growing, and jittered lest many hosts come back at one moment."""
+    for number in range(retries):
+        yield min(5.0 * 3**number, 300) * draw(0.5, 1.5)
+
+
+def replicate(options: argparse.Namespace, report: Report, alone: Lock) -> int:
+    """Run, and run anew when the link was lost. Raises Failure if it could not even start."""
+    started = False
+    lost: tuple[str, LinkLost] | None = None
+    for pause in (0.0, *pauses(options.retries)):
+        if lost:
+            report.step(f"{lost[0]}: {lost[1].what}; trying again in {pause:.0f} s")
+            time.sleep(pause)
+        try:
+            with connected(options, report, alone) as it:
+                it.survey()
+                started = True
+                it.execute(int(time.time()))
+                lost = it.lost
+        except LinkLost as failure:
+            lost = (options.local_fs, failure)
+        if lost is None:
+            break
+    if lost and not started:
+        raise lost[1]
+    if lost:
+        report.failure(*lost)
+    return 1 if report.failures else 0
+
+
+@contextlib.contextmanager
+def connected(options: argparse.Namespace, report: Report, alone: Lock) -> Iterator[Run]:
+    """Log in; yields a run that is to begin. Raises Failure if that does not work."""
+    policy = Policy(
+        options.remote_fs,
+        options.local_fs,
+        options.tag,
+        options.keep_days,
+        options.intermediates,
+        options.bookmark,
+        options.rollback,
+        options.quarantine,
+    )
+
+    def note(line: str) -> None:
+        alone.moved()
+        report.command(line)
+
+    target = LocalHost(note=note, patience=options.stall_timeout)
+    source: Host = LocalHost("localhost", note, options.stall_timeout)
     if options.remote_host != "localhost":
-        source = SshHost(Connection.resolve(options.remote_host, options.port, options.identity), report.command)
+        connection = Connection.resolve(options.remote_host, options.port, options.identity)
+        source = SshHost(connection, note, options.stall_timeout)
 
     def carry(sending: Command, receiving: Command) -> None:
         buffer = buffer_stage(options.mbuffer)
         if not buffer:
             report.step("mbuffer is not installed here: the stream goes without it")
-        report.command(f"{source.label}: {shlex.join(sending)} | {target.label}: {shlex.join(receiving)}")
-        pull(source, sending, target, receiving, buffer)
+        note(f"{source.label}: {shlex.join(sending)} | {target.label}: {shlex.join(receiving)}")
+        transport = Transport(buffer, options.stall_timeout, alone.moved, (alone.file.fileno(),))
+        pull(source, sending, target, receiving, transport)
 
     with contextlib.closing(source):
-        replication = Run(policy, source, target, carry, report)
-        replication.survey()
-        replication.execute(int(time.time()))
-    return 1 if report.failures else 0
+        yield Run(policy, source, target, carry, report)
 
 
 @contextlib.contextmanager
 def signals_stop_us() -> Iterator[None]:
-    """Turn the signals that ask a program to end into Stopped, so that everything we started is ended on the way."""
+    """Turn the signals that ask a program to end into Stopped, so that everything we started is ended on the way.
+    The first one is enough: more of them must not break into that."""
 
     def stop(number: int, _frame: Any) -> NoReturn:
+        for other in numbers:
+            signal.signal(other, signal.SIG_IGN)
         raise Stopped(number)
 
     numbers = [n for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP) if signal.getsignal(n) != signal.SIG_IGN]
@@ -1700,11 +2157,11 @@ def main(argv: list[str] | None = None) -> int:
     options = parse(argv)
     report = Report(options.verbose)
     try:
-        with signals_stop_us(), lock(options.local_fs) as alone:
-            if not alone:
+        with signals_stop_us(), lock(options.local_fs, options.stall_timeout) as alone:
+            if alone is None:
                 report.step(f"{options.local_fs}: another run is at work")
                 return 0
-            return replicate(options, report)
+            return replicate(options, report, alone)
     except Stopped as stopped:
         return 128 + stopped.number
     except Failure as failure:

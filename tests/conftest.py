@@ -22,9 +22,35 @@ settings.load_profile("steady")
 RELEASES = ("bookworm", "trixie")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Run what needs no VM first: a mistake shows in seconds."""
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--full", action="store_true", help="all of it, every fault instead of a sample: takes hours")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Run what needs no VM first: a mistake shows in seconds. What takes very long is left out unless asked for."""
+    if not config.getoption("--full"):
+        long = [item for item in items if item.get_closest_marker("full")]
+        config.hook.pytest_deselected(items=long)
+        items[:] = [item for item in items if item not in long]
     items.sort(key=lambda item: item.get_closest_marker("zfs") is not None)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """The table of the faults that struck."""
+    reports = [report for outcome in ("passed", "failed") for report in terminalreporter.getreports(outcome)]
+    rows = [value for report in reports for name, value in report.user_properties if name == "faults"]
+    if not rows:
+        return
+    line = "{:<9} {:<10} {:<36} {:>6} {:>8} {:>8} {:>9} {:>10}".format
+    numbers = ("points", "injected", "survived", "resumable")
+    terminalreporter.section("faults on real ZFS")
+    terminalreporter.line(line("release", "run", "fault", *numbers, "s a fault"))
+    for row in sorted(rows, key=lambda row: (row["release"], row["scenario"])):
+        each = f"{row['seconds'] / max(row['points'], 1):.0f}"
+        what = (row["release"], row["scenario"], row["kind"])
+        terminalreporter.line(line(*what, *(row[number] for number in numbers), each))
+    sums = [sum(row[number] for row in rows) for number in numbers]
+    terminalreporter.line(line("together", "", "", *sums, ""))
 
 
 @pytest.fixture(scope="session")

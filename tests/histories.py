@@ -60,7 +60,7 @@ def local(
 
 def partial(to_guid: int | None, from_guid: int | None = None) -> Partial:
     """An interrupted receive; without `from_guid` a first one, without either one whose token is beyond decoding."""
-    return Partial("1-c0ffee-d8-789c", to_guid, from_guid)
+    return Partial("1-c0ffee-d8-789c", to_guid, from_guid, corrupt=to_guid is None)
 
 
 def shorts(snapshots: tuple[Snapshot, ...]) -> str:

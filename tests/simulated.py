@@ -1,8 +1,8 @@
 """A small ZFS machine in memory: it answers the commands that the program runs, and no others.
 
-What it says and refuses follows openzfs/zfs as the integration tests have seen it; where it and a real machine
-disagree, it is wrong. What it leaves out: data (a guid stands for it), properties, encryption, local changes since the
-newest snapshot, sends that share one pipe. A destroyed dataset takes its holds along.
+What it says and refuses is what real ZFS says and refuses: test_conformance.py asks both the same. What it leaves
+out: data (a number stands for it), properties, encryption, sends that share one pipe, how far a token has come, and
+that a stream under way keeps others from what it writes.
 
     world = World()
     source, backup = Machine(world, "source", "backuppool"), Machine(world, "this host", "offsite")
@@ -31,7 +31,11 @@ GUID_STEP = 0x9E3779B97F4A7C15
 
 
 class Refused(Exception):
-    """zfs says no: its message, as the program or an administrator gets to read it."""
+    """zfs says no: its message, as the program or an administrator gets to read it, and its exit status."""
+
+    def __init__(self, said: str, status: int = 1) -> None:
+        super().__init__(said)
+        self.status = status
 
 
 @dataclass
@@ -48,11 +52,12 @@ class World:
 
 @dataclass
 class Point:
-    """A snapshot or a bookmark. `doomed`: marked by `destroy -d`, the last release destroys it."""
+    """A snapshot or a bookmark. `doomed`: marked by `destroy -d`, it goes when nothing needs it any more."""
 
     guid: int
     createtxg: int
     creation: int
+    content: int = 0
     tags: set[str] = field(default_factory=set)
     doomed: bool = False
 
@@ -75,13 +80,19 @@ class Segment:
 
 @dataclass
 class Store:
-    """A filesystem or volume. `files`: holds files of its own. `partial`: an interrupted receive waits."""
+    """A filesystem or volume. `files`: holds files of its own. `content` differs after every write.
+
+    `partial`: an interrupted receive waits, on top of the snapshot with the guid `pinned` (None: on nothing).
+    """
 
     kind: str = "filesystem"
     snapshots: dict[str, Point] = field(default_factory=dict)
     bookmarks: dict[str, Point] = field(default_factory=dict)
     files: bool = False
+    readonly: bool = False
+    content: int = 0
     partial: Segment | None = None
+    pinned: int | None = None
     unborn: bool = False  # a first receive has not come to its end: the dataset is its partial state
 
     @property
@@ -91,6 +102,27 @@ class Store:
     def point(self, guid: int | None) -> tuple[str, Point] | None:
         """The snapshot with this guid, and its short name."""
         return next(((name, point) for name, point in self.snapshots.items() if point.guid == guid), None)
+
+    def changed_since(self, guid: int | None) -> bool:
+        found = self.point(guid)
+        return not found or found[1].content != self.content
+
+    def later(self, guid: int | None) -> list[str]:
+        """The snapshots that came after this one, oldest first; all of them if there is none such."""
+        found = self.point(guid)
+        later = [it for it in self.snapshots.items() if not found or it[1].createtxg > found[1].createtxg]
+        return [name for name, _ in sorted(later, key=lambda it: it[1].createtxg)]
+
+    def settle_partial(self) -> None:
+        """The partial receive is over, one way or the other."""
+        self.partial = self.pinned = None
+        self.reap()
+
+    def reap(self) -> None:
+        """Destroy what is marked for it, and needed no more."""
+        for name, point in list(self.snapshots.items()):
+            if point.doomed and not point.tags and point.guid != self.pinned:
+                del self.snapshots[name]
 
 
 def split(name: str) -> tuple[str, str]:
@@ -115,31 +147,47 @@ class Machine:
         """A dataset, and its parents as `create -p` does."""
         self.add(name, Store(kind, files=files), parents=True)
 
+    def write(self, name: str) -> None:
+        """Change what is in a dataset."""
+        store = self.store(name)
+        if store.readonly:
+            raise Refused(f"cannot write to '{name}': Read-only file system")
+        store.files = True
+        store.content = self.world.guid()
+
     def destroy_dataset(self, name: str) -> None:
+        """With all its snapshots, as `destroy -r` does; but not with its children."""
         store = self.store(name)
         if any(point.tags for point in store.snapshots.values()):
             raise Refused(f"cannot destroy '{name}': dataset is busy")
-        self.remove(name)
+        if self.below(name) != [name]:
+            raise Refused(f"cannot destroy '{name}': filesystem has children")
+        del self.datasets[name]
 
     def snapshot(self, name: str) -> int:
         dataset, short = split(name)
-        store = self.store(dataset)
+        if dataset not in self.datasets:
+            raise Refused(f"cannot open '{dataset}': dataset does not exist", 2)
+        store = self.datasets[dataset]
         if short in store.snapshots:
             raise Refused(f"cannot create snapshot '{name}': dataset already exists")
         if store.unborn:
             raise Refused(f"cannot create snapshot '{name}': dataset is busy")
         guid = self.world.guid()
-        store.snapshots[short] = Point(guid, self.next_txg(), self.world.now)
+        store.snapshots[short] = Point(guid, self.next_txg(), self.world.now, store.content)
         return guid
 
     def bookmark(self, name: str, mark: str) -> None:
-        dataset, short = split(name)
-        point = self.store(dataset).snapshots[short]
+        dataset, _ = split(name)
+        point = self.find(name, f"cannot open '{name}'", 2)
+        if mark in self.store(dataset).bookmarks:
+            raise Refused(f"cannot create bookmark '{dataset}#{mark}': bookmark exists")
         self.store(dataset).bookmarks[mark] = replace(point, tags=set(), doomed=False)
 
     def rename(self, name: str, new: str) -> None:
         """Rename a snapshot: holds go with it."""
         dataset, short = split(name)
+        self.find(name, f"cannot open '{name}'")
         snapshots = self.store(dataset).snapshots
         if new in snapshots:
             raise Refused(f"cannot rename '{name}': dataset already exists")
@@ -156,17 +204,15 @@ class Machine:
         if tag not in point.tags:
             raise Refused(f"cannot release hold from snapshot '{name}': no such tag on this dataset")
         point.tags.remove(tag)
-        if point.doomed and not point.tags:
-            dataset, short = split(name)
-            del self.store(dataset).snapshots[short]
+        self.store(split(name)[0]).reap()
 
     def doom(self, name: str) -> None:
-        """As `destroy -d` does: at once if nobody holds it, else when the last one lets go."""
+        """As `destroy -d` does: at once if nothing needs it, else when the last hold, or the partial receive, goes."""
         dataset, short = split(name)
-        if self.store(dataset).snapshots[short].tags:
-            self.store(dataset).snapshots[short].doomed = True
-        else:
+        if short not in self.store(dataset).snapshots:
             self.destroy(dataset, [short])
+        self.store(dataset).snapshots[short].doomed = True
+        self.store(dataset).reap()
 
     def destroy(self, dataset: str, shorts: list[str]) -> None:
         """All or nothing; those that are gone do not count, unless all are."""
@@ -175,12 +221,39 @@ class Machine:
         if not there:
             raise Refused("could not find any snapshots to destroy; check snapshot names.")
         for short in there:
-            if store.partial and store.snapshots[short].guid == store.partial.base:
+            if store.snapshots[short].guid == store.pinned:
                 raise Refused(f"cannot destroy '{dataset}@{short}': snapshot has dependent clones")
             if store.snapshots[short].tags:
                 raise Refused(f"cannot destroy snapshot {dataset}@{short}: dataset is busy")
         for short in there:
             del store.snapshots[short]
+
+    def rollback(self, name: str) -> None:
+        """As `rollback -r` does: where a newer snapshot is held, the other newer ones are gone before it says so."""
+        store = self.store(split(name)[0])
+        point = self.find(name, f"cannot open '{name}'")
+        later = store.later(point.guid)
+        if any(store.snapshots[short].guid == store.pinned for short in later):
+            raise Refused(f"cannot rollback to '{name}': clones of previous snapshots exist")
+        for mark in [mark for mark, it in store.bookmarks.items() if it.createtxg > point.createtxg]:
+            del store.bookmarks[mark]
+        held = [short for short in later if store.snapshots[short].tags]
+        for short in set(later) - set(held):
+            del store.snapshots[short]
+        if held:
+            raise Refused(f"cannot destroy '{split(name)[0]}@{held[0]}': dataset is busy")
+        store.content = point.content
+
+    def rename_dataset(self, name: str, new: str) -> None:
+        """Its children, snapshots and what waits in it move along."""
+        store = self.store(name)
+        if new.startswith(name + "/"):
+            raise Refused(f"cannot rename to '{new}': New dataset name cannot be a descendant of current dataset name")
+        if new in self.datasets:
+            raise Refused(f"cannot rename '{name}': dataset already exists")
+        self.add(new, store)
+        for old in self.below(name):
+            self.datasets[new + old[len(name) :]] = self.datasets.pop(old)
 
     # the parts of it
 
@@ -193,10 +266,10 @@ class Machine:
             raise Refused(f"cannot open '{name}': dataset does not exist")
         return self.datasets[name]
 
-    def find(self, name: str, prefix: str) -> Point:
+    def find(self, name: str, prefix: str, status: int = 1) -> Point:
         dataset, short = split(name)
         if dataset not in self.datasets or short not in self.datasets[dataset].snapshots:
-            raise Refused(f"{prefix}: dataset does not exist")
+            raise Refused(f"{prefix}: dataset does not exist", status)
         return self.datasets[dataset].snapshots[short]
 
     def below(self, root: str) -> list[str]:
@@ -214,11 +287,6 @@ class Machine:
             raise Refused(f"cannot create '{name}': parent is not a filesystem")
         self.datasets[name] = store
 
-    def remove(self, name: str) -> None:
-        if self.below(name) != [name]:
-            raise Refused(f"cannot destroy '{name}': filesystem has children")
-        del self.datasets[name]
-
     # what the program asks
 
     def ask(self, command: Command) -> Answer:
@@ -228,7 +296,7 @@ class Machine:
         try:
             return action(list(command[2:]))
         except Refused as refused:
-            return Answer(1, "", f"{refused}\n")
+            return Answer(refused.status, "", f"{refused}\n")
 
     def piped(self, command: Command) -> Command:
         return command
@@ -300,9 +368,37 @@ class Machine:
 
     def zfs_destroy(self, words: list[str]) -> Answer:
         (name,) = words
-        assert re.fullmatch("[^-@%#,][^@%#,]*@[^@%#]+", name), f"this destroys more than snapshots: {name}"
-        dataset, shorts = split(name)
-        self.destroy(dataset, shorts.split(","))
+        assert re.fullmatch("[^-@%#,][^@%#,]*(@[^@%#]+|#[^@%#,]+)", name), f"this destroys more than points: {name}"
+        dataset, mark, shorts = re.split("([@#])", name)
+        if mark == "@":
+            self.destroy(dataset, shorts.split(","))
+        elif self.datasets.get(dataset, Store()).bookmarks.pop(shorts, None) is None:
+            raise Refused(f"bookmark '{name}' does not exist.")
+        return Answer(0, "", "")
+
+    def zfs_rollback(self, words: list[str]) -> Answer:
+        assert words.pop(0) == "-r", words
+        (name,) = words
+        self.rollback(name)
+        return Answer(0, "", "")
+
+    def zfs_rename(self, words: list[str]) -> Answer:
+        name, new = words
+        assert not re.search("[-@%#,]", name[:1] + new[:1]) and not re.search("[@%#,]", name + new), words
+        self.rename_dataset(name, new)
+        return Answer(0, "", "")
+
+    def zfs_bookmark(self, words: list[str]) -> Answer:
+        name, mark = words
+        dataset, _, short = mark.partition("#")
+        assert (dataset, bool(short)) == (split(name)[0], True), words
+        self.bookmark(name, short)
+        return Answer(0, "", "")
+
+    def zfs_set(self, words: list[str]) -> Answer:
+        value, name = words
+        assert value == "readonly=on", words
+        self.store(name).readonly = True
         return Answer(0, "", "")
 
     def zfs_create(self, words: list[str]) -> Answer:
@@ -319,37 +415,51 @@ class Machine:
     def zfs_userspace(self, words: list[str]) -> Answer:
         assert words[:3] == ["-Hp", "-o", "objused"], words
         (name,) = words[3:]
-        return Answer(0, "250\n3\n" if self.store(name).files else "1\n", "")
+        store = self.store(name)
+        if store.kind == "volume":
+            raise Refused(f"cannot open '{name}': operation not applicable to datasets of this type")
+        if store.unborn:
+            raise Refused(f"cannot get used/quota for {name}: dataset is busy", 255)
+        return Answer(0, "250\n3\n" if store.files else "1\n", "")
 
     def zfs_recv(self, words: list[str]) -> Answer:
         assert words.pop(0) == "-A", words
         (name,) = words
-        store = self.store(name)
+        if name not in self.datasets:
+            raise Refused(f"cannot open '{name}': dataset does not exist\nusage: ...", 2)
+        store = self.datasets[name]
         if not store.partial:
             raise Refused(f"'{name}' does not have any resumable receive state to abort")
+        if store.unborn and self.below(name) != [name]:
+            raise Refused(f"cannot destroy '{name}': dataset already exists")
         if store.unborn:
-            self.remove(name)
-        store.partial = None
+            del self.datasets[name]
+        store.settle_partial()
         return Answer(0, "", "")
 
     def zfs_send(self, words: list[str]) -> Answer:
-        """What a token says; it decodes anywhere, also where the snapshot is not."""
+        """What a token says; it decodes anywhere, also where the snapshot is not, but then the exit status tells."""
         assert words.pop(0) == "-nvt", words
         (token,) = words
         segment = self.decoded(token)
         base = f"\tfromguid = {segment.base:#x}\n" if segment.base else ""
-        return Answer(
-            255,
+        said = (
             f"resume token contents:\nnvlist version: 0\n{base}\tobject = 0x2\n\toffset = 0x0\n\tbytes = 0x1000\n"
-            f"\ttoguid = {segment.guid:#x}\n\ttoname = {segment.name}\n",
-            f"cannot resume send: '{segment.name}' used in the initial send no longer exists\n",
+            f"\ttoguid = {segment.guid:#x}\n\ttoname = {segment.name}\n"
         )
+        try:
+            return Answer(0, f"{said}full send of {self.rest(segment).name} estimated size is 1.00M\n", "")
+        except Refused as refused:
+            return Answer(refused.status, said, f"{refused}\n")
 
     # streams
 
     def decoded(self, token: str) -> Segment:
-        _, guid, base, name = token.split("-")
-        return Segment("", bytes.fromhex(name).decode(), int(guid, 16), 0, int(base, 16) or None, resumed=True)
+        try:
+            _, guid, base, name = token.split("-")
+            return Segment("", bytes.fromhex(name).decode(), int(guid, 16), 0, int(base, 16) or None, resumed=True)
+        except ValueError:
+            raise Refused("cannot resume send: resume token is corrupt (invalid format)", 255) from None
 
     def send(self, command: Command) -> list[Segment]:
         """The streams that a sending command writes, one after another."""
@@ -369,7 +479,7 @@ class Machine:
             return [Segment(store.kind, name, last.guid, last.creation, None)]
         base = self.base(base_name, dataset, bookmark=flag == "-i")
         if base.createtxg >= last.createtxg:
-            raise Refused(f"cannot send '{name}': not an earlier snapshot from the same fs")
+            raise Refused(f"warning: cannot send '{name}': not an earlier snapshot from the same fs")
         chain = [(name, last)]
         if flag == "-I":
             between = [it for it in store.snapshots.items() if base.createtxg < it[1].createtxg < last.createtxg]
@@ -382,65 +492,105 @@ class Machine:
         own, mark, short = re.split("([@#])", name)
         assert own == dataset, name
         assert bookmark or mark == "@", f"-I takes no bookmark: {name}"
-        found = self.datasets[dataset].snapshots if mark == "@" else self.datasets[dataset].bookmarks
-        if short not in found:
-            raise Refused(f"cannot send: incremental source '{name}' does not exist")
-        return found[short]
+        if mark == "@":
+            return self.find(name, f"cannot open '{name}'")
+        if short not in self.datasets[dataset].bookmarks:
+            raise Refused(f"warning: cannot send '{dataset}': incremental source ({name}) does not exist")
+        return self.datasets[dataset].bookmarks[short]
 
     def rest(self, waiting: Segment) -> Segment:
-        """The rest of an interrupted stream: both ends are looked up by guid, so that they may be renamed."""
-        store = self.store(split(waiting.name)[0])
-        found = store.point(waiting.guid)
-        if not found:
-            raise Refused(f"cannot resume send: '{waiting.name}' used in the initial send no longer exists")
-        bases = {point.guid for point in (*store.snapshots.values(), *store.bookmarks.values())}
+        """The rest of an interrupted stream: both ends are looked up by guid in all of the pool, whatever they and
+        their dataset are called by now."""
+        own = split(waiting.name)[0]
+        places = [name for name in sorted(self.datasets, key=lambda name: name != own) if self.has(name, waiting.guid)]
+        if not places:
+            raise Refused(f"cannot resume send: '{waiting.name}' used in the initial send no longer exists", 255)
+        store = self.datasets[places[0]]
+        short, point = store.point(waiting.guid)  # type: ignore[misc]  # it has
+        bases = {it.guid for it in (*store.snapshots.values(), *store.bookmarks.values())}
         if waiting.base and waiting.base not in bases:
-            raise Refused(f"cannot resume send: incremental source {waiting.base:#x} no longer exists")
-        return replace(waiting, kind=store.kind, creation=found[1].creation)
+            raise Refused(f"cannot resume send: incremental source {waiting.base:#x} no longer exists", 255)
+        return replace(waiting, kind=store.kind, name=f"{places[0]}@{short}", creation=point.creation)
+
+    def has(self, name: str, guid: int) -> bool:
+        return self.datasets[name].point(guid) is not None
 
     def receive(self, command: Command, segment: Segment) -> Iterator[None]:
         """Receive one stream. It stops once, half-way: left alone there, it leaves its partial state behind."""
         name, force = receiving(command, segment.kind)
         store = self.datasets.get(name)
-        self.permit(name, store, segment, force=force)
+        if not self.permit(name, store, segment, force=force):
+            return
         if store is None:
             store = Store(segment.kind, unborn=True)
             self.add(name, store)
         if not segment.resumed:
             store.partial = segment
+            store.pinned = store.newest.guid if store.newest else None
         yield
-        assert store.partial
-        short = split(store.partial.name)[1]  # as the stream began: a token keeps the name
-        if short in store.snapshots:
-            raise Refused(f"cannot receive: destination {name}@{short} already exists")
-        if store.newest and store.newest.guid != segment.base:
-            raise Refused(f"cannot receive: destination {name} has been modified since most recent snapshot")
-        store.snapshots[short] = Point(segment.guid, self.next_txg(), segment.creation)
-        store.partial = None
+        if self.datasets.get(name) is not store and not store.unborn:
+            raise Refused(f"cannot open '{name}': dataset does not exist\ncannot receive: dataset does not exist")
+        short = split(segment.name)[1]
+        if not store.unborn:
+            self.permit_end(name, store, segment, force=force)
+        store.kind = segment.kind
+        store.content = segment.guid
+        store.snapshots[short] = Point(segment.guid, self.next_txg(), segment.creation, segment.guid)
+        store.settle_partial()
         store.unborn = False
         store.files = True
 
-    def permit(self, name: str, store: Store | None, segment: Segment, *, force: bool) -> None:
-        """Refuse what zfs refuses at the head of a stream."""
-        if segment.resumed:
-            if not store or not store.partial or store.partial.guid != segment.guid:
-                raise Refused(f"cannot receive resume stream: destination {name} does not match")
-        elif store and store.partial:
-            raise Refused(
-                f'cannot receive: destination {name} contains partially-complete state from "zfs receive -s".'
-            )
-        elif segment.base is None:
-            if store and not force:
-                raise Refused(f"cannot receive new filesystem stream: destination '{name}' exists")
-            if store and store.snapshots:
-                raise Refused(f"cannot receive new filesystem stream: destination has snapshots (eg. {name}@)")
-            assert not store or not store.files, f"-F overwrites what is in {name}"
-        elif store is None:
-            raise Refused(f"cannot receive incremental stream: destination '{name}' does not exist")
-        elif store.newest is None or store.newest.guid != segment.base:
-            if store.point(segment.base):
-                raise Refused(f"cannot receive: destination {name} has been modified since most recent snapshot")
-            raise Refused(f"cannot receive: most recent snapshot of {name} does not match incremental source")
+    def permit(self, name: str, store: Store | None, segment: Segment, *, force: bool) -> bool:
+        """Refuse what zfs refuses at the head of a stream. False: it is here already, and is left out."""
+        cannot = f"cannot receive {'resume' if segment.resumed else 'incremental' if segment.base else 'new'} stream:"
+        short = split(segment.name)[1]
+        if store is None:
+            parent = name.rpartition("/")[0]
+            if segment.base or segment.resumed:
+                raise Refused(f"{cannot} destination '{name}' does not exist")
+            self.store(parent)
+            if self.datasets[parent].kind != "filesystem":
+                raise Refused(f"{cannot} parent '{parent}' is not a filesystem")
+        elif segment.resumed:
+            if not store.partial or store.partial.guid != segment.guid:
+                raise Refused(f"{cannot} kernel modules must be upgraded to receive this stream.")
+        elif segment.base is None and not force:
+            raise Refused(f"{cannot} destination '{name}' exists\nmust specify -F to overwrite it")
+        elif segment.base is None and store.snapshots:
+            raise Refused(f"{cannot} destination has snapshots (eg. {name}@)\nmust destroy them to overwrite it")
+        elif store.partial:
+            raise Refused(f'{cannot} destination {name} contains partially-complete state from "zfs receive -s".')
+        elif short in store.snapshots:
+            if not store.point(segment.guid):
+                raise Refused(f"cannot restore to {name}@{short}: destination already exists")
+            return False
+        elif segment.base is not None and not store.point(segment.base):
+            raise Refused(f"{cannot} most recent snapshot of {name} does not match incremental source")
+        elif segment.base is not None and store.changed_since(segment.base):
+            raise Refused(f"{cannot} destination {name} has been modified since most recent snapshot")
+        assert not store or store.unborn or not force or not store.files, f"-F overwrites what is in {name}"
+        return True
+
+    def permit_end(self, name: str, store: Store, segment: Segment, *, force: bool) -> None:
+        """Refuse what zfs refuses at the end of a stream into a dataset that was there before: then all of it waits.
+
+        With -F whatever came meanwhile, snapshots included, is overwritten.
+        """
+        short, later = split(segment.name)[1], store.later(store.pinned)
+        if force:
+            if any(store.snapshots[it].tags for it in later):
+                what = (
+                    'contains partially-complete state from "zfs receive -s".' if segment.resumed else "dataset is busy"
+                )
+                raise Refused(f"cannot receive: destination {name} {what}")
+            for it in later:
+                del store.snapshots[it]
+        elif later:
+            raise Refused("cannot receive: kernel modules must be upgraded to receive this stream.")
+        elif store.changed_since(store.pinned):
+            raise Refused(f"cannot receive: destination {name} has been modified since most recent snapshot")
+        if short in store.snapshots:
+            raise Refused(f"cannot restore to {name}@{short}: destination already exists")
 
 
 def receiving(command: Command, kind: str) -> tuple[str, bool]:
@@ -449,7 +599,7 @@ def receiving(command: Command, kind: str) -> tuple[str, bool]:
     assert [words.pop(0) for _ in range(4)] == ["zfs", "recv", "-s", "-u"], command
     force = words[0] == "-F"
     options = words[force:-1]
-    legal = {*FILESYSTEM_LEFT_OUT, "readonly", "canmount"}
+    legal = {*FILESYSTEM_LEFT_OUT, *(override.split("=")[0] for override in FILESYSTEM_OVERRIDES)}
     if kind == "volume":
         legal = {"reservation", "refreservation", "readonly"}
     assert len(options) % 2 == 0, command

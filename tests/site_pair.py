@@ -84,9 +84,11 @@ class Site:
     source: Machine
     backup: Machine
 
-    def replicate(self, *options: str, status: int = 0, job: str = JOB) -> subprocess.CompletedProcess[str]:
+    def replicate(
+        self, *options: str, status: int = 0, job: str = JOB, timeout: float = 600
+    ) -> subprocess.CompletedProcess[str]:
         """Run the crontab line, with more options, on the backup machine; it must exit with `status`."""
-        done = self.backup.run(f"{job} {shlex.join(options)}", check=False, timeout=600)
+        done = self.backup.run(f"{job} {shlex.join(options)}", check=False, timeout=timeout)
         assert done.returncode == status, f"exit {done.returncode}, not {status}:\n{done.stdout}{done.stderr}"
         assert "Traceback" not in done.stderr
         return done
@@ -95,6 +97,17 @@ class Site:
         """A run that succeeds, and prints nothing."""
         done = self.replicate(*options, job=job)
         assert done.stdout + done.stderr == ""
+
+    def start(self, *options: str, after: int = 8_000_000, job: str = JOB) -> subprocess.Popen[str]:
+        """Start a run; returns when `after` bytes have arrived on the backup pool."""
+        used = "$(zpool sync offsite; zfs get -Hp -o value used offsite)"
+        before = self.backup.run(f"echo {used}").stdout.strip()
+        running = self.backup.popen(f"echo $$ > /run/job.pid; exec {job} {shlex.join(options)}")
+        self.backup.run(
+            f"for i in $(seq 600); do [ $(({used} - {before})) -gt {after} ] && exit; done; exit 1", timeout=300
+        )
+        assert running.poll() is None, f"it ended too soon:\n{running.communicate()}"
+        return running
 
     def plant(self, *children: str, size: str = "16M") -> None:
         """The tree with a file in each dataset: its root, the named children, and a volume `disk` of `size`."""
@@ -182,6 +195,11 @@ def mutual(own: list[Point], others: list[Point]) -> str:
 def names(machine: Machine, dataset: str) -> list[str]:
     """The snapshots of one dataset, oldest first, without its name."""
     return [point.name.partition("@")[2] for point in history(machine, dataset)[""]]
+
+
+def get(machine: Machine, properties: str, dataset: str) -> list[str]:
+    """The values of some properties of a dataset."""
+    return machine.run(f"zfs get -Hp -o value {properties} '{dataset}'").stdout.splitlines()
 
 
 def held(machine: Machine, tree: str, tag: str) -> set[str]:

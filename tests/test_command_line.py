@@ -2,17 +2,29 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import shlex
 import stat
 from argparse import Namespace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
-from zfs_replicate import __version__, main, parse
+from zfs_replicate import LinkLost, Report, __version__, duration, main, parse
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 CRONTAB = "0 */6 * * *  zfs_replicate -h backup.example.org -r backuppool/virt/machines -l offsite/virt/machines -t offsite -k 30"
-NEEDED = {"-h": "backup.example.org", "-r": "backuppool/vm", "-l": "offsite/vm", "-t": "offsite"}
+NEEDED = {
+    "-h": "backup.example.org",
+    "-r": "backuppool/vm",
+    # Some of these tests take its lock, and others may run them at the same time.
+    "-l": f"offsite/vm-{os.getpid()}",
+    "-t": "offsite",
+}
 
 
 def words(**changes: str | None) -> list[str]:
@@ -50,6 +62,11 @@ def test_the_line_of_the_crontab_parses_word_for_word() -> None:
         "identity": None,
         "no_pigz": False,
         "intermediates": False,
+        "stall_timeout": 3600.0,
+        "retries": 0,
+        "bookmark": False,
+        "rollback": False,
+        "quarantine": False,
         "verbose": 0,
     }
 
@@ -184,3 +201,76 @@ def test_a_tree_is_not_mirrored_into_itself(remote: str, here: str, capsys: pyte
 @pytest.mark.parametrize(("remote", "here"), [("tank/a", "tank/ab"), ("tank/ab", "tank/a"), ("tank/a", "tank/a-b/c")])
 def test_trees_side_by_side_on_one_host_are_welcome(remote: str, here: str) -> None:
     assert accepted(h="localhost", r=remote, l=here)
+
+
+# Retries
+
+
+class Attempts:
+    """Stands in for the runs: what each attempt does is said in a word."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, *words: str) -> None:
+        self.words = list(words)
+        self.slept: list[float] = []
+        monkeypatch.setattr("zfs_replicate.connected", self.connected)
+        monkeypatch.setattr("time.sleep", self.slept.append)
+
+    @contextlib.contextmanager
+    def connected(self, options: Namespace, report: Report, alone: object) -> Iterator[Attempts]:
+        self.lost: tuple[str, LinkLost] | None = None
+        self.word = self.words.pop(0)
+        if self.word == "unreachable":
+            raise LinkLost("cannot reach it")
+        yield self
+
+    def survey(self) -> None:
+        if self.word == "lost in the survey":
+            raise LinkLost("lost in the survey")
+
+    def execute(self, now: int) -> None:
+        if self.word == "lost":
+            self.lost = ("offsite/vm/www", LinkLost("the link broke"))
+
+
+@pytest.mark.parametrize(
+    ("attempts", "status", "pauses"),
+    [
+        pytest.param(["well"], 0, 0, id="no-need"),
+        pytest.param(["lost", "well"], 0, 1, id="once"),
+        pytest.param(["lost", "unreachable", "lost in the survey", "well"], 0, 3, id="thrice"),
+        pytest.param(["unreachable", "well"], 0, 1, id="not-there-at-first"),
+        pytest.param(["lost"] * 4, 1, 3, id="too-often"),
+        pytest.param(["lost", *["unreachable"] * 3], 1, 3, id="gone"),
+        pytest.param(["unreachable"] * 4, 3, 3, id="never-there"),
+    ],
+)
+def test_a_lost_link_is_retried(
+    attempts: list[str], status: int, pauses: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    runs = Attempts(monkeypatch, *attempts)
+    assert main([*words(), "--retries", "3"]) == status
+    assert runs.words == []
+    assert len(runs.slept) == pauses
+    said = capsys.readouterr().err
+    assert said.count("zfs_replicate: ") == (status > 0)
+
+
+def test_without_retries_a_lost_link_is_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    runs = Attempts(monkeypatch, "lost", "well")
+    assert main(words()) == 1
+    assert runs.words == ["well"]
+
+
+@pytest.mark.parametrize("text", ["90", "0s", "1d", "s", "1.5h", "1234567s"])
+def test_duration_that_makes_no_sense_is_refused(text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "not a duration like 90s, 30m or 2h" in refused([*words(), "--stall-timeout", text], capsys)
+
+
+@pytest.mark.parametrize(("text", "seconds"), [("90s", 90), ("30m", 1800), ("2h", 7200)])
+def test_duration_in_any_unit(text: str, seconds: int) -> None:
+    assert parse([*words(), "--stall-timeout", text]).stall_timeout == seconds
+    assert duration(seconds) == text
+
+
+def test_one_way_out_at_a_time(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "not allowed with" in refused([*words(), "--rollback", "--quarantine"], capsys)

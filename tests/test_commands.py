@@ -200,9 +200,10 @@ def options(command: Command, flag: str) -> set[str]:
 
 def test_a_first_receive_sets_what_the_next_leave_alone() -> None:
     first, later = receive(source("@a,1"), None, "t/a"), receive(source("@a,1"), local("@a,1"), "t/a")
-    assert options(first, "-o") == {"readonly=on", "canmount=noauto"}
+    limits = {"quota", "refquota", "reservation", "refreservation"}
+    assert options(first, "-o") == {"readonly=on", "canmount=noauto", *(f"{limit}=none" for limit in limits)}
     assert options(later, "-o") == set()
-    assert options(later, "-x") == options(first, "-x") | {"readonly", "canmount"}
+    assert options(later, "-x") == options(first, "-x") | {"readonly", "canmount", *limits}
     for command in (first, later):
         assert command[:4] == ("zfs", "recv", "-s", "-u")
         assert command[-1] == "t/a"

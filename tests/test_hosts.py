@@ -475,7 +475,7 @@ def test_end_without_an_exit_status_is_a_lost_link(source: SshHost, server: Serv
 
 
 def test_silence_is_a_lost_link_in_the_end(source: SshHost, server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(zfs_replicate, "ANSWER_SECONDS", 0.1)
+    monkeypatch.setattr(source, "patience", 0.1)
     server.fault = Fault.SILENCE
     with pytest.raises(LinkLost, match=r"lost the connection to source during zfs list: .+"):
         source.ask(("zfs", "list"))
@@ -488,7 +488,7 @@ def test_flood_of_complaints_does_not_block(source: SshHost, server: Server) -> 
 
 
 def test_signal_ends_the_wait_for_an_answer(source: SshHost, server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(zfs_replicate, "ANSWER_SECONDS", 1.0)
+    monkeypatch.setattr(source, "patience", 1.0)
     server.fault = Fault.SILENCE
     start = time.monotonic()
     with stopped_after(0.05), pytest.raises(Stopped):

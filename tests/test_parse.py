@@ -220,12 +220,12 @@ send from @a to tank/my vm @b c estimated size is 4.00M
 
 
 def test_a_token_of_an_increment() -> None:
-    assert parse_token("1-x", INCREMENTAL) == Partial("1-x", GUID, 0x5D33BD9AD1BB21A4)
+    assert parse_token("1-x", INCREMENTAL) == Partial("1-x", GUID, 0x5D33BD9AD1BB21A4, raw=True)
 
 
 def test_a_token_of_a_first_receive_has_no_base() -> None:
     text = INCREMENTAL.replace("\tfromguid = 0x5d33bd9ad1bb21a4\n", "")
-    assert parse_token("1-x", text) == Partial("1-x", GUID, None)
+    assert parse_token("1-x", text) == Partial("1-x", GUID, None, raw=True)
 
 
 def test_a_token_decodes_where_its_snapshot_is_not() -> None:
@@ -234,19 +234,27 @@ def test_a_token_decodes_where_its_snapshot_is_not() -> None:
         INCREMENTAL.rsplit("send from", 1)[0]
         + "cannot resume send: 'tank/my vm @b c' is no longer the same snapshot used in the initial send\n"
     )
-    assert parse_token("1-x", text) == Partial("1-x", GUID, 0x5D33BD9AD1BB21A4)
+    assert parse_token("1-x", text) == Partial("1-x", GUID, 0x5D33BD9AD1BB21A4, raw=True)
 
 
 @pytest.mark.parametrize(
     "text",
     [
-        "",
         "cannot resume send: resume token is corrupt (invalid checksum)\n",
         "cannot resume send: resume token is corrupt (decompression failed)\n",
     ],
 )
 def test_a_corrupt_token_tells_nothing(text: str) -> None:
-    assert parse_token("1-x", text) == Partial("1-x", None, None)
+    assert parse_token("1-x", text) == Partial("1-x", None, None, corrupt=True)
+
+
+def test_a_token_that_zfs_could_not_look_at_is_not_called_corrupt() -> None:
+    assert parse_token("1-x", "internal error: out of memory\n") == Partial("1-x", None, None)
+
+
+def test_a_token_of_a_plain_stream() -> None:
+    text = INCREMENTAL.replace("\trawok = 1\n", "")
+    assert parse_token("1-x", text) == Partial("1-x", GUID, 0x5D33BD9AD1BB21A4)
 
 
 @given(numbers, st.none() | numbers, datasets, components)

@@ -39,6 +39,8 @@ class Job:
         try:
             run.survey()
             run.execute(self.source.world.now)
+            if run.lost:
+                report.failure(*run.lost)
             ended = 1 if report.failures else 0
         except Failure as failure:
             report.failures.append(str(failure))
@@ -199,7 +201,7 @@ def test_a_child_made_anew_under_its_old_name_is_blocked_and_nothing_is_lost(mir
     mirrored.source.destroy_dataset(f"{SOURCE}/www/logs")
     mirrored.source.create(f"{SOURCE}/www/logs")
     mirrored.snapshot("a2")
-    assert "no snapshot in common" in mirrored.replicate(status=1, keep=1)
+    assert "the common base of" in mirrored.replicate(status=1, keep=1)
     assert mirrored.here("/www/logs") == f"a!{RECEIVED}"
     assert mirrored.here("/www") == f"a a2!{RECEIVED}"
 
@@ -579,3 +581,34 @@ def test_children_do_not_go_into_a_parent_that_is_half_received(job: Job) -> Non
     job.replicate()
     assert job.here("/www") == f"b!{RECEIVED}"
     assert job.here("/www/logs") == f"a!{RECEIVED}"
+
+
+def test_nobody_writes_to_an_empty_target_while_its_first_receive_is_under_way(job: Job) -> None:
+    """-F would overwrite it without a word."""
+    job.snapshot("a")
+    job.backup.create(LOCAL, files=False)
+    refused: list[str] = []
+
+    def write() -> None:
+        try:
+            job.backup.write(LOCAL)
+        except Refused as error:
+            refused.append(str(error))
+
+    job.replicate(at=half_way(deed=write))
+    assert refused == [f"cannot write to '{LOCAL}': Read-only file system"]
+    assert job.here() == f"a!{RECEIVED}"
+
+
+def test_what_was_written_to_an_empty_target_before_its_turn_is_kept(job: Job) -> None:
+    job.snapshot("a")
+    job.backup.create(LOCAL, files=False)
+
+    def written(where: Machine, command: Command, moment: str) -> Answer | None:
+        if moment == "before" and command[1] == "hold" and where is job.source:
+            job.backup.write(LOCAL)
+        return None
+
+    assert "would overwrite" in job.replicate(status=1, at=written)
+    assert job.here() == ""
+    assert job.backup.datasets[LOCAL].files

@@ -23,6 +23,7 @@ from zfs_replicate import (
     SshHost,
     Stopped,
     StreamFailed,
+    Transport,
     blame,
     buffer_stage,
     pull,
@@ -232,7 +233,7 @@ def test_dropped_connection_is_a_lost_link(tmp_path: Path, monkeypatch: pytest.M
         assert subprocess.check_output(host.piped(("echo", "first")), timeout=PATIENCE) == b"first\n"
         server.fault = Fault.DROPPED
         with pytest.raises(LinkLost, match=r"^the link to source broke: .*incomplete stream\n"):
-            pull(host, ("cat", "/dev/zero"), LocalHost(), receiver, ())
+            pull(host, ("cat", "/dev/zero"), LocalHost(), receiver, Transport())
 
 
 @pytest.mark.parametrize("login_shell", [name for name in ("sh", "bash") if shutil.which(name)])
@@ -243,7 +244,7 @@ def test_receiver_that_fails_is_no_lost_link(tmp_path: Path, monkeypatch: pytest
         source_host(tmp_path, monkeypatch, login_shell) as (host, _),
         pytest.raises(StreamFailed, match="out of space"),
     ):
-        pull(host, ("cat", "/dev/zero"), LocalHost(), receiver, [("cat",)])
+        pull(host, ("cat", "/dev/zero"), LocalHost(), receiver, Transport((("cat",),)))
 
 
 # --- Blame ------------------------------------------------------------------------------------------------------------

@@ -5,17 +5,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import pytest
-from site_pair import JOB, MIRROR, TAG, TREE, held, history, holds, logins_and_commands, names
+from site_pair import JOB, MIRROR, TAG, TREE, get, held, history, holds, logins_and_commands, names
 
 if TYPE_CHECKING:
-    from lab import Machine
     from site_pair import Site
 
 pytestmark = pytest.mark.zfs
-
-
-def get(machine: Machine, properties: str, dataset: str) -> list[str]:
-    return machine.run(f"zfs get -Hp -o value {properties} '{dataset}'").stdout.splitlines()
 
 
 def test_crontab_line_does_a_full_then_an_incremental_pull(site: Site) -> None:
@@ -58,6 +53,17 @@ def test_override_on_the_mirror_survives_an_increment(site: Site) -> None:
     site.snapshot("tuesday")
     site.replicate()
     assert get(site.backup, "canmount,readonly,compression,mounted", f"{MIRROR}/www") == ["on", "on", "gzip-3", "no"]
+
+
+def test_no_increment_takes_over_a_quota_or_reservation(site: Site) -> None:
+    """ZFS 2.1 does at every second one, if such a property is only left out (`-x`)."""
+    site.plant("www")
+    site.source.run(f"zfs set quota=2G refquota=1G reservation=1M {TREE}/www")
+    for day in ("monday", "tuesday", "wednesday", "thursday"):
+        site.snapshot(day)
+        site.replicate_silently()
+        assert get(site.backup, "quota,refquota,reservation", f"{MIRROR}/www") == ["0", "0", "0"], day
+        assert get(site.backup, "reservation,refreservation", f"{MIRROR}/disk") == ["0", "0"], day
 
 
 def test_second_run_does_nothing_with_one_login_and_two_commands(site: Site) -> None:
@@ -199,6 +205,8 @@ def test_interrupted_first_receive_into_an_empty_target_goes_on(site: Site) -> N
     site.backup.run(f"zfs create -p {MIRROR}")
     interrupt(site)
     assert get(site.backup, "receive_resume_token", MIRROR)[0].startswith("1-")
+    # Nobody can write there meanwhile, which -F would overwrite without a word.
+    assert "Read-only file system" in site.backup.run(f"touch /{MIRROR}/file", check=False).stderr
     assert "rest of @monday" in site.replicate("-v").stderr
     assert get(site.backup, "readonly,canmount,mounted", MIRROR) == ["on", "noauto", "no"]
     site.assert_in_step()

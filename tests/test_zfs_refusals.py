@@ -20,12 +20,18 @@ def test_target_with_data_is_refused_and_the_rest_is_done(site: Site) -> None:
         f"zfs create -p {MIRROR}/www && echo precious > /{MIRROR}/www/file && zfs create -V 16M {MIRROR}/disk"
     )
     done = site.replicate(status=1)
-    assert f"{MIRROR}/www: {MIRROR}/www holds data but no snapshot" in done.stderr
-    assert f"{MIRROR}/disk: {MIRROR}/disk holds data but no snapshot" in done.stderr
-    assert f"zfs rename '{MIRROR}/www' '{MIRROR}/www.old'" in done.stderr
+    assert f"{MIRROR}/www: {MIRROR}/www is not empty: it holds data but no snapshot" in done.stderr
+    assert f"{MIRROR}/disk: {MIRROR}/disk is not empty: it holds data but no snapshot" in done.stderr
     assert site.backup.run(f"cat /{MIRROR}/www/file").stdout == "precious\n"
     assert names(site.backup, f"{MIRROR}/mail") == ["monday"]
     assert held(site.source, TREE, TAG) == {f"{TREE}{child}@monday" for child in ("/mail",)}
+
+    # The root is in the way too: it has a file, the directory on which its child is mounted.
+    done = site.replicate("--quarantine")
+    assert f"zfs_replicate: {MIRROR}: renaming it to {MIRROR}.quarantine-20" in done.stderr
+    site.assert_in_step()
+    assert site.backup.run(f"cat /{MIRROR}.quarantine-*/www/file").stdout == "precious\n"
+    site.replicate_silently("--quarantine")
 
 
 def test_same_name_with_other_guid_is_refused(site: Site) -> None:
@@ -38,7 +44,7 @@ def test_same_name_with_other_guid_is_refused(site: Site) -> None:
     assert "already has a snapshot @monday that is another one" in done.stderr
     site.source.run(f"zfs destroy {TREE}/www#monday")
     done = site.replicate(status=1)
-    assert "no snapshot in common" in done.stderr
+    assert f"the common base of {MIRROR}/www is gone" in done.stderr
     assert names(site.backup, f"{MIRROR}/www") == ["monday"]
 
 
@@ -50,11 +56,20 @@ def test_newer_local_snapshot_is_refused(site: Site) -> None:
     site.replicate_silently()
     site.snapshot("tuesday")
     done = site.replicate(status=1)
-    assert f"{MIRROR}/www has 1 local snapshot newer than the newest common one (@monday)" in done.stderr
+    assert f"{MIRROR}/www has 1 local snapshot newer than the newest common one, @monday" in done.stderr
     assert names(site.backup, f"{MIRROR}/www") == ["monday", "mine"]
     assert names(site.backup, MIRROR) == ["monday", "tuesday"]
     assert f"{TREE}/www@monday" in held(site.source, TREE, TAG)
     assert f"{TREE}/www@tuesday" not in held(site.source, TREE, TAG)
+
+    site.backup.run(f"zfs hold keep {MIRROR}/www@mine")
+    assert "not to be rolled back: @mine (held by keep)" in site.replicate("--rollback", status=1).stderr
+    site.backup.run(f"zfs release keep {MIRROR}/www@mine")
+    done = site.replicate("--rollback")
+    assert done.stderr == f"zfs_replicate: {MIRROR}/www: rolling back to @monday, which destroys @mine\n"
+    assert names(site.backup, f"{MIRROR}/www") == ["monday", "tuesday"]
+    site.assert_in_step()
+    site.replicate_silently("--rollback")
 
 
 def test_local_change_is_refused_by_zfs_and_explained(site: Site) -> None:
@@ -66,10 +81,17 @@ def test_local_change_is_refused_by_zfs_and_explained(site: Site) -> None:
     )
     site.snapshot("tuesday")
     done = site.replicate(status=1)
-    assert "has been modified" in done.stderr
+    assert f"{MIRROR}/www was changed since the newest common one, @monday" in done.stderr
     assert names(site.backup, f"{MIRROR}/www") == ["monday"]
     assert held(site.source, f"{TREE}/www", TAG) == {f"{TREE}/www@monday"}
     assert names(site.backup, MIRROR) == ["monday", "tuesday"]
+
+    done = site.replicate("--rollback")
+    assert (
+        done.stderr == f"zfs_replicate: {MIRROR}/www: rolling back to @monday, which destroys what was changed since\n"
+    )
+    site.assert_in_step()
+    assert site.checksums(site.backup, MIRROR) == site.checksums(site.source, TREE)
 
 
 def test_failed_parent_keeps_its_children_waiting_and_says_so(site: Site) -> None:
@@ -77,7 +99,7 @@ def test_failed_parent_keeps_its_children_waiting_and_says_so(site: Site) -> Non
     site.snapshot("monday")
     site.backup.run(f"zfs create -p {MIRROR} && zfs create -V 16M {MIRROR}/www")
     done = site.replicate(status=1)
-    assert f"the source has a filesystem, but {MIRROR}/www is a volume" in done.stderr
+    assert f"{TREE}/www is a filesystem, but {MIRROR}/www is a volume" in done.stderr
     assert f"{MIRROR}/www/logs" in done.stderr
     assert names(site.backup, MIRROR) == ["monday"]
 

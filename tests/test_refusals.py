@@ -1,0 +1,284 @@
+"""What the program refuses, and the README's table of it: one row for each reason, in the very words of the program.
+
+When a message changes, `python tests/test_refusals.py` prints the table anew.
+"""
+
+from __future__ import annotations
+
+import ast
+import os
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+from histories import LOCAL, POLICY, RECEIVED, TAG, local, partial, source
+from simulated import Machine, Near, Wire, World
+
+import zfs_replicate
+from zfs_replicate import (
+    NAME_LIMIT,
+    Blocked,
+    Command,
+    Dataset,
+    Failure,
+    LinkLost,
+    LocalHost,
+    Partial,
+    Policy,
+    Quarantine,
+    Report,
+    Rollback,
+    Run,
+    StreamFailed,
+    judge_holder,
+    lock,
+    plan_dataset,
+    pull,
+    stalled,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+LONG = "a" * (NAME_LIMIT - len(LOCAL))
+
+
+def blocked(origin: Dataset, here: Dataset) -> Blocked:
+    plan = plan_dataset(origin, here, POLICY, LOCAL)
+    assert isinstance(plan, Blocked), plan
+    return plan
+
+
+DIVERGED = {
+    "newer local snapshots": blocked(source("@a,1 @b,2"), local("@a,1 @x,8 @y,9")),
+    "newer local snapshots that others need": blocked(source("@a,1 @b,2"), local("@a,1 @x,8 @y,9!keep")),
+    "local changes": blocked(source("@a,1 @b,2"), Dataset(LOCAL, "filesystem", local("@a,1").snapshots, changed=True)),
+    "same name with other guid": blocked(source("@a,1 @b,2"), local("@b,8 @a,1")),
+    "common base gone": blocked(source("@b,2 @c,3"), local(f"@a,1!{RECEIVED}")),
+    "wrong tree": blocked(source("@b,2"), local("@x,8")),
+    "target not empty": blocked(source("@a,1"), local("")),
+    "volume and filesystem": blocked(source("@a,1", kind="volume"), local("@a,1")),
+    "name too long": blocked(source(f"@a,1 @{LONG},2"), local("@a,1")),
+    "token not decoded": blocked(source("@a,1"), local("", Partial("1-x", None, None))),
+}
+
+
+# Refusals of a run, each brought about on simulated machines or by the function that says it.
+
+
+class Quiet(Report):
+    """Keeps the failures."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[Failure] = []
+
+    def failure(self, subject: str, failure: Failure) -> None:
+        self.found.append(failure)
+
+
+def said_by_run(prepare: str) -> Failure:
+    """The first failure of a first pull."""
+    world = World()
+    origin, backup = Machine(world, "source", "backuppool"), Machine(world, "this host", "offsite")
+    origin.create("backuppool/www/logs")
+    for name in ("backuppool", "backuppool/www", "backuppool/www/logs"):
+        origin.snapshot(f"{name}@a")
+    wire = Wire(origin, backup)
+    if prepare == "hold":
+        wire.at = lambda where, command, moment: refusing(command, "hold", moment)
+    else:
+        wire.at = lambda where, command, moment: refusing(command, "backuppool/www@a", moment, prepare)
+    report = Quiet()
+    run = Run(Policy("backuppool", "offsite/m", TAG), Near(wire, origin), Near(wire, backup), wire.carry, report)
+    run.survey()
+    run.execute(world.now)
+    return report.found[-1 if prepare != "hold" else 0]
+
+
+def refusing(command: Command, word: str, moment: str, when: str = "before") -> zfs_replicate.Answer | None:
+    hit = moment == when and word in command and command[1] != "holds"
+    return zfs_replicate.Answer(1, "", "permission denied\n") if hit else None
+
+
+class Unplugged(LocalHost):
+    """A host whose connection is gone after the stream has failed."""
+
+    def connected(self) -> bool:
+        return False
+
+
+def broken_link() -> Failure:
+    with pytest.raises(LinkLost) as caught:
+        pull(Unplugged("HOST"), ("sh", "-c", "echo 'Connection reset' >&2; exit 255"), LocalHost(), ("cat",), PLAIN)
+    return caught.value
+
+
+PLAIN = zfs_replicate.Transport()
+
+
+def held_lock(path: Path, pid: int, alive: bool) -> Failure:
+    """What is said of a lock whose holder moved nothing for an hour."""
+    path.write_text(f"{pid} 1700000000 {LOCAL}\n", encoding="utf-8")
+    os.utime(path, (1700003600, 1700003600))
+    zone = os.environ.get("TZ")
+    os.environ["TZ"] = "UTC"
+    time.tzset()
+    real, zfs_replicate.is_alive = zfs_replicate.is_alive, lambda pid: alive
+    try:
+        with path.open(encoding="utf-8") as file, pytest.raises(Failure) as caught:
+            judge_holder(file, "/run/zfs_replicate-TREE.lock", 3600)
+    finally:
+        zfs_replicate.is_alive = real
+        os.environ.pop("TZ") if zone is None else os.environ.update(TZ=zone)
+        time.tzset()
+    return caught.value
+
+
+def refusals(scratch: Path) -> Iterator[tuple[str, str]]:
+    """What is said, and the way out, of every reason."""
+    for plan in DIVERGED.values():
+        yield plan.reason.replace(LONG, "LONG"), plan.hint
+    for failure in (
+        said_by_run("hold"),
+        said_by_run("before"),
+        said_by_run("half-way"),
+        broken_link(),
+        stalled(3600, 1_234_567_890, ("ssh", "mbuffer", "zfs")),
+        held_lock(scratch / "stuck", 4711, alive=True),
+        held_lock(scratch / "orphan", 4711, alive=False),
+    ):
+        yield failure.what, failure.hint
+
+
+def table(scratch: Path) -> str:
+    return "".join(f"| {what} | {hint} |\n" for what, hint in refusals(scratch))
+
+
+def test_the_readme_has_a_row_for_each_reason_in_the_words_of_the_program(tmp_path: Path) -> None:
+    readme = (Path(zfs_replicate.__file__).parent / "README.md").read_text(encoding="utf-8")
+    rows = readme.partition("| it says | and the way out |\n|---|---|\n")[2].partition("\n\n")[0]
+    assert rows + "\n" == table(tmp_path)
+
+
+def test_no_reason_is_missing_from_the_table() -> None:
+    """As many advices as there are places in the planner that refuse."""
+    tree = ast.parse(Path(zfs_replicate.__file__).read_text(encoding="utf-8"))
+    places = [
+        node
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "Blocked"
+    ]
+    assert len({plan.advice.split(";")[0].split(":")[0] for plan in DIVERGED.values()}) == len(places)
+
+
+@pytest.mark.parametrize("reason", DIVERGED)
+def test_it_says_what_why_and_the_way_out_with_the_option_last(reason: str) -> None:
+    plan = DIVERGED[reason]
+    assert LOCAL in plan.reason
+    assert plan.advice
+    assert "--rollback" not in plan.advice + plan.reason
+    assert ("--rollback" in plan.hint) == any(isinstance(way, Rollback) for way in plan.ways)
+    assert plan.hint.endswith("--quarantine") == any(isinstance(way, Quarantine) for way in plan.ways)
+
+
+@pytest.mark.parametrize(
+    "reason", [reason for reason in DIVERGED if reason not in ("name too long", "token not decoded")]
+)
+def test_a_divergence_names_the_newest_snapshots_of_both_sides(reason: str) -> None:
+    assert "(newest snapshot here: " in DIVERGED[reason].reason
+    assert ", at the source: @" in DIVERGED[reason].reason
+
+
+def test_what_others_hold_is_not_offered_for_rollback() -> None:
+    plan = DIVERGED["newer local snapshots that others need"]
+    assert "not to be rolled back: @y (held by keep)" in plan.hint
+    assert plan.ways == (Quarantine(),)
+
+
+def test_our_own_hold_on_a_newer_local_snapshot_is_no_obstacle() -> None:
+    """The source was rolled back to before what we had pulled."""
+    plan = blocked(source("@a,1 @b,2"), local(f"@a,1 @x,8!{RECEIVED}"))
+    assert [type(way) for way in plan.ways] == [Rollback, Quarantine]
+
+
+def test_a_twin_that_we_hold_at_the_source_is_not_offered_for_rollback() -> None:
+    """It is older there than the common one, and newer here: somebody has sent it back."""
+    plan = blocked(source(f"@x,8!{TAG} @a,1 @b,2"), local("@a,1 @x,8"))
+    assert plan.ways == (Quarantine(),)
+
+
+def test_a_token_of_a_plain_stream_is_given_up_when_the_source_is_sent_raw() -> None:
+    origin = Dataset("tank/a", "filesystem", source("@a,1 @b,2", "tank/a").snapshots, encrypted=True)
+    plan = plan_dataset(origin, local("@a,1", partial(2, 1)), POLICY, LOCAL)
+    assert isinstance(plan, zfs_replicate.Transfer)
+    assert [type(step).__name__ for step in plan.steps] == ["Abandon", "Receive"]
+
+
+# --- The lock -----------------------------------------------------------------------------------------------------
+
+MINE = f"offsite/test-{os.getpid()}"
+"""A tree that nobody else locks: others may run these tests at the same time."""
+
+
+def test_lock_of_a_run_that_moves_is_left_alone() -> None:
+    with lock(MINE, 60) as ours:
+        assert ours
+        with lock(MINE, 60) as other:
+            assert other is None
+        with lock(f"{MINE}/another", 60) as another:
+            assert another
+
+
+def test_lock_of_a_run_that_stands_still_is_told() -> None:
+    with lock(MINE, 60) as ours:
+        assert ours
+        os.utime(ours.file.fileno(), (1, 1))
+        stuck = pytest.raises(Failure, match=rf"another run \(pid {os.getpid()}, since .*nothing has moved")
+        with stuck, lock(MINE, 60):
+            raise AssertionError("never comes here")
+        ours.moved()
+        with lock(MINE, 60) as other:
+            assert other is None
+
+
+def test_lock_outlives_us_in_a_process_that_inherits_it(tmp_path: Path) -> None:
+    """As zfs recv does, and no other process of the stream."""
+    commands = [("sh", "-c", f"ls -l /proc/$$/fd > {tmp_path}/{word}") for word in ("first", "last")]
+    with lock(MINE, 60) as ours:
+        assert ours
+        name = os.readlink(f"/proc/self/fd/{ours.file.fileno()}")
+        zfs_replicate.stream(commands, zfs_replicate.Transport(inherit=(ours.file.fileno(),)))
+    assert name in (tmp_path / "last").read_text()
+    assert name not in (tmp_path / "first").read_text()
+
+
+def test_a_stream_that_stands_still_is_ended_and_told() -> None:
+    moved: list[int] = []
+    transport = zfs_replicate.Transport(patience=0.3, moved=lambda: moved.append(1))
+    with pytest.raises(StreamFailed, match=r"no byte of the stream has moved for 0s: .* with sh, cat still at work"):
+        zfs_replicate.stream([("sh", "-c", "echo some; exec sleep 60"), ("cat",)], transport)
+    assert moved
+
+
+def test_the_last_process_may_be_quiet_for_longer() -> None:
+    """All bytes are in its hands; it has some writing to do."""
+    transport = zfs_replicate.Transport(patience=0.3)
+    zfs_replicate.stream([("echo", "some"), ("sh", "-c", "cat > /dev/null; sleep 0.8")], transport)
+    with pytest.raises(StreamFailed, match="no byte"):
+        zfs_replicate.stream([("echo", "some"), ("sh", "-c", "cat > /dev/null; sleep 60")], transport)
+
+
+def test_pauses_grow_and_are_jittered() -> None:
+    assert list(zfs_replicate.pauses(6, lambda low, high: 1.0)) == [5, 15, 45, 135, 300, 300]
+    for low, high in zip(zfs_replicate.pauses(3, min), zfs_replicate.pauses(3, max)):
+        assert low < high / 2
+
+
+if __name__ == "__main__":
+    import tempfile
+
+    with tempfile.TemporaryDirectory() as scratch_directory:
+        sys.stdout.write(table(Path(scratch_directory)))
