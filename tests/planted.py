@@ -1,0 +1,132 @@
+#!/usr/bin/env python3
+# ruff: noqa: Q003, ISC004 -- code within strings
+"""Are the fast tests any good? Plants one bug after another in a copy of the program and runs them on it.
+
+    tests/planted.py                 all of them, about ten seconds each
+    tests/planted.py WORD...         those whose names have one of the words
+
+Prints each bug with the test that caught it first; exits 1 if one was not caught. That every plant still fits the
+program is among the fast tests themselves.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+PROGRAM = "zfs_replicate.py"
+
+Edits = tuple[tuple[str, str], ...]
+
+BUGS: dict[str, Edits] = {
+    "hold after the stream": (
+        ("        self.hold_targets(plans.values())\n", ""),
+        ("            missing = self.hold_targets([plan])", "            missing: dict[str, str] = {}"),
+        ("            self.perform(key, plan.steps[0])\n", "            self.perform(key, plan.steps[0])\n            self.hold_targets([plan])\n"),
+    ),
+    "release before hold": (
+        (
+            "        place = sum(wanted.values(), HoldMoves())\n",
+            "        place = sum(wanted.values(), HoldMoves())\n"
+            "        for batch in batches(place.release_source):\n"
+            "            self.source_host.ask(release(self.policy.tag, batch))\n",
+        ),
+    ),
+    "release although the new hold could not be placed": (
+        ("            if not missing.keys() & {*moves.place_local, *moves.place_source}:\n", "            if True:\n"),
+    ),
+    "match by name": (
+        ("    ours = {snapshot.guid: snapshot for snapshot in local.snapshots}\n", "    ours = {snapshot.short: snapshot for snapshot in local.snapshots}\n"),
+        ("if point.guid in ours]", "if point.short in ours]"),
+        ("ours[newest.guid])", "ours[newest.short])"),
+    ),
+    "expiry before the holds have moved": (
+        ("            if self.converge():\n", "            self.expire(now)\n            if self.converge():\n"),
+    ),
+    "any error means absent": (
+        ("    return answer.status != 0 and f\"'{name}': dataset does not exist\" in answer.stderr\n", "    return answer.status != 0\n"),
+    ),
+    "forgotten sort": (
+        ("tuple(sorted(getattr(self, field), key=lambda snapshot: snapshot.createtxg))", "tuple(getattr(self, field))"),
+    ),
+    "sort by time": (("key=lambda snapshot: snapshot.createtxg))", "key=lambda snapshot: snapshot.creation))"),),
+    "leaked hold on the target of a token": (
+        ("s.guid not in wanted and s.tags and tag in s.tags)", "s is snapshots[0] and s.guid not in wanted and s.tags and tag in s.tags)"),
+    ),
+    "target of a token not held": (("        on_source.add(local.partial.to_guid)\n", "        pass\n"),),
+    "unread holds count as none": (("frozenset() if unheld else None)", "frozenset())"),),
+    "twin at the source forgotten": (
+        ("    if twin and twin.tags and policy.tag in twin.tags:\n        return f\"its twin", "    if False:\n        return f\"its twin"),
+    ),
+    "days counted from now alone": (("min(now, mutual.local.creation) - policy", "now - policy"),),
+    "newest common snapshot expires": (
+        ("    if snapshot.guid == mutual.local.guid:\n", "    if False:\n"),
+    ),
+    "base of a partial receive expires": (
+        ("    if local.partial and local.partial.from_guid in (snapshot.guid, None) and local.snapshots:\n", "    if False:\n"),
+    ),
+    "a stream that ended has arrived": (
+        ("now.snapshots[-1].guid != step.snapshot.guid:", "not now.snapshots:"),
+    ),
+    "stale token resumed for ever": (
+        ("    if target and ends_match and partial.raw == source.encrypted and not local.changed:\n", "    if target:\n"),
+    ),
+    "token given up on any error": (
+        ("corrupt=\"resume token is corrupt\" in text", "corrupt=guid(\"toguid\") is None"),
+    ),
+    "-F onto data": (("    force = (\"-F\",) if local and local.vacant else ()\n", "    force = (\"-F\",) if local else ()\n"),),
+    "first receive onto data": (("    if local is not None and not local.vacant:\n", "    if local is not None and not local.vacant and False:\n"),),
+    "one tag for both sides": (("        return f\"{self.tag}:received\"\n", "        return self.tag\n"),),
+    "names stripped": (("        row = line.split(\"\\t\")\n", "        row = line.strip().split(\"\\t\")\n"),),
+    "only the last status counts": (("    failed = [(program, status, text) for program, status, text in ended if status != 0]\n", "    failed = [(program, status, text) for program, status, text in ended[-1:] if status != 0]\n"),),
+    "dead link looks like a clean end": (("channel.status_event.wait(CONNECT_SECONDS) or channel.exit_status == -1", "channel.status_event.wait(CONNECT_SECONDS) and channel.exit_status == 1"),),
+    "rollback of what others hold": (("    elif snapshot.tags - {policy.received_tag}:\n", "    elif False:\n"),),
+    "older bookmark goes before the new one is there": (
+        ("                if marks.place:\n", "                for name in marks.remove:\n                    run(self.source_host, destroy_bookmark(name))\n                if marks.place:\n"),
+    ),
+    "blocked without asking for the way out": (("        allowed = {Rollback: self.policy.rollback, Quarantine", "        allowed = {Rollback: True, Quarantine"),),
+    "nobody watches the stream": (("            if now and time.monotonic() - since >= patience:\n", "            if False:\n"),),
+    "the lock is not inherited": (("                pass_fds=inherit if is_last else (),\n", ""),),
+    "stuck holder left in peace": (("    if time.time() - moved >= patience:\n", "    if False:\n"),),
+}  # fmt: skip
+
+
+def planted(text: str, bug: str) -> str:
+    """The program with a bug. Each edit must fit at exactly one place."""
+    for old, new in BUGS[bug]:
+        assert text.count(old) == 1, f"{bug}: fits {text.count(old)} times: {old!r}"
+        text = text.replace(old, new)
+    return text
+
+
+def caught_by(bug: str, scratch: Path) -> str:
+    """The first test that fails; "" if none does."""
+    shutil.copytree(ROOT, scratch, ignore=shutil.ignore_patterns(".git"))
+    (scratch / PROGRAM).write_text(planted((ROOT / PROGRAM).read_text(encoding="utf-8"), bug), encoding="utf-8")
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-n", "2", "-m", "not zfs and not network"]
+    command += ["--deselect", "tests/test_planted.py"]
+    done = subprocess.run(command, cwd=scratch, capture_output=True, encoding="utf-8", errors="replace", timeout=600)
+    found = re.search(r"^(?:FAILED|ERROR) (?:tests/)?(\S+)", done.stdout, re.MULTILINE)
+    assert found or done.returncode == 0, done.stdout + done.stderr
+    return found[1] if found else ""
+
+
+def main(words: list[str]) -> int:
+    survivors = 0
+    bugs = [bug for bug in BUGS if not words or any(word in bug for word in words)]
+    for bug in bugs:
+        with tempfile.TemporaryDirectory() as directory:
+            test = caught_by(bug, Path(directory, "copy"))
+        survivors += not test
+        print(f"{bug:55} {test or 'NOT CAUGHT'}", flush=True)
+    print(f"{len(bugs)} bugs planted, {len(bugs) - survivors} caught")
+    return int(survivors > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
