@@ -1,0 +1,70 @@
+"""The fault matrix on real ZFS: every call of a run, and every kind of fault that may strike there.
+
+A sample by default; all of it with `--full`, which takes hours. Counted is what struck.
+"""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import asdict
+from typing import TYPE_CHECKING
+
+import faults
+import pytest
+from faults import FULL, INCREMENT, KINDS, SCENARIOS, Bench, Kind, Scenario
+from site_pair import Pair
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from lab import Lab
+
+pytestmark = pytest.mark.zfs
+
+SAMPLE = (
+    (INCREMENT, faults.COMMAND_FAILS, "source", "hold", "after"),
+    (INCREMENT, faults.TOOL_KILLED, "source", "release", "before"),
+    (FULL, faults.TOOL_KILLED, "backup", "recv", "midway"),
+    (FULL, faults.ALL_KILLED, "backup", "recv", "after"),
+    (INCREMENT, faults.SSHD_KILLED, "source", "send", "midway"),
+    (FULL, faults.POOL_FULL, "backup", "recv", "before"),
+    (INCREMENT, faults.DESTROYED, "source", "send", "before"),
+    (FULL, faults.CABLE_BRIEFLY, "source", "send", "midway"),
+    (INCREMENT, faults.BACKUP_POWER, "source", "send", "midway"),
+)
+"""One point each, the first that fits. Only `--full` has the source's power loss and the silent peers, which cost
+minutes, and the third scenario."""
+
+
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(it, marks=pytest.mark.xdist_group(f"faults-{it}")) for it in ("bookworm", "trixie")],
+)
+def bench(request: pytest.FixtureRequest, lab: Lab) -> Iterator[Bench]:
+    """Machines for all faults of a release, which therefore run on one worker."""
+    with Pair(lab, request.param) as pair:
+        yield Bench(pair)
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    full = metafunc.config.getoption("--full")
+    chosen = itertools.product(SCENARIOS, KINDS) if full else [(it[0], it[1]) for it in SAMPLE]
+    names = [pytest.param(scenario, kind, id=f"{scenario.name}-{kind}".replace(" ", "_")) for scenario, kind in chosen]
+    metafunc.parametrize(("scenario", "kind"), names)
+
+
+def test_after_a_fault_plain_runs_lead_where_an_undisturbed_one_does(
+    bench: Bench,
+    scenario: Scenario,
+    kind: Kind,
+    record_property: Callable[[str, object], None],
+    pytestconfig: pytest.Config,
+) -> None:
+    points = list(faults.faults(kind, scenario, bench.count(scenario)))
+    if not pytestconfig.getoption("--full"):
+        places = {it[2:] for it in SAMPLE if it[:2] == (scenario, kind)}
+        points = [next(p for p in points if (p.call.machine, p.call.verb, p.when) in places)]
+    tally = bench.try_all(scenario, points)
+    row = {**asdict(tally), "release": bench.site.source.release, "scenario": scenario.name, "kind": kind.name}
+    record_property("faults", row)
+    assert not tally.complaints, "\n\n".join(tally.complaints)
