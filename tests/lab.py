@@ -314,11 +314,12 @@ class Machine:
         """Pull or plug the lab network's cable; our own control connection stays."""
         self._running.monitor.command("set_link", name="card", up=plugged)
 
-    def netem(self, delay_ms: float) -> None:
-        """Delay what this machine sends on the lab network; 0 ends it."""
+    def netem(self, delay_ms: float = 0, megabits: float = 0) -> None:
+        """Delay what this machine sends on the lab network, or let no more megabits a second pass; nothing ends it."""
+        limits = [f"delay {delay_ms}ms"] * bool(delay_ms) + [f"rate {megabits}mbit"] * bool(megabits)
         self.run("tc qdisc del dev lab0 root", check=False)
-        if delay_ms:
-            self.run(f"tc qdisc add dev lab0 root netem delay {delay_ms}ms")
+        if limits:
+            self.run(f"tc qdisc add dev lab0 root netem {' '.join(limits)}")
 
     def set_clock(self, moment: dt.datetime) -> None:
         """Set date and time (without a time zone: local time of the host); later boots keep the difference."""

@@ -59,7 +59,7 @@ def renew(machine: Machine, pool: str) -> None:
     """
     machine.put(PROGRAM, "/usr/local/bin/zfs_replicate", 0o755)
     machine.run(
-        "for pool in $(zpool list -H -o name); do zpool destroy -f $pool; done; "
+        "tc qdisc del dev lab0 root 2>/dev/null; for pool in $(zpool list -H -o name); do zpool destroy -f $pool; done; "
         f"disk={DISK}; [ -e $disk-part1 ] && disk=$disk-part1; "
         f"zpool create -f -O compression=lz4 {pool} $disk && udevadm settle",
     )
@@ -98,11 +98,15 @@ class Site:
         done = self.replicate(*options, job=job)
         assert done.stdout + done.stderr == ""
 
-    def start(self, *options: str, after: int = 8_000_000, job: str = JOB) -> subprocess.Popen[str]:
-        """Start a run; returns when `after` bytes have arrived on the backup pool."""
+    def start(self, *options: str, after: int = 8_000_000, megabits: float = 16) -> subprocess.Popen[str]:
+        """Start a run; returns when `after` bytes have arrived on the backup pool.
+
+        No more than `megabits` a second leave the source from now on, so that the stream is not over when we look.
+        """
+        self.source.netem(megabits=megabits)
         used = "$(zpool sync offsite; zfs get -Hp -o value used offsite)"
         before = self.backup.run(f"echo {used}").stdout.strip()
-        running = self.backup.popen(f"echo $$ > /run/job.pid; exec {job} {shlex.join(options)}")
+        running = self.backup.popen(f"echo $$ > /run/job.pid; exec {JOB} {shlex.join(options)}")
         self.backup.run(
             f"for i in $(seq 600); do [ $(({used} - {before})) -gt {after} ] && exit; done; exit 1", timeout=300
         )

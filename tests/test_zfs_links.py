@@ -30,6 +30,7 @@ def plant_big(site: Site, size: str = "30M") -> None:
 
 def goes_on(site: Site, *options: str) -> None:
     """The next plain run resumes what was interrupted, and all is as it should be."""
+    site.source.netem()
     assert "rest of @monday" in site.replicate("-v", *options).stderr
     site.assert_in_step()
     assert site.checksums(site.backup, MIRROR) == site.checksums(site.source, TREE)
@@ -155,7 +156,7 @@ def test_a_gibibyte_cut_five_times_costs_little_more_than_one(
     sent_before = sent(site)
     arrived = 0.0
     for cut in cuts:
-        running = site.start(after=int(cut - arrived))
+        running = site.start(after=int(cut - arrived), megabits=0)
         site.source.run("ss -K src 10.77.0.0/16 sport = 22")
         assert running.wait(timeout=120) == 1
         assert get(site.backup, "receive_resume_token", MIRROR)[0].startswith("1-")
