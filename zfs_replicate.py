@@ -62,6 +62,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import warnings
 from base64 import b64encode
@@ -100,8 +101,17 @@ class LinkLost(Failure):
     """The connection to a host broke, or could not be made: what the command there did is unknown."""
 
 
+class Stuck(Failure):
+    """A command does not end, as all of ZFS does on a suspended pool: whoever asks more of that host waits again."""
+
+
 class StreamFailed(Failure):
-    """A stream did not arrive whole."""
+    """A stream did not arrive whole. `link_held` says that the sender's own exit status came through: so the link is
+    not to blame."""
+
+    def __init__(self, what: str, hint: str = "", *, link_held: bool = False) -> None:
+        super().__init__(what, hint)
+        self.link_held = link_held
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -210,12 +220,12 @@ class Policy:
 class Receive:
     """Receive `snapshot`: in full, or from `base` (a snapshot or bookmark of the source) up to it.
 
-    `intermediates` takes every snapshot between along; `token` goes on with an interrupted receive instead.
+    The snapshots `between` come along; `token` goes on with an interrupted receive instead.
     """
 
     snapshot: Snapshot
     base: Snapshot | None = None
-    intermediates: bool = False
+    between: tuple[Snapshot, ...] = ()
     token: str | None = None
 
     def __str__(self) -> str:
@@ -223,7 +233,7 @@ class Receive:
             return f"rest of {self.snapshot.short}"
         if self.base is None:
             return f"full {self.snapshot.short}"
-        return f"{self.base.short} {'...' if self.intermediates else '->'} {self.snapshot.short}"
+        return f"{self.base.short} {'...' if self.between else '->'} {self.snapshot.short}"
 
 
 @dataclass(frozen=True)
@@ -252,8 +262,10 @@ class Transfer:
 
     @property
     def targets(self) -> tuple[Snapshot, ...]:
-        """The source snapshots that must stay alive until the steps are done."""
-        return tuple(step.snapshot for step in self.steps if isinstance(step, Receive))
+        """The source snapshots that must stay alive until the steps are done. Those between are among them: cut
+        after one of these, the mirror ends there, and needs it as its base."""
+        receives = [step for step in self.steps if isinstance(step, Receive)]
+        return tuple(snapshot for step in receives for snapshot in (*step.between, step.snapshot))
 
 
 @dataclass(frozen=True)
@@ -489,6 +501,7 @@ def plan_partial(source: Dataset, local: Dataset, partial: Partial, policy: Poli
     bases = {None, *(point.guid for point in source.snapshots + source.bookmarks)}
     ends_match = target and partial.from_guid in bases and partial.from_guid == (base and base.guid)
     if target and ends_match and partial.raw == source.encrypted and not local.changed:
+        # Take it for arrived, to plan what follows.
         arrived = replace(target, createtxg=base.createtxg + 1 if base else 0)
         rest = plan_dataset(source, replace(whole, snapshots=(*local.snapshots, arrived)), policy, local.name)
         return Transfer((Receive(target, token=partial.token), *steps_of(rest)))
@@ -517,10 +530,10 @@ def plan_first(source: Dataset, local: Dataset | None, policy: Policy, local_nam
     refused = too_long(incoming(source.snapshots, policy), local_name)
     if refused:
         return refused
-    oldest, newest = source.snapshots[0], source.snapshots[-1]
-    if policy.intermediates and oldest is not newest:
-        return Transfer((Receive(oldest), Receive(newest, oldest, intermediates=True)))
-    return Transfer((Receive(newest),))
+    oldest, *later = source.snapshots
+    if policy.intermediates:
+        return Transfer((Receive(oldest), *steps_between(oldest, later, policy)))
+    return Transfer((Receive(source.snapshots[-1]),))
 
 
 def plan_next(source: Dataset, local: Dataset, policy: Policy) -> Plan:
@@ -598,7 +611,7 @@ def steps_between(base: Snapshot, later: list[Snapshot], policy: Policy) -> Iter
         yield Receive(later[0], base)
         base, later = later[0], later[1:]
     if later:
-        yield Receive(later[-1], base, intermediates=len(later) > 1)
+        yield Receive(later[-1], base, between=tuple(later[:-1]))
 
 
 def clashing(arrivals: Iterable[Snapshot], source: Dataset, local: Dataset) -> Blocked | None:
@@ -817,7 +830,7 @@ def send(dataset: Dataset, step: Receive) -> Command:
     flags = ("-w",) if dataset.encrypted else ()
     base: Command = ()
     if step.base is not None:
-        base = ("-I" if step.intermediates else "-i", step.base.name)
+        base = ("-I" if step.between else "-i", step.base.name)
     return ("zfs", "send", "-L", "-c", "-p", *flags, *base, step.snapshot.name)
 
 
@@ -857,6 +870,11 @@ def decode_token(token: str) -> Command:
 def settle(pool: str) -> Command:
     """Writes out what was written lately, so that it counts."""
     return ("zpool", "sync", pool)
+
+
+def identify(pool: str) -> Command:
+    """Prints a number that no other pool's root has."""
+    return ("zfs", "get", "-Hp", "-o", "value", "guid", pool)
 
 
 def count_files(name: str) -> Command:
@@ -906,7 +924,7 @@ class Host(Protocol):
     label: str
 
     def ask(self, command: Command) -> Answer:
-        """Run `command` to its end. Any exit status is an answer; raises LinkLost where there was none."""
+        """Run `command` to its end. Any exit status is an answer; raises LinkLost or Stuck where there was none."""
 
     def piped(self, command: Command) -> Command:
         """The local command whose standard input and output are those of `command` on this host."""
@@ -934,6 +952,13 @@ def output(host: Host, command: Command, answer: Answer) -> str:
         said = answer.stderr.strip() or f"exit status {answer.status} and no message"
         raise CommandFailed(f"{' '.join(command[:2])} failed on {host.label}: {said}")
     return answer.stdout
+
+
+def stuck(host: Host, command: Command, patience: float) -> Stuck:
+    return Stuck(
+        f"{' '.join(command[:2])} on {host.label} has not ended after {duration(patience)}",
+        "is the pool suspended, or very busy? zpool status; patience is a matter of --stall-timeout",
+    )
 
 
 def tell_nobody(line: str) -> None:
@@ -976,10 +1001,7 @@ class LocalHost:
             try:
                 stdout, stderr = process.communicate(timeout=self.patience)
             except subprocess.TimeoutExpired:
-                raise CommandFailed(
-                    f"{' '.join(command[:2])} on {self.label} has not ended after {duration(self.patience)}",
-                    "is the pool suspended, or very busy? zpool status; patience is a matter of --stall-timeout",
-                ) from None
+                raise stuck(self, command, self.patience) from None
         return Answer.of(process.returncode, stdout, stderr)
 
     def piped(self, command: Command) -> Command:
@@ -994,7 +1016,8 @@ class LocalHost:
 
 def environment() -> dict[str, str]:
     """Ours, with untranslated messages, and the sbin directories that cron leaves out of PATH."""
-    return {**os.environ, "LC_ALL": "C", "PATH": os.environ.get("PATH", "") + ":" + SBIN}
+    path = ":".join(filter(None, (os.environ.get("PATH"), SBIN)))  # an empty entry would be the current directory
+    return {**os.environ, "LC_ALL": "C", "PATH": path}
 
 
 def duration(seconds: float) -> str:
@@ -1060,9 +1083,9 @@ class Connection:
         return re.sub("%.", lambda found: values.get(found[0], found[0]), text)
 
     def files(self, words: Iterable[str]) -> list[str]:
-        """Those files among `words` of ssh_config that exist."""
+        """Those files among `words` of ssh_config that we can read; ssh passes over the others too."""
         paths = [os.path.expanduser(self.expand(word)) for word in words]
-        return [path for path in paths if os.path.isfile(path)]
+        return [path for path in paths if os.path.isfile(path) and os.access(path, os.R_OK)]
 
     @property
     def identities(self) -> list[str]:
@@ -1104,7 +1127,8 @@ def dial(connection: Connection) -> socket.socket:
     if connection.proxy is None:
         link = socket.create_connection((connection.get("hostname"), connection.port), CONNECT_SECONDS)
         # A peer that went away without a word: the kernel gives up on unacknowledged keepalives after this time.
-        link.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, LINK_SECONDS * 1000)
+        if hasattr(socket, "TCP_USER_TIMEOUT"):  # Linux
+            link.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, LINK_SECONDS * 1000)
         # paramiko leaves Nagle's algorithm on, which costs each command one delayed acknowledgement, 40 ms.
         link.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         return link
@@ -1145,7 +1169,7 @@ class SshHost:
         self.connection = connection
         self.label = connection.destination
         self.note = note
-        self.patience = patience
+        self.patience = max(patience, 2 * LINK_SECONDS)  # by then a lost link has shown, and it is the command
         self.streams: tempfile.TemporaryDirectory[str] | None = None
         self.ssh: Command = ()
         self.client = log_in(connection)
@@ -1157,6 +1181,8 @@ class SshHost:
         self.note(f"{self.label}: {shlex.join(command)}")
         try:
             return self.exchange(remote_line(command))
+        except socket.timeout:
+            raise stuck(self, command, self.patience) from None
         except (OSError, EOFError, paramiko.SSHException) as error:
             doing = " ".join(command[:2])
             raise LinkLost(f"lost the connection to {self.label} during {doing}: {why(error)}") from None
@@ -1169,7 +1195,8 @@ class SshHost:
         # Both ends are drained before the status is asked for: an undrained stderr stalls stdout after some 2 MiB.
         with ThreadPoolExecutor(1) as pool, contextlib.closing(channel):
             channel.settimeout(self.patience)
-            channel.exec_command(line)
+            with bounded(transport):
+                channel.exec_command(line)
             channel.shutdown_write()
             errors = pool.submit(channel.makefile_stderr("rb").read)
             output, complaints = channel.makefile("rb").read(), errors.result()
@@ -1179,7 +1206,10 @@ class SshHost:
 
     def piped(self, command: Command) -> Command:
         if self.streams is None:
-            self.streams = tempfile.TemporaryDirectory(prefix="zfs_replicate-")
+            try:
+                self.streams = tempfile.TemporaryDirectory(prefix="zfs_replicate-")
+            except OSError as error:
+                raise StreamFailed(f"cannot make a private directory for ssh: {error}", "is there space?") from None
             self.ssh = ssh_client(self.connection, self.streams.name + "/master")
         return (*self.ssh, "--", self.connection.destination, remote_line(command))
 
@@ -1193,15 +1223,31 @@ class SshHost:
     def close(self) -> None:
         self.client.close()
         if self.streams is not None:
-            self.control("exit")
+            with contextlib.suppress(Stuck):  # it ends by itself when nothing has used it for a while
+                self.control("exit")
             self.streams.cleanup()
+
+
+@contextlib.contextmanager
+def bounded(transport: Any) -> Iterator[None]:
+    """Bound what paramiko waits for without end: its answer to "may this command start?"."""
+    watch = threading.Timer(LINK_SECONDS, transport.close)
+    watch.start()
+    try:
+        yield
+    finally:
+        watch.cancel()
 
 
 def log_in(connection: Connection) -> Any:
     """A connected paramiko client. Raises LinkLost if the host is out of reach, Failure if it or we are refused."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # an older paramiko beside a newer cryptography: not the user's business
-        import paramiko  # here, not above: it costs a quarter of a second that --help and localhost runs need not pay
+        try:
+            # Here, not above: it costs a quarter of a second that --help and localhost runs need not pay.
+            import paramiko
+        except ImportError as error:
+            raise Failure(f"cannot use paramiko: {error}", "install it: apt install python3-paramiko") from None
 
     logging.getLogger("paramiko").setLevel(logging.CRITICAL + 1)  # its transport thread logs tracebacks to stderr
     if hasattr(paramiko.client, "DSSKey"):  # before 4.0: reads a rejected RSA key as a DSS one, and chokes on it
@@ -1255,10 +1301,11 @@ def connect(client: Any, connection: Connection) -> None:
             f"ssh-keygen -R {shlex.quote(host_pattern(name, port))}, then {connection.by_hand()}",
         ) from None
     except (OSError, EOFError, ValueError, paramiko.SSHException) as error:
-        # Once keys are exchanged the host is reached, and it is our login that failed: the exception often says no
-        # more than that the key is not of the kind paramiko tried last.
+        # Once keys are exchanged the host is reached, and unless the link broke it is our login that failed: the
+        # exception often says no more than that the key is not of the kind paramiko tried last.
         transport = client.get_transport()
-        if transport is None or not transport.initial_kex_done:
+        broke = isinstance(error, (OSError, EOFError)) or "timeout" in str(error)
+        if broke or transport is None or not transport.initial_kex_done:
             hint = f"this must work: {connection.by_hand()} true"
             raise LinkLost(f"cannot reach {where}: {why(error)}", hint) from None
         keys = ", ".join(connection.identities) or "no key file"
@@ -1375,9 +1422,9 @@ def start(commands: Sequence[Command], stack: contextlib.ExitStack, inherit: tup
     stages: list[Stage] = []
     upstream: int | IO[bytes] = subprocess.DEVNULL
     for number, command in enumerate(commands, 1):
-        errors = stack.enter_context(tempfile.TemporaryFile())
         is_last = number == len(commands)
         try:
+            errors = stack.enter_context(tempfile.TemporaryFile())
             process = subprocess.Popen(
                 command,
                 stdin=upstream,
@@ -1387,7 +1434,8 @@ def start(commands: Sequence[Command], stack: contextlib.ExitStack, inherit: tup
                 pass_fds=inherit if is_last else (),
             )
         except OSError as error:
-            raise StreamFailed(f"cannot start {command[0]}: {error.strerror}", "is it installed?") from None
+            hint = "is it installed, and is there space for temporary files?"
+            raise StreamFailed(f"cannot start {command[0]}: {error.strerror}", hint) from None
         finally:
             if not isinstance(upstream, int):
                 upstream.close()  # ours would keep the pipe open after the next stage has gone
@@ -1413,18 +1461,25 @@ def await_end(stages: Sequence[Stage], transport: Transport) -> None:
     """
     seen, since = 0, time.monotonic()
     for stage in stages:
-        while True:
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                stage.process.wait(timeout=min(WATCH_SECONDS, transport.patience))
-                break
-            now = sum(bytes_moved(each.process) for each in stages if each.process.poll() is None)
+        in_tail = stage is stages[-1] and len(stages) > 1
+        patience = transport.patience * (TAIL_FACTOR if in_tail else 1)
+        while not ends_within(stage.process, min(WATCH_SECONDS, transport.patience)):
+            running = [each for each in stages if each.process.poll() is None]
+            now = sum(bytes_moved(each.process) for each in running)
             if now != seen:
                 seen, since = now, time.monotonic()
                 transport.moved()
-            patience = transport.patience * (TAIL_FACTOR if stage is stages[-1] and len(stages) > 1 else 1)
-            if now and time.monotonic() - since >= patience:
-                running = [each.program for each in stages if each.process.poll() is None]
-                raise stalled(patience, bytes_moved(stages[-1].process), running)
+            elif now and time.monotonic() - since >= patience:
+                raise stalled(patience, bytes_moved(stages[-1].process), [each.program for each in running])
+
+
+def ends_within(process: subprocess.Popen[bytes], seconds: float) -> bool:
+    """Whether the process has ended when this returns, at the latest after so long."""
+    try:
+        process.wait(timeout=seconds)
+    except subprocess.TimeoutExpired:
+        return False
+    return True
 
 
 def stalled(patience: float, moved: int, running: Sequence[str]) -> StreamFailed:
@@ -1444,19 +1499,23 @@ def blame(ended: Sequence[tuple[str, int, str]]) -> None:
         return
     silent = [f"{program} ended {f'with status {n}' if n > 0 else f'by signal {-n}'}" for program, n, _ in failed]
     what = "; ".join([f"{program}: {text}" for program, _, text in failed if text] or silent)
-    raise StreamFailed(f"the stream failed: {what}")
+    # ssh ends with 255 if the link broke, or if a signal ended the command there; else with the command's own status.
+    raise StreamFailed(f"the stream failed: {what}", link_held=ended[0][1] != SSH_FAILED)
+
+
+SSH_FAILED = 255
 
 
 def pull(source: Host, sending: Command, target: Host, receiving: Command, transport: Transport) -> None:
     """Stream what `sending` sends on the source into `receiving` on the target.
 
-    Raises StreamFailed, or LinkLost if the connection is gone afterwards. No exit status tells: ssh ends with 255 for
-    a broken link, but also for a command there that a signal killed, as SIGPIPE does when the receiver fails.
+    Raises StreamFailed, or LinkLost if it was the link. Where ssh does not say, the shared connection is asked; not
+    otherwise, for it ends by itself while a receive is still busy with the last of a stream.
     """
     try:
         stream((source.piped(sending), *transport.buffer, target.piped(receiving)), transport)
     except StreamFailed as failure:
-        if source.connected():
+        if failure.link_held or source.connected():
             raise
         raise LinkLost(
             f"the link to {source.label} broke: {failure.what}", "what arrived is kept; the next run goes on from there"
@@ -1478,7 +1537,8 @@ class Lock:
     """The lock of a local tree: held as long as its file is open, here or in the `zfs recv` that inherits it. So what
     a killed run leaves behind keeps the next one out until it has ended. The kernel drops it with the last of them.
 
-    The file says who holds it since when; its time of change is when something last moved.
+    The file says who took it last, and when; its time of change is when something last moved. So of a lock that is
+    taken can be told: by a live run; by what a run left behind that has ended; by one that has not said so yet (empty).
     """
 
     def __init__(self, file: IO[str], tree: str) -> None:
@@ -1495,38 +1555,57 @@ class Lock:
 def lock(tree: str, patience: float) -> Iterator[Lock | None]:
     """Hold the lock of a local tree; yields None if another run has it and something has moved there lately.
 
-    Raises Failure if nothing has for `patience` seconds, or if that run was killed and its receive lives on.
+    Raises Failure if nothing has for longer than `patience` seconds allow, or if that run has ended and its receive
+    lives on.
     """
-    directory = next(path for path in ("/run", tempfile.gettempdir()) if os.access(path, os.W_OK))
+    directory = "/run" if os.access("/run", os.W_OK) else "/tmp"  # noqa: S108 -- not $TMPDIR: cron and a shell must agree
     path = os.path.join(directory, f"zfs_replicate-{hashlib.sha256(tree.encode()).hexdigest()[:16]}.lock")
     try:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
     except OSError as error:
         raise Failure(f"cannot open the lock file {path}: {error.strerror}", "see who owns it") from None
     with os.fdopen(descriptor, "r+", encoding="utf-8") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        if take(file) or (holder_has_ended(file) and take(file)):
+            yield Lock(file, tree)
+        else:
             judge_holder(file, path, patience)
             yield None
-        else:
-            yield Lock(file, tree)
-            file.truncate(0)  # who reads a pid of ours hereafter knows that we were killed
+
+
+def take(file: IO[str]) -> bool:
+    """Lock the file, unless somebody else has it."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def holder(file: IO[str]) -> tuple[int, int] | None:
+    """Who wrote into a lock file, and when; None if nobody has yet."""
+    file.seek(0)
+    found = re.match("([0-9]+) ([0-9]+) ", file.read())
+    return (int(found[1]), int(found[2])) if found else None
+
+
+def holder_has_ended(file: IO[str]) -> bool:
+    found = holder(file)
+    return found is not None and not is_alive(found[0])
 
 
 def judge_holder(file: IO[str], path: str, patience: float) -> None:
     """Raise Failure unless the run that holds the lock is alive, and something has moved there lately."""
-    found = re.match("([0-9]+) ([0-9]+) ", file.read())
-    if not found:
-        return  # it is just beginning or ending
-    pid, since = int(found[1]), clock(int(found[2]))
+    found = holder(file)
+    if found is None:
+        return  # it is just beginning
+    pid, since = found[0], clock(found[1])
     moved = os.stat(file.fileno()).st_mtime
     if not is_alive(pid):
         raise Failure(
-            f"an earlier run (pid {pid}, since {since}) was killed, and the zfs recv that it left behind is at work",
+            f"an earlier run (pid {pid}, since {since}) has ended, but the zfs recv that it left behind is at work",
             f"when that has ended the next run goes on from there; to see it: fuser -v {path}",
         )
-    if time.time() - moved >= patience:
+    if time.time() - moved >= patience * TAIL_FACTOR:
         raise Failure(
             f"another run (pid {pid}, since {since}) is at work, but nothing has moved there since {clock(moved)}",
             f"see what it waits for (ps -f --ppid {pid}; zpool status), or end it: kill {pid}",
@@ -1548,6 +1627,11 @@ def clock(moment: float) -> str:
     return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(moment))
 
 
+def overlap(one: str, other: str) -> bool:
+    """Whether one of two trees would be within the other, if they were in one pool."""
+    return f"{one}/".startswith(f"{other}/") or f"{other}/".startswith(f"{one}/")
+
+
 def lineage(name: str) -> list[str]:
     """A dataset and its ancestors, the pool first."""
     parts = name.split("/")
@@ -1563,7 +1647,7 @@ def read_tree(host: Host, root: str) -> tuple[Tree, Failure | None]:
         try:
             for batch in batches(held):
                 tags.update(parse_holds(run(host, list_holds(batch))))
-        except LinkLost:
+        except (LinkLost, Stuck):
             raise
         except Failure as failure:
             refused = failure
@@ -1608,6 +1692,20 @@ class Run:
         self.lost: tuple[str, LinkLost] | None = None  # what was at work when the link broke
 
     # survey
+
+    def begin(self) -> None:
+        """The first survey. Raises Failure also if both trees are in one pool and overlap: expiry would take the
+        source for its own mirror."""
+        roots = (self.policy.source_root, self.policy.target_root)
+        if overlap(*roots):
+            guids = [run(host, identify(roots[0].split("/")[0])) for host in (self.source_host, self.target_host)]
+            if guids[0] == guids[1]:
+                raise Failure(
+                    f"{self.source_host.label} is this host, and {roots[0]} and {roots[1]} overlap: "
+                    "a tree cannot be mirrored into itself",
+                    "this line may be meant for another host: check -h and -l",
+                )
+        self.survey()
 
     def survey(self) -> None:
         """List both trees. Raises Failure if either cannot be listed."""
@@ -1712,6 +1810,8 @@ class Run:
             except LinkLost as failure:
                 self.lost = (self.local_name(key), failure)
                 break  # the others would only wait for the same link
+            except Stuck:
+                raise
             except Failure as failure:
                 self.report.failure(self.local_name(key), failure)
         return any(not isinstance(plan, UpToDate) for plan in plans.values())
@@ -1760,11 +1860,15 @@ class Run:
         ours = [snapshot.name for snapshot in way.newer if snapshot.tags]
         for batch in batches(ours):
             run(self.target_host, release(self.policy.received_tag, batch))
+        partial = self.target[key].partial
+        if partial and partial.from_guid != way.to.guid:
+            run(self.target_host, abandon(name))  # it hangs on a snapshot that is to go
         run(self.target_host, rollback(way.to))
         self.look_again(key)
 
     def perform(self, key: str, step: Step) -> None:
-        """One step, and the proof that it did what it says."""
+        """One step, and the proof that it did what it says. Where ZFS finds what no listing shows, only that is noted
+        in `target`: the plan, made anew, will say what it means."""
         name = self.local_name(key)
         self.report.step(f"{name}: {step}")
         if isinstance(step, Abandon):
@@ -1782,14 +1886,18 @@ class Run:
             run(self.target_host, make_read_only(name))
             local = self.look_again(key)
             if not (local and local.vacant):
-                return  # the plan will say what this means
+                return
         try:
             self.carry(send(self.source[key], step), receive(self.source[key], local, name))
         except StreamFailed as failure:
             now = self.look_again(key)
             if now and "has been modified" in failure.what:
                 self.target[key] = replace(now, changed=True)
-                return  # the plan will say what this means
+                return
+            if now and now.partial and now.partial.token == step.token:
+                failure.hint = (
+                    failure.hint or f"if this rest never comes, give it up, bytes and all: zfs recv -A '{name}'"
+                )
             raise
         now = self.look_again(key)
         if now is None or not now.snapshots or now.snapshots[-1].guid != step.snapshot.guid:
@@ -1955,9 +2063,10 @@ def dataset_name(text: str) -> str:
 
 def hold_tag(text: str) -> str:
     longest = NAME_LIMIT - len(":received")
-    if not re.fullmatch(r"(?![.-])[A-Za-z0-9_.:/+=@,-]+", text) or len(text) > longest:
+    if not re.fullmatch(r"(?![.-])[A-Za-z0-9_.:/+=@,-]+(?<!:received)", text) or len(text) > longest:
         raise argparse.ArgumentTypeError(
-            f"not a hold tag (letters, digits, '-_.:/+=@,', at most {longest}, not starting with '.' or '-'): {text!r}"
+            f"not a hold tag (letters, digits, '-_.:/+=@,', at most {longest}, not starting with '.' or '-', "
+            f"not ending with ':received'): {text!r}"
         )
     return text
 
@@ -2036,7 +2145,7 @@ def parser() -> argparse.ArgumentParser:
     add("-n", "--no-pigz", action="store_true",
         help="no compression on the wire; so far there is none, the option is kept for old crontabs")  # fmt: skip
     add("--stall-timeout", type=time_span, default=duration(STALL_SECONDS), metavar="DURATION",
-        help="give up a stream through which no byte moves, or a command that is silent, for so long: "
+        help="give up a stream through which no byte moves, or a command that does not answer, for so long: "
         "90s, 30m, 2h (default: %(default)s)")  # fmt: skip
     add("--retries", type=count, default=0, metavar="N",
         help="when the link is lost, list and plan anew up to N times, with growing pauses (default: %(default)s, "
@@ -2060,8 +2169,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     """The options; exits with 2 if they make no sense."""
     it = parser()
     options = it.parse_args(argv)
-    trees = (options.remote_fs + "/", options.local_fs + "/")
-    if options.remote_host == "localhost" and (trees[0].startswith(trees[1]) or trees[1].startswith(trees[0])):
+    if options.remote_host == "localhost" and overlap(options.remote_fs, options.local_fs):
         it.error(f"{options.local_fs} and {options.remote_fs} overlap: a tree cannot be mirrored into itself")
     return options
 
@@ -2075,19 +2183,24 @@ def pauses(retries: int, draw: Callable[[float, float], float] = random.uniform)
 def replicate(options: argparse.Namespace, report: Report, alone: Lock) -> int:
     """Run, and run anew when the link was lost. Raises Failure if it could not even start."""
     started = False
-    lost: tuple[str, LinkLost] | None = None
+    lost: tuple[str, Failure] | None = None
     for pause in (0.0, *pauses(options.retries)):
         if lost:
             report.step(f"{lost[0]}: {lost[1].what}; trying again in {pause:.0f} s")
+            alone.moved()
             time.sleep(pause)
         try:
-            with connected(options, report, alone) as it:
-                it.survey()
+            with logged_in(options, report, alone) as it:
+                it.begin()
                 started = True
                 it.execute(int(time.time()))
                 lost = it.lost
         except LinkLost as failure:
             lost = (options.local_fs, failure)
+        except Failure as failure:
+            if not started:
+                raise
+            lost = (options.local_fs, failure)  # a host that comes back may refuse us for a while
         if lost is None:
             break
     if lost and not started:
@@ -2098,7 +2211,7 @@ def replicate(options: argparse.Namespace, report: Report, alone: Lock) -> int:
 
 
 @contextlib.contextmanager
-def connected(options: argparse.Namespace, report: Report, alone: Lock) -> Iterator[Run]:
+def logged_in(options: argparse.Namespace, report: Report, alone: Lock) -> Iterator[Run]:
     """Log in; yields a run that is to begin. Raises Failure if that does not work."""
     policy = Policy(
         options.remote_fs,

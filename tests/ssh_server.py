@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import enum
 import os
+import select
 import signal
 import socket
 import subprocess
@@ -41,6 +42,7 @@ class Fault(enum.Enum):
     """What goes wrong with each command from now on, or with each login."""
 
     DROPPED = "the TCP connection ends in the middle of what the command prints"
+    NEVER_BEGUN = "nobody says whether the command may start"
     SILENCE = "the command prints nothing and never ends"
     NO_STATUS = "the channel is closed after the command without an exit status"
     FLOOD = "the command first writes more to stderr than any buffer takes, while it writes to stdout"
@@ -198,6 +200,9 @@ class Session(paramiko.ServerInterface):
         other.join(PATIENCE)
 
     def check_channel_exec_request(self, channel: paramiko.Channel, command: bytes) -> bool:
+        if self.server.fault is Fault.NEVER_BEGUN:
+            select.select([self.transport.sock], [], [], PATIENCE)  # until the client has hung up
+            return False
         self.server.commands.append(command.decode(errors="surrogateescape"))
         self.transport.granted.clear()
         self.server.start(self.serve, channel, command)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from zfs_replicate import LinkLost, Report, __version__, duration, main, parse
+from zfs_replicate import Failure, LinkLost, Report, __version__, duration, main, parse
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -126,7 +126,7 @@ BAD = {
     "h": ["", " ", "-oProxyCommand=id", "me@-host", "@host", "me@", "a@b@c", "two words", "host\n"],
     "r": ["", "/", "/tank", "tank/", "tank//a", "tank@a", "tank#a", "tank/%recv", "-tank", "tank/a,b", "t\tb", "tänk",
           "1tank", "tank/a\n", "tank/a\nb", LONG + "x", "tank/$(id)", "tank/a'b", "tank/a*"],
-    "t": ["", ".send", "-t", "two words", "a'b", "a!b", "a\tb", "a\n", "ä", "x" * 247],
+    "t": ["", ".send", "-t", "two words", "a'b", "a!b", "a\tb", "a\n", "ä", "x" * 247, "a:received"],
     "k": ["", "0", "00", "-1", "1.5", "30d", "abc", "1e3", "1_000", " 30", "30 ", "30\n", "1234567", "٣"],
     "b": ["", "0M", "256", "M", "-1M", "1T", "1.5G", "256 M", "256MB", "25%", "256M\n", "01M"],
     "p": ["", "0", "65536", "-22", "ssh", "22.0", " 22", "22\n", "1_000", "٢"],
@@ -212,18 +212,20 @@ class Attempts:
     def __init__(self, monkeypatch: pytest.MonkeyPatch, *words: str) -> None:
         self.words = list(words)
         self.slept: list[float] = []
-        monkeypatch.setattr("zfs_replicate.connected", self.connected)
+        monkeypatch.setattr("zfs_replicate.logged_in", self.logged_in)
         monkeypatch.setattr("time.sleep", self.slept.append)
 
     @contextlib.contextmanager
-    def connected(self, options: Namespace, report: Report, alone: object) -> Iterator[Attempts]:
+    def logged_in(self, options: Namespace, report: Report, alone: object) -> Iterator[Attempts]:
         self.lost: tuple[str, LinkLost] | None = None
         self.word = self.words.pop(0)
         if self.word == "unreachable":
             raise LinkLost("cannot reach it")
+        if self.word == "refused":
+            raise Failure("does not accept our login")
         yield self
 
-    def survey(self) -> None:
+    def begin(self) -> None:
         if self.word == "lost in the survey":
             raise LinkLost("lost in the survey")
 
@@ -242,6 +244,8 @@ class Attempts:
         pytest.param(["lost"] * 4, 1, 3, id="too-often"),
         pytest.param(["lost", *["unreachable"] * 3], 1, 3, id="gone"),
         pytest.param(["unreachable"] * 4, 3, 3, id="never-there"),
+        pytest.param(["lost", "refused", "well"], 0, 2, id="not-ready-yet"),
+        pytest.param(["refused"], 3, 0, id="not-welcome"),
     ],
 )
 def test_a_lost_link_is_retried(

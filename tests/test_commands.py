@@ -171,7 +171,7 @@ FULL = Receive(source("@a,1").snapshots[0])
 def step(history: str, *, intermediates: bool = False) -> tuple[Dataset, Receive]:
     there = source(history)
     base, snapshot = (there.bookmarks + there.snapshots)[0], there.snapshots[-1]
-    return there, Receive(snapshot, base, intermediates)
+    return there, Receive(snapshot, base, there.snapshots[1:-1] if intermediates else ())
 
 
 def test_send() -> None:
@@ -179,7 +179,7 @@ def test_send() -> None:
     assert send(there, FULL) == ("zfs", "send", "-L", "-c", "-p", f"{SOURCE}@a")
     assert send(*step("@a,1 @b,2"))[-3:] == ("-i", f"{SOURCE}@a", f"{SOURCE}@b")
     assert send(*step("#a,1 @b,2"))[-3:] == ("-i", f"{SOURCE}#a", f"{SOURCE}@b")
-    assert send(*step("@a,1 @b,2", intermediates=True))[-3:] == ("-I", f"{SOURCE}@a", f"{SOURCE}@b")
+    assert send(*step("@a,1 @b,2 @c,3", intermediates=True))[-3:] == ("-I", f"{SOURCE}@a", f"{SOURCE}@c")
 
 
 def test_an_encrypted_dataset_goes_raw_in_full_and_in_part() -> None:

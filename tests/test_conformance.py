@@ -609,7 +609,8 @@ def pull(words: list[str], volumes: set[str]) -> tuple[Command, Command]:
     name, target = words[-2:]
     kind = "volume" if (target if flag == "-t" else name.partition("@")[0]) in volumes else "filesystem"
     volumes |= {target} if kind == "volume" else set()
-    step = Receive(Snapshot(name, 0, 0, 0), Snapshot(base, 0, 0, 0) if base else None, flag == "-I")
+    snapshot = Snapshot(name, 0, 0, 0)
+    step = Receive(snapshot, Snapshot(base, 0, 0, 0) if base else None, (snapshot,) if flag == "-I" else ())
     if flag == "-t":
         step = Receive(step.snapshot, token=TOKEN_OF + target)
     local = Dataset(target, kind, (Snapshot(target + "@", 0, 0, 0),) if flag and not force else (), vacant=force)

@@ -24,6 +24,8 @@ from ssh_server import FLOOD_BYTES, PATIENCE, Fault, Server, make_key, public
 
 import zfs_replicate
 from zfs_replicate import (
+    KEEPALIVE_SECONDS,
+    LINK_SECONDS,
     SBIN,
     Answer,
     Command,
@@ -35,8 +37,10 @@ from zfs_replicate import (
     LocalHost,
     SshHost,
     Stopped,
+    Stuck,
     dial,
     fast_cipher,
+    log_in,
     run,
     ssh_client,
 )
@@ -474,11 +478,33 @@ def test_end_without_an_exit_status_is_a_lost_link(source: SshHost, server: Serv
     assert source.ask(("echo", "still here")).stdout == "still here\n"
 
 
-def test_silence_is_a_lost_link_in_the_end(source: SshHost, server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_command_that_never_ends_is_given_up(
+    source: SshHost, server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(source, "patience", 0.1)
     server.fault = Fault.SILENCE
+    with pytest.raises(Stuck, match=r"^zfs list on source has not ended after "):
+        source.ask(("zfs", "list"))
+
+
+def test_a_command_that_is_not_even_begun_is_a_lost_link(
+    source: SshHost, server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """paramiko itself would wait for ever."""
+    monkeypatch.setattr("zfs_replicate.LINK_SECONDS", 0.1)
+    server.fault = Fault.NEVER_BEGUN
     with pytest.raises(LinkLost, match=r"lost the connection to source during zfs list: .+"):
         source.ask(("zfs", "list"))
+
+
+def test_a_lost_link_shows_before_a_command_is_given_up(source: SshHost) -> None:
+    assert source.patience >= LINK_SECONDS + KEEPALIVE_SECONDS
+
+
+def test_without_paramiko_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "paramiko", None)
+    with pytest.raises(Failure, match=r"cannot use paramiko: .*\ninstall it: apt install python3-paramiko"):
+        log_in(Connection("source", (), {}))
 
 
 def test_flood_of_complaints_does_not_block(source: SshHost, server: Server) -> None:

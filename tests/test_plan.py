@@ -69,15 +69,18 @@ def sent(marks: Marks, step: Receive) -> list[int]:
     if step.snapshot.is_bookmark:
         raise Refused("a bookmark cannot be sent")
     if step.base is None:
-        if step.intermediates:
+        if step.between:
             raise Refused("-I needs a base")
         return [last]
     first = mapped(step.base, marks)
     if first >= last:
         raise Refused(f"{step.base.short} is not an earlier snapshot of {step.snapshot.short}")
-    if step.intermediates and step.base.is_bookmark:
+    if step.between and step.base.is_bookmark:
         raise Refused("-I takes no bookmark")
-    return [p for p in range(first + 1, last + 1) if p == last or (step.intermediates and "@" in marks[p])]
+    carried = [p for p in range(first + 1, last + 1) if p == last or (step.between and "@" in marks[p])]
+    if carried[:-1] != [mapped(snapshot, marks) for snapshot in step.between]:
+        raise Refused("the plan does not know what comes along, so it cannot be held")
+    return carried
 
 
 def received(marks: Marks, here: Local | None, step: Receive) -> Local:
@@ -443,7 +446,7 @@ def test_the_rest_is_asked_for_by_its_token() -> None:
     step = plan.steps[0]
     assert isinstance(step, Receive)
     assert step.token == partial(2, 1).token
-    assert not step.intermediates
+    assert not step.between
 
 
 def test_a_snapshot_made_on_top_of_an_interrupted_receive_blocks_it() -> None:

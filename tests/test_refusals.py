@@ -1,12 +1,13 @@
 """What the program refuses, and the README's table of it: one row for each reason, in the very words of the program.
 
-When a message changes, `python tests/test_refusals.py` prints the table anew.
+When a message changes, `PYTHONPATH=. python tests/test_refusals.py` prints the table anew.
 """
 
 from __future__ import annotations
 
 import ast
 import os
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -93,7 +94,7 @@ def said_by_run(prepare: str) -> Failure:
         wire.at = lambda where, command, moment: refusing(command, "backuppool/www@a", moment, prepare)
     report = Quiet()
     run = Run(Policy("backuppool", "offsite/m", TAG), Near(wire, origin), Near(wire, backup), wire.carry, report)
-    run.survey()
+    run.begin()
     run.execute(world.now)
     return report.found[-1 if prepare != "hold" else 0]
 
@@ -235,7 +236,11 @@ def test_lock_of_a_run_that_moves_is_left_alone() -> None:
 def test_lock_of_a_run_that_stands_still_is_told() -> None:
     with lock(MINE, 60) as ours:
         assert ours
-        os.utime(ours.file.fileno(), (1, 1))
+        moment = time.time() - 60 * zfs_replicate.TAIL_FACTOR
+        os.utime(ours.file.fileno(), (moment + 9, moment + 9))
+        with lock(MINE, 60) as other:
+            assert other is None, "its receive may still be busy with the last of a stream"
+        os.utime(ours.file.fileno(), (moment, moment))
         stuck = pytest.raises(Failure, match=rf"another run \(pid {os.getpid()}, since .*nothing has moved")
         with stuck, lock(MINE, 60):
             raise AssertionError("never comes here")
@@ -253,6 +258,31 @@ def test_lock_outlives_us_in_a_process_that_inherits_it(tmp_path: Path) -> None:
         zfs_replicate.stream(commands, zfs_replicate.Transport(inherit=(ours.file.fileno(),)))
     assert name in (tmp_path / "last").read_text()
     assert name not in (tmp_path / "first").read_text()
+
+
+def test_lock_that_outlives_an_orderly_end_is_told(tmp_path: Path) -> None:
+    """A zfs recv that waits for a suspended pool cannot be ended."""
+    with lock(MINE, 60) as ours:
+        assert ours
+        descriptor = ours.file.fileno()
+        left_behind = subprocess.Popen(["sleep", "60"], pass_fds=[descriptor])
+        ours.file.seek(0)
+        ours.file.write(f"{ended_process()} 1700000000 {MINE}\n".ljust(60))
+        ours.file.flush()
+    try:
+        with pytest.raises(Failure, match="has ended, but the zfs recv that it left behind is at work"), lock(MINE, 60):
+            raise AssertionError("never comes here")
+    finally:
+        left_behind.kill()
+        left_behind.wait()
+    with lock(MINE, 60) as ours:
+        assert ours
+
+
+def ended_process() -> int:
+    process = subprocess.Popen(["true"])
+    process.wait()
+    return process.pid
 
 
 def test_a_stream_that_stands_still_is_ended_and_told() -> None:

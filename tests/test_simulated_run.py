@@ -9,7 +9,7 @@ import pytest
 from histories import LOCAL, RECEIVED, SOURCE, TAG
 from simulated import Machine, Near, Refused, Wire, World, days
 
-from zfs_replicate import Answer, Command, Failure, LinkLost, Policy, Report, Run
+from zfs_replicate import Answer, Command, Failure, LinkLost, Policy, Report, Run, Stuck
 
 Disturbance = Callable[[Machine, Command, str], "Answer | None"]
 EMPTY = Answer(1, "", "permission denied")
@@ -27,17 +27,23 @@ class Job:
         self.wire = Wire(source, backup)
 
     def replicate(
-        self, status: int = 0, keep: int | None = None, every: bool = False, at: Disturbance | None = None
+        self,
+        status: int = 0,
+        keep: int | None = None,
+        every: bool = False,
+        at: Disturbance | None = None,
+        *,
+        rollback: bool = False,
     ) -> str:
         """One run, which must exit with `status`. Returns what it told the user."""
         self.wire = Wire(self.source, self.backup)
         if at:
             self.wire.at = at
         report = Report()
-        policy = Policy(self.tree, self.mirror, TAG, keep, every)
+        policy = Policy(self.tree, self.mirror, TAG, keep, every, rollback=rollback)
         run = Run(policy, Near(self.wire, self.source), Near(self.wire, self.backup), self.wire.carry, report)
         try:
-            run.survey()
+            run.begin()
             run.execute(self.source.world.now)
             if run.lost:
                 report.failure(*run.lost)
@@ -524,6 +530,73 @@ def test_a_stream_that_says_it_arrived_is_not_believed(mirrored: Job, monkeypatc
     monkeypatch.setattr(Wire, "carry", lambda self, sending, receiving: None)
     assert "does not end in @b" in mirrored.replicate(status=1)
     assert (mirrored.here(), mirrored.there()) == (f"a!{RECEIVED}", f"a!{TAG} b")
+
+
+@pytest.mark.parametrize(
+    ("tree", "mirror"), [(SOURCE, SOURCE), (SOURCE, f"{SOURCE}/copy"), (SOURCE, "backuppool"), ("backuppool", SOURCE)]
+)
+def test_a_host_that_pulls_from_itself_destroys_nothing(job: Job, tree: str, mirror: str) -> None:
+    """Under any name: an alias, or the same crontab on both of two hosts."""
+    for name in "abc":
+        job.snapshot(name)
+    job.source.world.now += days(90)
+    before = {name: told(job.source, name) for name in job.source.datasets}
+    said = Job(job.source, job.source, tree, mirror).replicate(status=3, keep=1)
+    assert "is this host, and" in said
+    assert {name: told(job.source, name) for name in job.source.datasets} == before
+
+
+def test_hosts_that_call_their_pools_alike_are_not_taken_for_one(job: Job) -> None:
+    job.snapshot("a")
+    there = Machine(job.source.world, "backup", "backuppool")
+    Job(job.source, there, SOURCE, SOURCE).replicate()
+    assert told(there, SOURCE) == f"a!{RECEIVED}"
+
+
+def test_cut_between_two_snapshots_the_mirror_keeps_its_base(mirrored: Job) -> None:
+    """What has come along of an interrupted -I is held at the source as well: nothing else may be left of it there."""
+    for name in "bcd":
+        mirrored.snapshot(name, "")
+    moments: list[str] = []
+
+    def gone_at_the_second_stream(where: Machine, command: Command, moment: str) -> Answer | None:
+        moments.append(moment)
+        if moments.count("half-way") >= 2 and where is mirrored.source:
+            break_link()
+        return None
+
+    mirrored.replicate(status=1, every=True, at=gone_at_the_second_stream)
+    assert mirrored.here() == f"a!{RECEIVED} b"
+    for name in [name for name in ("b", "c") if not mirrored.source.find(f"{SOURCE}@{name}", "").tags]:
+        mirrored.source.destroy(SOURCE, [name])
+    mirrored.replicate(every=True)
+    assert (mirrored.here(), mirrored.there()) == (f"a b c d!{RECEIVED}", f"a b c d!{TAG}")
+
+
+def test_rollback_gives_up_a_receive_that_hangs_on_what_goes(mirrored: Job) -> None:
+    mirrored.snapshot("b", "")
+    mirrored.replicate()
+    mirrored.snapshot("c", "")
+    mirrored.replicate(status=1, at=half_way())
+    mirrored.source.release(TAG, f"{SOURCE}@b")
+    mirrored.source.destroy(SOURCE, ["b"])
+    assert "newer than the newest common one" in mirrored.replicate(status=1)
+    mirrored.replicate(rollback=True)
+    assert (mirrored.here(), mirrored.there()) == (f"a c!{RECEIVED}", f"a c!{TAG}")
+
+
+def test_a_machine_that_answers_no_more_is_not_asked_for_every_dataset(mirrored: Job) -> None:
+    mirrored.snapshot("b")
+
+    def suspended(where: Machine, command: Command, moment: str) -> Answer | None:
+        if moment == "before" and where is mirrored.backup and "-d" in command:
+            raise Stuck("zfs list on backup has not ended after 1h")
+        return None
+
+    said = mirrored.replicate(status=1, at=suspended)
+    assert said == f"zfs_replicate: {LOCAL}: zfs list on backup has not ended after 1h"
+    assert len(mirrored.done("recv")) == 1
+    mirrored.replicate()
 
 
 def test_newer_local_snapshots_block_and_are_kept(mirrored: Job) -> None:

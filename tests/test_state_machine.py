@@ -109,12 +109,14 @@ class Options:
 
 @dataclass
 class Hop:
-    """One job: a tree and its mirror. `mirrored`: the keys that had a common snapshot held on both sides once."""
+    """One job: a tree and its mirror. `mirrored`: the keys that had a common snapshot held on both sides once.
+    `estranged`: guids that somebody made here, or destroyed at the source against all holds."""
 
     source: Machine
     target: Machine
     source_root: str
     target_root: str
+    estranged: set[int]
     mirrored: set[str] = field(default_factory=set)
 
     def branches(self) -> list[str]:
@@ -162,7 +164,8 @@ class Hop:
         clash = any(source.snapshots[name].guid != local.snapshots[name].guid for name in taken)
         awaited = source.point(local.partial.guid) if local.partial else None
         waits = awaited is not None and awaited[0] in local.snapshots
-        foreign_base = base is None or base.guid not in {point.guid for point in points}
+        common_base = base is not None and base.guid in {point.guid for point in points}
+        foreign_base = not common_base and (base is None or base.guid in self.estranged)
         return clash or waits or foreign_base or local.changed_since(base.guid if base else None)
 
     def check_success(self, options: Options) -> None:
@@ -358,7 +361,9 @@ class Site:
             Machine(self.world, label, root.partition("/")[0], txg)
             for label, root, txg in zip(("source", "backup", "third"), ROOTS, (5000, 10, 900))
         ][:machines]
-        self.hops = [Hop(*pair) for pair in zip(self.machines, self.machines[1:], ROOTS, ROOTS[1:])]
+        self.estranged: set[int] = set()
+        pairs = zip(self.machines, self.machines[1:], ROOTS, ROOTS[1:])
+        self.hops = [Hop(*pair, self.estranged) for pair in pairs]
         self.machines[0].create(ROOTS[0])
 
     def begin_anew(self, name: str) -> None:
@@ -369,6 +374,11 @@ class Site:
                     f"{name}/"
                 ):
                     hop.mirrored.discard(key)
+
+    def snapshot_here(self, hop: Hop, key: str, short: str) -> None:
+        """Somebody makes a snapshot on the mirror."""
+        hop.target.snapshot(f"{hop.target_root}{key}@{short}")
+        self.estranged.add(hop.ours(key).snapshots[short].guid)
 
     def check_protection(self) -> None:
         """I1. Where the source knows the newest common point by a bookmark alone, there is nothing to be held."""
@@ -393,7 +403,7 @@ class Site:
         policy = options.policy(hop)
         run = Run(policy, Near(wire, hop.source), Near(wire, hop.target), wire.carry, report)
         try:
-            run.survey()
+            run.begin()
             run.execute(self.world.now)
             if run.lost:
                 report.failure(*run.lost)
@@ -502,7 +512,7 @@ def interrupted_pull() -> Site:
     wire = Wire(hop.source, hop.target, at)
     policy = Policy(hop.source_root, hop.target_root, TAG)
     run = Run(policy, Near(wire, hop.source), Near(wire, hop.target), wire.carry, Quiet())
-    run.survey()
+    run.begin()
     run.execute(site.world.now)
     assert [key for key in hop.branches() if hop.ours(key).partial] == ["", "/a", "/disk"]
     for key in ("", "/a", "/disk"):
@@ -677,6 +687,7 @@ class Life(RuleBasedStateMachine):
         if not key or host.below(name) != [name]:
             return
         for point in host.datasets[name].snapshots.values():
+            self.site.estranged.add(point.guid)
             point.tags.clear()
         host.destroy_dataset(name)
         self.site.hops[0].mirrored.discard(key)
@@ -688,7 +699,7 @@ class Life(RuleBasedStateMachine):
         COUNTS["steps"] += 1
         hop = self.hop(end)
         try:
-            hop.target.snapshot(f"{hop.target_root}{key}@{name}")
+            self.site.snapshot_here(hop, key, name)
         except Refused:
             return
 
@@ -722,6 +733,7 @@ class Life(RuleBasedStateMachine):
         for name, point in list(store.snapshots.items()):
             if (all_of_it or TAG in point.tags) and not point.tags - {TAG} and store.pinned != point.guid:
                 del store.snapshots[name]
+                self.site.estranged.add(point.guid)
                 for other in self.site.hops:
                     other.mirrored.discard(key)
 
@@ -776,7 +788,7 @@ class Life(RuleBasedStateMachine):
             found = self.pick(host, root, key, place)
             try:
                 if deed == "foreign":
-                    hop.target.snapshot(f"{hop.target_root}{key}@during{self.site.world.made}")
+                    self.site.snapshot_here(hop, key, f"during{self.site.world.made}")
                 elif deed == "snapshot":
                     host.snapshot(f"{root}{key}@during{self.site.world.made}")
                 elif found and deed == "destroy":

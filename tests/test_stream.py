@@ -247,6 +247,20 @@ def test_receiver_that_fails_is_no_lost_link(tmp_path: Path, monkeypatch: pytest
         pull(host, ("cat", "/dev/zero"), LocalHost(), receiver, Transport((("cat",),)))
 
 
+def test_sender_whose_own_status_came_through_is_no_lost_link() -> None:
+    """However long the receiver was busy afterwards: the shared connection is gone by then."""
+
+    class Hung(LocalHost):
+        def connected(self) -> bool:
+            return False
+
+    for sender, receiver in (("exit 1", "exit 0"), ("exit 0", "exit 1")):
+        with pytest.raises(StreamFailed, match="the stream failed: sh ended with status 1"):
+            pull(Hung(), shell(sender), LocalHost(), shell(f"cat > /dev/null; {receiver}"), Transport())
+    with pytest.raises(LinkLost):
+        pull(Hung(), shell("exit 255"), LocalHost(), shell("cat > /dev/null"), Transport())
+
+
 # --- Blame ------------------------------------------------------------------------------------------------------------
 
 

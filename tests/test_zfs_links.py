@@ -98,7 +98,7 @@ def test_receive_that_outlives_its_killed_run_is_reported_and_left_alone(site: S
     site.backup.run("kill -KILL $(cat /run/job.pid)")
     running.wait(timeout=60)
     done = site.replicate(status=3)
-    assert "was killed, and the zfs recv that it left behind is at work" in done.stderr
+    assert "has ended, but the zfs recv that it left behind is at work" in done.stderr
     assert site.backup.run("pgrep -x -c zfs").stdout == "1\n", "it was gone already: nothing was tested"
     site.backup.run("for i in $(seq 600); do pgrep -x zfs >/dev/null || exit 0; sleep 0.2; done; exit 1", timeout=300)
     site.replicate_silently()
@@ -110,7 +110,7 @@ def test_run_that_stands_still_is_named(site: Site) -> None:
     plant_big(site)
     running = site.start()
     pid = site.backup.run("kill -STOP $(cat /run/job.pid) && cat /run/job.pid").stdout.strip()
-    site.backup.run("pkill -STOP -x mbuffer; sleep 3")
+    site.backup.run("pkill -STOP -x mbuffer; sleep 9")
     done = site.replicate("--stall-timeout", "2s", status=3)
     assert f"another run (pid {pid}, since " in done.stderr
     assert "nothing has moved there since" in done.stderr

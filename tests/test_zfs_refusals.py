@@ -104,6 +104,20 @@ def test_failed_parent_keeps_its_children_waiting_and_says_so(site: Site) -> Non
     assert names(site.backup, MIRROR) == ["monday"]
 
 
+def test_host_that_would_pull_from_itself_is_told(site: Site) -> None:
+    """One crontab on both of two hosts, or a name that leads back here: expiry would destroy the only copy."""
+    site.backup.run(f"zfs create -p {MIRROR} && zfs snapshot -r offsite@monday && zfs snapshot -r offsite@tuesday")
+    site.source.shift_clock(40)
+    site.backup.shift_clock(40)
+    for here in ("offsite", MIRROR):
+        job = f"zfs_replicate -h backup -r offsite -l {here} -t {TAG} -k 30"
+        done = site.replicate(status=3, job=job)
+        assert (
+            f"backup is this host, and offsite and {here} overlap: a tree cannot be mirrored into itself" in done.stderr
+        )
+    assert site.backup.run("zfs list -H -r -t all -o name offsite | wc -l").stdout == "9\n"
+
+
 def test_missing_dataset_missing_pool_and_missing_zfs_stop_before_the_start(site: Site) -> None:
     site.plant()
     site.snapshot("monday")
