@@ -188,13 +188,13 @@ class Session(paramiko.ServerInterface):
         assert channel is not None
 
         def inward() -> None:
-            with contextlib.suppress(OSError):
+            with contextlib.suppress(OSError, EOFError):
                 while data := channel.recv(CHUNK):
                     link.sendall(data)
                 link.shutdown(socket.SHUT_RDWR)
 
         other = self.server.start(inward)
-        with link, channel, contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, EOFError), link, channel:
             while data := link.recv(CHUNK):
                 channel.sendall(data)
         other.join(PATIENCE)
