@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING
 
 import pytest
@@ -24,6 +25,12 @@ RELEASES = ("bookworm", "trixie")
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--full", action="store_true", help="all of it, every fault instead of a sample: takes hours")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """What searches at random searches longer."""
+    if config.getoption("--full"):
+        os.environ.setdefault("ZFS_REPLICATE_EXAMPLES", "1000")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -14,7 +14,8 @@ and after each run:
     I5  a run after a successful run writes nothing, says nothing and exits 0
     I6  a run that exits 0 has brought the newest snapshot of every dataset, and moved all holds
 
-ZFS_REPLICATE_EXAMPLES=5000 looks longer, and then at random; without it every run of the tests does the same.
+`tests/run --full`, or ZFS_REPLICATE_EXAMPLES=5000, looks longer, and then at random; without it every run of the tests
+does the same.
 """
 
 from __future__ import annotations
@@ -110,7 +111,7 @@ class Options:
 @dataclass
 class Hop:
     """One job: a tree and its mirror. `mirrored`: the keys that had a common snapshot held on both sides once.
-    `estranged`: guids that somebody made here, or destroyed at the source against all holds."""
+    `estranged`: guids that somebody made here, or took away at the source against all holds."""
 
     source: Machine
     target: Machine
@@ -286,6 +287,8 @@ class Watch:
         self.unborn = {moved(old) for old in self.unborn}
         self.doomed = {(moved(old), short) for old, short in self.doomed}
         self.site.begin_anew(name)
+        left = [self.hop.target.datasets[old] for old in self.hop.target.below(aside)]
+        self.site.estranged |= {point.guid for store in left for point in store.snapshots.values()}
 
     def check(self) -> None:
         self.site.check_protection()
@@ -375,10 +378,12 @@ class Site:
                 ):
                     hop.mirrored.discard(key)
 
-    def snapshot_here(self, hop: Hop, key: str, short: str) -> None:
-        """Somebody makes a snapshot on the mirror."""
-        hop.target.snapshot(f"{hop.target_root}{key}@{short}")
-        self.estranged.add(hop.ours(key).snapshots[short].guid)
+    def snapshot(self, machine: Machine, name: str) -> None:
+        """Somebody makes a snapshot; of a mirror it will never be one of its source."""
+        machine.snapshot(name)
+        dataset, _, short = name.partition("@")
+        if machine is not self.machines[0]:
+            self.estranged.add(machine.datasets[dataset].snapshots[short].guid)
 
     def check_protection(self) -> None:
         """I1. Where the source knows the newest common point by a bookmark alone, there is nothing to be held."""
@@ -699,7 +704,7 @@ class Life(RuleBasedStateMachine):
         COUNTS["steps"] += 1
         hop = self.hop(end)
         try:
-            self.site.snapshot_here(hop, key, name)
+            self.site.snapshot(hop.target, f"{hop.target_root}{key}@{name}")
         except Refused:
             return
 
@@ -788,9 +793,9 @@ class Life(RuleBasedStateMachine):
             found = self.pick(host, root, key, place)
             try:
                 if deed == "foreign":
-                    self.site.snapshot_here(hop, key, f"during{self.site.world.made}")
+                    self.site.snapshot(hop.target, f"{hop.target_root}{key}@during{self.site.world.made}")
                 elif deed == "snapshot":
-                    host.snapshot(f"{root}{key}@during{self.site.world.made}")
+                    self.site.snapshot(host, f"{root}{key}@during{self.site.world.made}")
                 elif found and deed == "destroy":
                     host.destroy(found[0], [found[1]])
                 elif found:
