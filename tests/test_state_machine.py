@@ -314,6 +314,7 @@ class Watch:
         for name, after in here.items():
             key = name[len(self.hop.target_root) :]
             known = {point.guid for point in self.hop.theirs(key).snapshots.values()}
+            known |= {guid for guid, _ in self.there.get(self.hop.source_root + key, {}).values()}  # or was there
             for short in after.keys() - self.here.get(name, {}).keys():
                 guid, _ = after[short]
                 assert guid == 0 or guid in known, f"I4: {name}@{short} came from nowhere"
