@@ -50,6 +50,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import fcntl
+import fnmatch
 import hashlib
 import logging
 import os
@@ -191,8 +192,41 @@ Tree = dict[str, Dataset]
 
 
 @dataclass(frozen=True)
+class Selection:
+    """Which datasets of the tree, and which snapshots, are meant; all, where nothing is said.
+
+    Globs are as in fnmatch, and `*` takes `/` too. Those of datasets are matched against the name below the root of
+    the tree, those of snapshots against what follows the `@`. A child of an excluded dataset is excluded.
+    """
+
+    recursive: bool = True
+    exclude: tuple[str, ...] = ()
+    snapshots: tuple[str, ...] = ("*",)
+    exclude_snapshots: tuple[str, ...] = ()
+
+    def has_dataset(self, key: str) -> bool:
+        parts = key.split("/")[1:]
+        lineage_below = ["/".join(parts[: count + 1]) for count in range(len(parts))]
+        return not any(matches(name, self.exclude) for name in lineage_below) and (self.recursive or not parts)
+
+    def has_snapshot(self, snapshot: Snapshot) -> bool:
+        name = snapshot.short[1:]
+        return matches(name, self.snapshots) and not matches(name, self.exclude_snapshots)
+
+    def of_tree(self, tree: Tree) -> Tree:
+        return {key: dataset for key, dataset in tree.items() if self.has_dataset(key)}
+
+    def of_snapshots(self, snapshots: Iterable[Snapshot]) -> list[Snapshot]:
+        return [snapshot for snapshot in snapshots if self.has_snapshot(snapshot)]
+
+
+def matches(name: str, globs: Iterable[str]) -> bool:
+    return any(fnmatch.fnmatchcase(name, glob) for glob in globs)
+
+
+@dataclass(frozen=True)
 class Policy:
-    """What the user asked for. `keep_days` None expires nothing."""
+    """What the user asked for. `keep_days` None expires nothing; the `keep_min` newest of what is local never do."""
 
     source_root: str
     target_root: str
@@ -202,6 +236,8 @@ class Policy:
     bookmark: bool = False
     rollback: bool = False
     quarantine: bool = False
+    keep_min: int = 0
+    selection: Selection = Selection()
 
     @property
     def received_tag(self) -> str:
@@ -475,7 +511,7 @@ def plan_dataset(source: Dataset, local: Dataset | None, policy: Policy, local_n
         )
     if local is not None and local.partial is not None:
         return plan_partial(source, local, local.partial, policy)
-    if not source.snapshots:
+    if not policy.selection.of_snapshots(source.snapshots):
         return UpToDate()
     if local is None or not local.snapshots:
         return plan_first(source, local, policy, local_name)
@@ -527,13 +563,9 @@ def plan_first(source: Dataset, local: Dataset | None, policy: Policy, local_nam
             "mirror to another place with -l; or, if nothing in it is needed, destroy it yourself",
             (Quarantine(),),
         )
-    refused = too_long(incoming(source.snapshots, policy), local_name)
-    if refused:
-        return refused
-    oldest, *later = source.snapshots
-    if policy.intermediates:
-        return Transfer((Receive(oldest), *steps_between(oldest, later, policy)))
-    return Transfer((Receive(source.snapshots[-1]),))
+    arrivals = incoming(policy.selection.of_snapshots(source.snapshots), policy)
+    oldest, *later = arrivals
+    return too_long(arrivals, local_name) or Transfer((Receive(oldest), *steps_between(source, oldest, later)))
 
 
 def plan_next(source: Dataset, local: Dataset, policy: Policy) -> Plan:
@@ -542,13 +574,14 @@ def plan_next(source: Dataset, local: Dataset, policy: Policy) -> Plan:
     if mutual is None:
         return strangers(source, local, policy)
     later = [snapshot for snapshot in source.snapshots if snapshot.createtxg > mutual.source.createtxg]
-    if not later:
+    arrivals = incoming(policy.selection.of_snapshots(later), policy)
+    if not arrivals:
         return UpToDate()
     return (
         diverged(source, local, mutual, policy)
-        or clashing(incoming(later, policy), source, local)
-        or too_long(incoming(later, policy), local.name)
-        or Transfer(tuple(steps_between(mutual.source, later, policy)))
+        or clashing(arrivals, source, local)
+        or too_long(arrivals, local.name)
+        or Transfer(tuple(steps_between(source, mutual.source, arrivals)))
     )
 
 
@@ -602,16 +635,18 @@ def reasons_to_spare(snapshot: Snapshot, source: Dataset, policy: Policy) -> Ite
         yield f"its twin at the source is held by {policy.tag}"
 
 
-def steps_between(base: Snapshot, later: list[Snapshot], policy: Policy) -> Iterator[Receive]:
-    """From `base` straight to the newest, or by every snapshot between. `send -I` takes no bookmark as its base."""
-    if not policy.intermediates:
-        yield Receive(later[-1], base)
-        return
-    if base.is_bookmark:
-        yield Receive(later[0], base)
-        base, later = later[0], later[1:]
-    if later:
-        yield Receive(later[-1], base, between=tuple(later[:-1]))
+def steps_between(source: Dataset, base: Snapshot, arrivals: Sequence[Snapshot]) -> Iterator[Receive]:
+    """From `base` by all `arrivals`, in few streams: one with -I brings several, if nothing else lies between them
+    and its base, and that is no bookmark."""
+    place = {snapshot.guid: number for number, snapshot in enumerate(source.snapshots)}
+    stretch: list[Snapshot] = []
+    for snapshot in arrivals:
+        if stretch and (base.is_bookmark or place[snapshot.guid] - place[base.guid] != len(stretch) + 1):
+            yield Receive(stretch[-1], base, tuple(stretch[:-1]))
+            base, stretch = stretch[-1], []
+        stretch.append(snapshot)
+    if stretch:
+        yield Receive(stretch[-1], base, tuple(stretch[:-1]))
 
 
 def clashing(arrivals: Iterable[Snapshot], source: Dataset, local: Dataset) -> Blocked | None:
@@ -693,7 +728,8 @@ def expire(source: Dataset | None, local: Dataset, policy: Policy, now: int) -> 
         return Expiry()
     cutoff = min(now, mutual.local.creation) - policy.keep_days * DAY
     destroy, kept = [], []
-    for snapshot in local.snapshots:
+    ours = policy.selection.of_snapshots(local.snapshots)
+    for snapshot in ours[: max(len(ours) - policy.keep_min, 0)]:
         if snapshot.creation >= cutoff:
             continue
         why = reason_to_keep(snapshot, source, local, mutual, policy)
@@ -1527,7 +1563,7 @@ def pull(source: Host, sending: Command, target: Host, receiving: Command, trans
 # ---------------------------------------------------------------------------------------------------------------------
 
 MOST_STEPS = 6
-"""Steps one dataset can need in one run: abandon, resume, full, from a bookmark, increments, and one to spare."""
+"""Steps that one dataset may need in one run beyond those of its first plan: ways out, what is found only meanwhile."""
 
 Carry = Callable[[Command, Command], None]
 """Carries the stream of a sending command on the source to a receiving command here; raises as `stream` does."""
@@ -1638,14 +1674,16 @@ def lineage(name: str) -> list[str]:
     return ["/".join(parts[: count + 1]) for count in range(len(parts))]
 
 
-def read_tree(host: Host, root: str) -> tuple[Tree, Failure | None]:
-    """A tree with its holds. If the holds could not be read, they are unknown (None), and the reason comes along."""
+def read_tree(host: Host, root: str, selection: Selection) -> tuple[Tree, Failure | None]:
+    """What is selected of a tree, with its holds. If the holds could not be read, they are unknown (None), and the
+    reason comes along."""
     refused: Failure | None = None
     for _ in range(2):  # a snapshot may go between our two questions, and then one more look will do
-        tree, held = parse_tree(run(host, list_tree(root)), root)
+        tree, held = parse_tree(run(host, list_tree(root, None if selection.recursive else 1)), root)
+        tree = selection.of_tree(tree)
         tags: dict[str, frozenset[str]] = {}
         try:
-            for batch in batches(held):
+            for batch in batches(name for name in held if name.partition("@")[0][len(root) :] in tree):
                 tags.update(parse_holds(run(host, list_holds(batch))))
         except (LinkLost, Stuck):
             raise
@@ -1726,7 +1764,7 @@ class Run:
             self.target[key] = self.examine(key, self.target[key])
 
     def read(self, host: Host, root: str) -> Tree:
-        tree, failure = read_tree(host, root)
+        tree, failure = read_tree(host, root, self.policy.selection)
         if failure:
             self.report.failure(f"holds on {host.label}", failure)
         return tree
@@ -1754,6 +1792,10 @@ class Run:
         found = parse_tree(output(self.target_host, command, answer), name)[0]
         self.target[key] = self.examine(key, found[""])
         return self.target[key]
+
+    def selected(self, key: str) -> list[Snapshot]:
+        """The snapshots at the source that are meant."""
+        return self.policy.selection.of_snapshots(self.source[key].snapshots)
 
     def local_name(self, key: str) -> str:
         return self.policy.target_root + key
@@ -1790,7 +1832,7 @@ class Run:
                 continue
             plans[key] = plan
             if isinstance(plan, UpToDate):
-                has_any = self.source[key].snapshots
+                has_any = self.selected(key)
                 self.report.step(f"{self.local_name(key)}: {'in step' if has_any else 'no snapshot to pull'}")
         for key in self.target.keys() - self.source.keys():
             self.report.step(f"{self.local_name(key)}: not at the source (any more); left as it is")
@@ -1826,7 +1868,8 @@ class Run:
 
     def bring_up(self, key: str, now: int) -> None:
         """Step by step until the plan has nothing more to say; after each step the plan is made anew from a listing."""
-        for _ in range(MOST_STEPS):
+        most = MOST_STEPS + len(steps_of(self.decide(key)))
+        for _ in range(most):
             plan = self.decide(key)
             if isinstance(plan, UpToDate):
                 return
@@ -1841,7 +1884,7 @@ class Run:
                 said = "; ".join(f"{name}: {message}" for name, message in missing.items())
                 raise Failure(f"cannot hold {said}", "nothing was sent that may vanish meanwhile")
             self.perform(key, plan.steps[0])
-        raise StreamFailed(f"still not in step after {MOST_STEPS} steps", "run again; if it stays so, report it")
+        raise StreamFailed(f"still not in step after {most} steps", "run again; if it stays so, report it")
 
     def clear(self, key: str, way: WayOut, now: int) -> None:
         """Take a way out that the user has allowed, and say so before."""
@@ -1918,7 +1961,7 @@ class Run:
             raise Failure(f"skipped, for its parent {here.name} is not wholly here", PARENT_FIRST)
         if here:
             return
-        if self.source[parent].snapshots:
+        if self.selected(parent):
             raise Failure(f"skipped, for its parent {self.local_name(parent)} is not here", PARENT_FIRST)
         self.make_room(parent)
         run(self.target_host, create_parent(self.local_name(parent)))
@@ -2105,6 +2148,12 @@ def count(text: str) -> int:
     return int(text)
 
 
+def name_glob(text: str) -> str:
+    if not re.fullmatch(r"[A-Za-z0-9_.:/ *?!\[\]-]+", text):
+        raise argparse.ArgumentTypeError(f"not a glob of names (their characters, '*', '?', '[...]'): {text!r}")
+    return text
+
+
 def readable_file(text: str) -> str:
     if not os.path.isfile(text) or not os.access(text, os.R_OK):
         raise argparse.ArgumentTypeError(f"not a file we can read: {text!r}")
@@ -2130,6 +2179,8 @@ def parser() -> argparse.ArgumentParser:
     add("-t", "--tag", required=True, type=hold_tag, metavar="TAG", help="hold tag; one for each mirror of a source")
     add("-k", "--keep-days", type=day_count, metavar="DAYS",
         help="expire local snapshots older than this; without it none is destroyed")  # fmt: skip
+    add("--keep-min", type=count, default=0, metavar="N",
+        help="never expire the N newest snapshots of a dataset (default: %(default)s)")  # fmt: skip
     add("-I", "--intermediates", action="store_true",
         help="pull every snapshot between, not only the newest")  # fmt: skip
     add("-b", "--mbuffer", type=memory_size, default="256M", metavar="SIZE",
@@ -2144,6 +2195,14 @@ def parser() -> argparse.ArgumentParser:
     )
     add("-n", "--no-pigz", action="store_true",
         help="no compression on the wire; so far there is none, the option is kept for old crontabs")  # fmt: skip
+    add("--no-recursive", action="store_true", help="only the dataset itself, without its children")
+    add("--exclude", type=name_glob, action="append", default=[], metavar="GLOB",
+        help="leave out datasets, with their children, whose names below the tree's root match; may be repeated, as "
+        "those that follow")  # fmt: skip
+    add("--snapshots", type=name_glob, action="append", metavar="GLOB",
+        help="only these snapshots are pulled, and only these expire (default: all)")  # fmt: skip
+    add("--exclude-snapshots", type=name_glob, action="append", default=[], metavar="GLOB",
+        help="these are not")  # fmt: skip
     add("--stall-timeout", type=time_span, default=duration(STALL_SECONDS), metavar="DURATION",
         help="give up a stream through which no byte moves, or a command that does not answer, for so long: "
         "90s, 30m, 2h (default: %(default)s)")  # fmt: skip
@@ -2172,6 +2231,27 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     if options.remote_host == "localhost" and overlap(options.remote_fs, options.local_fs):
         it.error(f"{options.local_fs} and {options.remote_fs} overlap: a tree cannot be mirrored into itself")
     return options
+
+
+def policy_of(options: argparse.Namespace) -> Policy:
+    """What the options ask for."""
+    return Policy(
+        options.remote_fs,
+        options.local_fs,
+        options.tag,
+        options.keep_days,
+        options.intermediates,
+        options.bookmark,
+        options.rollback,
+        options.quarantine,
+        options.keep_min,
+        Selection(
+            not options.no_recursive,
+            tuple(options.exclude),
+            tuple(options.snapshots or ("*",)),
+            tuple(options.exclude_snapshots),
+        ),
+    )
 
 
 def pauses(retries: int, draw: Callable[[float, float], float] = random.uniform) -> Iterator[float]:
@@ -2213,16 +2293,6 @@ def replicate(options: argparse.Namespace, report: Report, alone: Lock) -> int:
 @contextlib.contextmanager
 def logged_in(options: argparse.Namespace, report: Report, alone: Lock) -> Iterator[Run]:
     """Log in; yields a run that is to begin. Raises Failure if that does not work."""
-    policy = Policy(
-        options.remote_fs,
-        options.local_fs,
-        options.tag,
-        options.keep_days,
-        options.intermediates,
-        options.bookmark,
-        options.rollback,
-        options.quarantine,
-    )
 
     def note(line: str) -> None:
         alone.moved()
@@ -2243,7 +2313,7 @@ def logged_in(options: argparse.Namespace, report: Report, alone: Lock) -> Itera
         pull(source, sending, target, receiving, transport)
 
     with contextlib.closing(source):
-        yield Run(policy, source, target, carry, report)
+        yield Run(policy_of(options), source, target, carry, report)
 
 
 @contextlib.contextmanager

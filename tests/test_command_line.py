@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import shlex
 import stat
 from argparse import Namespace
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from zfs_replicate import Failure, LinkLost, Report, __version__, duration, main, parse
+from zfs_replicate import Failure, LinkLost, Report, Selection, __version__, duration, main, parse, policy_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -61,6 +62,11 @@ def test_the_line_of_the_crontab_parses_word_for_word() -> None:
         "port": None,
         "identity": None,
         "no_pigz": False,
+        "keep_min": 0,
+        "no_recursive": False,
+        "exclude": [],
+        "snapshots": None,
+        "exclude_snapshots": [],
         "intermediates": False,
         "stall_timeout": 3600.0,
         "retries": 0,
@@ -129,6 +135,9 @@ BAD = {
     "t": ["", ".send", "-t", "two words", "a'b", "a!b", "a\tb", "a\n", "ä", "x" * 247, "a:received"],
     "k": ["", "0", "00", "-1", "1.5", "30d", "abc", "1e3", "1_000", " 30", "30 ", "30\n", "1234567", "٣"],
     "b": ["", "0M", "256", "M", "-1M", "1T", "1.5G", "256 M", "256MB", "25%", "256M\n", "01M"],
+    "-keep-min": ["", "-1", "1.5", "x", "12345"],
+    "-exclude": ["", "a@b", "a,b", "a\n", "{a,b}", "ä*"],
+    "-snapshots": ["", "@a", "a\tb"],
     "p": ["", "0", "65536", "-22", "ssh", "22.0", " 22", "22\n", "1_000", "٢"],
     "i": ["", "/no/such/key", "/"],
 }  # fmt: skip
@@ -138,9 +147,14 @@ BAD["l"] = BAD["r"]
 @pytest.mark.parametrize(("option", "value"), [(option, value) for option, values in BAD.items() for value in values])
 def test_a_bad_value_is_refused_in_one_line(option: str, value: str, capsys: pytest.CaptureFixture[str]) -> None:
     line = refused(
-        [*words(**{option: None}), f"-{option}{value}" if value else f"-{option}", *([] if value else [""])], capsys
+        [
+            *words(**{option: None}),
+            f"-{option}{'=' * option.startswith('-')}{value}" if value else f"-{option}",
+            *([] if value else [""]),
+        ],
+        capsys,
     )
-    assert f"argument -{option}/--" in line
+    assert re.search(f"argument -{option}(/--|:)", line)
 
 
 GOOD = {
@@ -274,6 +288,16 @@ def test_duration_that_makes_no_sense_is_refused(text: str, capsys: pytest.Captu
 def test_duration_in_any_unit(text: str, seconds: int) -> None:
     assert parse([*words(), "--stall-timeout", text]).stall_timeout == seconds
     assert duration(seconds) == text
+
+
+def test_what_is_selected() -> None:
+    options = parse(
+        [*words(), "--exclude", "a", "--exclude=*/b", "--snapshots=x*", "--exclude-snapshots", "*y", "--keep-min", "3"]
+    )
+    assert policy_of(options).selection == Selection(True, ("a", "*/b"), ("x*",), ("*y",))
+    assert policy_of(options).keep_min == 3
+    assert policy_of(parse(words())).selection == Selection()
+    assert not policy_of(parse([*words(), "--no-recursive"])).selection.recursive
 
 
 def test_one_way_out_at_a_time(capsys: pytest.CaptureFixture[str]) -> None:

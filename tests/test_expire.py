@@ -10,7 +10,7 @@ from dataclasses import replace
 import pytest
 from histories import DAY, LOCAL, POLICY, RECEIVED, SOURCE, TAG, local, partial, shorts, source
 
-from zfs_replicate import Dataset, Expiry, Partial, Snapshot, expire
+from zfs_replicate import Dataset, Expiry, Partial, Selection, Snapshot, expire
 
 GUIDS = (30, 10, 20, 40)  # by position; neither they nor the txgs of one side tell the order of the other
 FOREIGN = 77
@@ -189,6 +189,29 @@ def test_why_one_past_its_time_is_kept(there: str, mine: Dataset, why: str) -> N
     assert expiry.destroy == ()
     assert [snapshot.guid for snapshot, _ in expiry.kept] == ([1] if why else [])
     assert all(why in said for _, said in expiry.kept)
+
+
+@pytest.mark.parametrize(
+    ("keep", "expected"), [(0, "@a @b @c @d"), (1, "@a @b @c @d"), (3, "@a @b"), (4, "@a"), (5, ""), (99, "")]
+)
+def test_the_newest_few_never_go(keep: int, expected: str) -> None:
+    policy = replace(POLICY, keep_days=1, keep_min=keep)
+    assert shorts(expire(source(THERE), local(THERE), policy, SOON).destroy) == expected
+
+
+@pytest.mark.parametrize(
+    ("selection", "expected"),
+    [
+        (Selection(snapshots=("[a-c]",)), "@a"),
+        (Selection(snapshots=("a", "d", "e")), "@a"),
+        (Selection(snapshots=("d", "e")), ""),
+        (Selection(exclude_snapshots=("b", "c*")), "@a"),
+        (Selection(snapshots=("x*",)), ""),
+    ],
+)
+def test_only_what_is_selected_goes_and_counts(selection: Selection, expected: str) -> None:
+    policy = replace(POLICY, keep_days=1, keep_min=2, selection=selection)
+    assert shorts(expire(source(THERE), local(THERE), policy, SOON).destroy) == expected
 
 
 def test_no_policy_however_absurd_expires_the_newest_common_snapshot() -> None:

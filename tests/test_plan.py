@@ -21,6 +21,7 @@ from zfs_replicate import (
     Plan,
     Policy,
     Receive,
+    Selection,
     Snapshot,
     Step,
     Transfer,
@@ -49,6 +50,10 @@ LETTERS = "dbeacf"
 def at(position: int) -> str:
     """The short name of the source's snapshot at a position."""
     return f"@{LETTERS[position]}"
+
+
+SOME = Selection(snapshots=("[abd]", "c*"), exclude_snapshots=("?*c", "d"))
+SELECTED = [position for position, letter in enumerate(LETTERS) if letter in "abc"]
 
 
 class Refused(AssertionError):
@@ -194,7 +199,7 @@ class Case:
         """
         here, dataset = self.here, self.dataset
         plans: list[Transfer] = []
-        while len(plans) < MOST_STEPS:
+        while not plans or len(plans) < MOST_STEPS + len(plans[0].steps):
             plan = plan_dataset(self.origin, dataset, policy, LOCAL)
             if not isinstance(plan, Transfer):
                 left = dataset is not None and dataset.partial is not None
@@ -226,6 +231,8 @@ def check(case: Case, policy: Policy, rng: random.Random) -> None:
         before = then[: len(before) + 1]
         assert GUIDS[before[-1][0]] == case.dataset.partial.to_guid, "another snapshot came before the interrupted one"
     newer = [p for p in range(newest_common(marks, before) + 1, len(marks)) if "@" in marks[p]]
+    if policy.selection == SOME:
+        newer = [p for p in newer if p in SELECTED]
     wanted = newer if policy.intermediates else newer[-1:]
     gained = [position for position, _ in then[len(before) :]]
     if isinstance(plan, Blocked):
@@ -257,7 +264,13 @@ def sources(length: int, rng: random.Random) -> Iterator[tuple[Dataset, Marks]]:
 
 
 @pytest.mark.parametrize(
-    ("policy", "length", "count"), [(POLICY, 5, 229_376), (EVERY, 4, 24_576)], ids=["newest", "intermediates"]
+    ("policy", "length", "count"),
+    [
+        pytest.param(POLICY, 5, 229_376, id="newest"),
+        pytest.param(EVERY, 4, 24_576, id="intermediates"),
+        pytest.param(replace(POLICY, selection=SOME), 4, 24_576, id="newest-of-some"),
+        pytest.param(replace(EVERY, selection=SOME), 5, 229_376, id="some"),
+    ],
 )
 def test_every_history(policy: Policy, length: int, count: int) -> None:
     rng = random.Random(length)
@@ -288,7 +301,9 @@ def test_every_interrupted_receive(policy: Policy) -> None:
     assert check_all(interrupted(4, rng), policy, rng) > 10_000
 
 
-@pytest.mark.parametrize("policy", [POLICY, EVERY], ids=["newest", "intermediates"])
+@pytest.mark.parametrize(
+    "policy", [POLICY, EVERY, replace(EVERY, selection=SOME)], ids=["newest", "intermediates", "some"]
+)
 def test_what_is_sent_was_among_the_targets_of_the_first_plan(policy: Policy) -> None:
     """The targets of the first plan are held before any byte flows, and no others are."""
     rng = random.Random(6)
@@ -296,7 +311,8 @@ def test_what_is_sent_was_among_the_targets_of_the_first_plan(policy: Policy) ->
         with contextlib.suppress(Refused):
             _, _, plans = case.run(policy, rng)
             sent_steps = [plan.steps[0] for plan in plans]
-            sent_snapshots = [step.snapshot for step in sent_steps if isinstance(step, Receive)]
+            receives = [step for step in sent_steps if isinstance(step, Receive)]
+            sent_snapshots = [snapshot for step in receives for snapshot in (*step.between, step.snapshot)]
             unheld = [snapshot.short for snapshot in sent_snapshots if snapshot not in plans[0].targets]
             assert not unheld, f"source {case.marks}, local {case.here}: {unheld} sent without a hold"
 
@@ -318,6 +334,45 @@ def blocked(origin: Dataset, here: Dataset | None, policy: Policy = POLICY, loca
     plan = plan_dataset(origin, here, policy, local_name)
     assert isinstance(plan, Blocked), plan
     return plan
+
+
+@pytest.mark.parametrize(
+    ("there", "here", "newest", "every"),
+    [
+        pytest.param("@a,1 @x,2", None, "full @a", "full @a", id="absent"),
+        pytest.param("@x,1 @y,2", None, "UpToDate", "UpToDate", id="none-is-meant"),
+        pytest.param("@a,1 @x,2 @c,3", "@a,1", "@a -> @c", "@a -> @c", id="past-another"),
+        pytest.param("@a,1 @b,2 @c,3 @x,4", "@a,1", "@a -> @c", "@a ... @c", id="up-to-another"),
+        pytest.param(
+            "@a,1 @b,2 @x,3 @c,4 @d,5", "@a,1", "@a -> @d", "@a -> @b; @b -> @c; @c -> @d", id="around-another"
+        ),
+        pytest.param("@a,1 @x,2 @b,3", "@a,1 @x,2", "@x -> @b", "@x -> @b", id="from-another"),
+        pytest.param("@a,1 @b,2 @x,3", "@a,1 @b,2", "UpToDate", "UpToDate", id="only-another-is-newer"),
+    ],
+)
+def test_some_snapshots_are_meant(there: str, here: str | None, newest: str, every: str) -> None:
+    meant = Selection(snapshots=("[a-d]",))
+    assert decide(source(there), local(here) if here else None, replace(POLICY, selection=meant)) == newest
+    assert decide(source(there), local(here) if here else None, replace(EVERY, selection=meant)) == every
+
+
+@pytest.mark.parametrize(
+    ("exclude", "left"),
+    [
+        ((), ["", "/a", "/a/b", "/a/b/c", "/d e", "/d e/f"]),
+        (("a",), ["", "/d e", "/d e/f"]),
+        (("a/*",), ["", "/a", "/d e", "/d e/f"]),
+        (("*b",), ["", "/a", "/d e", "/d e/f"]),
+        (("d e",), ["", "/a", "/a/b", "/a/b/c"]),
+        (("*/[cf]",), ["", "/a", "/a/b", "/d e"]),
+        (("a", "d*"), [""]),
+        (("", "/a", "A", "b"), ["", "/a", "/a/b", "/a/b/c", "/d e", "/d e/f"]),
+    ],
+)
+def test_datasets_are_left_out_with_their_children(exclude: tuple[str, ...], left: list[str]) -> None:
+    tree = {key: source("", SOURCE + key) for key in ("", "/a", "/a/b", "/a/b/c", "/d e", "/d e/f")}
+    assert list(Selection(exclude=exclude).of_tree(tree)) == left
+    assert list(Selection(recursive=False).of_tree(tree)) == [""]
 
 
 @pytest.mark.parametrize(

@@ -9,9 +9,10 @@ import pytest
 from histories import LOCAL, RECEIVED, SOURCE, TAG
 from simulated import Machine, Near, Refused, Wire, World, days
 
-from zfs_replicate import Answer, Command, Failure, LinkLost, Policy, Report, Run, Stuck
+from zfs_replicate import Answer, Command, Failure, LinkLost, Policy, Report, Run, Selection, Stuck
 
 Disturbance = Callable[[Machine, Command, str], "Answer | None"]
+EVERYTHING = Selection()
 EMPTY = Answer(1, "", "permission denied")
 
 
@@ -34,13 +35,14 @@ class Job:
         at: Disturbance | None = None,
         *,
         rollback: bool = False,
+        selection: Selection = EVERYTHING,
     ) -> str:
         """One run, which must exit with `status`. Returns what it told the user."""
         self.wire = Wire(self.source, self.backup)
         if at:
             self.wire.at = at
         report = Report()
-        policy = Policy(self.tree, self.mirror, TAG, keep, every, rollback=rollback)
+        policy = Policy(self.tree, self.mirror, TAG, keep, every, rollback=rollback, selection=selection)
         run = Run(policy, Near(self.wire, self.source), Near(self.wire, self.backup), self.wire.carry, report)
         try:
             run.begin()
@@ -597,6 +599,38 @@ def test_a_machine_that_answers_no_more_is_not_asked_for_every_dataset(mirrored:
     assert said == f"zfs_replicate: {LOCAL}: zfs list on backup has not ended after 1h"
     assert len(mirrored.done("recv")) == 1
     mirrored.replicate()
+
+
+def test_what_is_left_out_stays_as_it_is_on_both_sides(mirrored: Job) -> None:
+    mirrored.source.world.now += days(90)
+    mirrored.snapshot("b")
+    mirrored.replicate(keep=1, selection=Selection(exclude=("www",)))
+    assert mirrored.here() == f"b!{RECEIVED}"
+    for key in ("/www", "/www/logs"):
+        assert (mirrored.here(key), mirrored.there(key)) == (f"a!{RECEIVED}", f"a!{TAG} b")
+    mirrored.snapshot("c")
+    mirrored.replicate(selection=Selection(recursive=False))
+    assert (mirrored.here(), mirrored.here("/disk")) == (f"b c!{RECEIVED}", f"b!{RECEIVED}")
+    assert not [words for words in mirrored.done() if "www" in words or "disk" in words]
+
+
+def test_only_some_snapshots_come_and_go(mirrored: Job) -> None:
+    for name in ("d1", "h1", "d2", "d3", "h2"):
+        mirrored.snapshot(name, "")
+    mirrored.replicate(every=True, selection=Selection(snapshots=("d*",)))
+    assert (mirrored.here(), mirrored.there()) == (f"a d1 d2 d3!{RECEIVED}", f"a d1 h1 d2 d3!{TAG} h2")
+    mirrored.source.world.now += days(90)
+    mirrored.snapshot("d4", "")
+    mirrored.replicate(keep=1, selection=Selection(snapshots=("d*",), exclude_snapshots=("*2",)))
+    assert mirrored.here() == f"a d2 d4!{RECEIVED}"
+
+
+def test_a_parent_without_a_snapshot_that_is_meant_is_a_placeholder(job: Job) -> None:
+    job.snapshot("h", "")
+    job.snapshot("d", "/www")
+    job.replicate(selection=Selection(snapshots=("d",)))
+    assert (job.here(), job.here("/www")) == ("", f"d!{RECEIVED}")
+    assert job.there() == "h"
 
 
 def test_newer_local_snapshots_block_and_are_kept(mirrored: Job) -> None:

@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import collections
 import copy
+import fnmatch
 import functools
 import os
 import pickle
@@ -35,7 +36,7 @@ from hypothesis import HealthCheck, settings, strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, rule, run_state_machine_as_test
 from simulated import Machine, Near, Refused, Store, Wire, World, days
 
-from zfs_replicate import Answer, Command, Failure, LinkLost, Policy, Report, Run
+from zfs_replicate import Answer, Command, Failure, LinkLost, Policy, Report, Run, Selection
 
 COUNTS: collections.Counter[str] = collections.Counter()
 ROOTS = ("backuppool/virt/machines", "offsite/virt/machines", "vault/mirror")
@@ -100,11 +101,19 @@ class Options:
     intermediates: bool = False
     bookmark: bool = False
     way: str = ""
+    only: str = "*"
 
     def policy(self, hop: Hop) -> Policy:
-        way = {self.way: True} if self.way else {}
         return Policy(
-            hop.source_root, hop.target_root, TAG, self.keep_days, self.intermediates, bookmark=self.bookmark, **way
+            hop.source_root,
+            hop.target_root,
+            TAG,
+            self.keep_days,
+            self.intermediates,
+            bookmark=self.bookmark,
+            rollback=self.way == "rollback",
+            quarantine=self.way == "quarantine",
+            selection=Selection(snapshots=(self.only,)),
         )
 
 
@@ -172,12 +181,13 @@ class Hop:
     def check_success(self, options: Options) -> None:
         """I6, and the holds as they must be after a successful run."""
         for key in self.branches():
-            newest, local = self.theirs(key).newest, self.ours(key)
+            source, local = self.theirs(key), self.ours(key)
             common, holdable = self.mutual(key, bookmarks=True), self.mutual(key, bookmarks=False)
-            if newest:
-                ahead = common is not None and common != holdable
-                assert ahead or local.point(newest.guid), f"exit 0, but {key!r} lacks the newest snapshot"
-                assert local.partial is None, f"exit 0, but {key!r} has a partial receive"
+            points = [*source.bookmarks.values(), *source.snapshots.values()]
+            since = max((point.createtxg for point in points if point.guid == common), default=0)
+            lacking = [name for name, point in source.snapshots.items() if point.createtxg > since]
+            assert not fnmatch.filter(lacking, options.only), f"exit 0, but {key!r} lacks {lacking}"
+            assert not source.snapshots or local.partial is None, f"exit 0, but {key!r} has a partial receive"
             if local.snapshots and common is None:
                 continue  # nothing to pull and nothing in common: left alone
             assert self.held(key) == ({holdable} - {None}, {common} - {None}), f"holds of {key!r} after success"
@@ -586,6 +596,7 @@ option_sets = st.builds(
     st.booleans(),
     st.booleans(),
     st.sampled_from(["", "", "rollback", "quarantine"]),
+    st.sampled_from(["*", "*", "[!p-r]*"]),
 )
 
 

@@ -1,0 +1,38 @@
+"""Part of a tree, and some of its snapshots: what is meant is pulled and expires, all else is left alone."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+from site_pair import MIRROR, TAG, TREE, held, history, names
+
+if TYPE_CHECKING:
+    from site_pair import Site
+
+pytestmark = pytest.mark.zfs
+
+
+def test_part_of_a_tree_and_some_of_its_snapshots(site: Site) -> None:
+    site.plant("www/cache", "mail")
+    for name in ("daily-1", "hourly-1", "daily-2", "daily-3", "hourly-2"):
+        site.snapshot(name)
+    meant = ("-I", "--exclude", "*/cache", "--snapshots", "daily-*", "-k", "30", "--keep-min", "2")
+    site.replicate_silently(*meant)
+    assert history(site.backup, MIRROR).keys() == {"", "/disk", "/mail", "/www"}
+    for child in ("", "/disk", "/mail", "/www"):
+        assert names(site.backup, MIRROR + child) == ["daily-1", "daily-2", "daily-3"]
+    assert held(site.source, TREE, TAG) == {f"{TREE}{child}@daily-3" for child in ("", "/disk", "/mail", "/www")}
+
+    site.replicate("--no-recursive")
+    assert names(site.backup, MIRROR) == ["daily-1", "daily-2", "daily-3", "hourly-2"]
+    assert names(site.backup, f"{MIRROR}/mail") == ["daily-1", "daily-2", "daily-3"]
+
+    site.source.shift_clock(40)
+    site.backup.shift_clock(40)
+    site.write("two", "mail")
+    site.snapshot("daily-4")
+    site.replicate_silently(*meant)
+    assert names(site.backup, MIRROR) == ["daily-3", "hourly-2", "daily-4"]
+    assert names(site.backup, f"{MIRROR}/mail") == ["daily-3", "daily-4"]
+    site.replicate_silently(*meant)
