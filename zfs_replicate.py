@@ -225,6 +225,15 @@ def matches(name: str, globs: Iterable[str]) -> bool:
 
 
 @dataclass(frozen=True)
+class Properties:
+    """What the mirror has of its own: `values`, as `NAME=VALUE`, from the first receive on; and names `ignored`, which
+    are neither taken over from the source nor set."""
+
+    values: tuple[str, ...] = ()
+    ignored: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class Policy:
     """What the user asked for. `keep_days` None expires nothing; the `keep_min` newest of what is local never do."""
 
@@ -238,6 +247,7 @@ class Policy:
     quarantine: bool = False
     keep_min: int = 0
     selection: Selection = Selection()
+    properties: Properties = Properties()
 
     @property
     def received_tag(self) -> str:
@@ -871,26 +881,41 @@ def send(dataset: Dataset, step: Receive) -> Command:
 
 
 # Limits are set to none and not only left out: before OpenZFS 2.2 every second increment takes over what -x excludes.
-VOLUME_OVERRIDES = ("readonly=on", "reservation=none", "refreservation=none")
-FILESYSTEM_OVERRIDES = (*VOLUME_OVERRIDES, "canmount=noauto", "quota=none", "refquota=none")
-FILESYSTEM_LEFT_OUT = ("mountpoint", "sharenfs", "sharesmb")
+OVERRIDES = (
+    "readonly=on",
+    "canmount=noauto",
+    "quota=none",
+    "refquota=none",
+    "reservation=none",
+    "refreservation=none",
+)
+LEFT_OUT = ("mountpoint", "sharenfs", "sharesmb")
+
+# zfs recv refuses what the kind of dataset does not have (zfsprops(7)).
+OF_FILESYSTEMS = (
+    "aclinherit aclmode acltype atime canmount casesensitivity devices direct dnodesize exec filesystem_limit longname "
+    "mountpoint nbmand normalization overlay quota recordsize refquota relatime setuid sharenfs sharesmb snapdir "
+    "utf8only vscan xattr zoned"
+)
+OF_VOLUMES = "volblocksize volsize volthreading"
 
 
-def receive(source: Dataset, local: Dataset | None, name: str) -> Command:
+def receive(source: Dataset, local: Dataset | None, name: str, properties: Properties = Properties()) -> Command:
     """The receiving end of a step: resumable, unmounted, and read-only from the first moment.
 
     What we set on the first receive stays as the administrator left it later: increments leave those properties out.
     -F only where it overwrites nothing: into a filesystem known to be vacant.
     """
-    filesystem = source.kind == "filesystem"
-    overrides = FILESYSTEM_OVERRIDES if filesystem else VOLUME_OVERRIDES
-    left_out: Command = FILESYSTEM_LEFT_OUT if filesystem else ()
+    others = (OF_VOLUMES if source.kind == "filesystem" else OF_FILESYSTEMS).split()
+    values = dict(value.partition("=")[::2] for value in (*OVERRIDES, *properties.values))
+    values = {key: value for key, value in values.items() if key not in others and key not in properties.ignored}
+    left_out = [key for key in (*LEFT_OUT, *properties.ignored) if key not in others and key not in values]
     options: list[str] = []
     if local is None or not local.snapshots:
-        options += [word for override in overrides for word in ("-o", override)]
+        options += [word for key, value in values.items() for word in ("-o", f"{key}={value}")]
     else:
-        left_out += tuple(override.split("=")[0] for override in overrides)
-    options += [word for name in left_out for word in ("-x", name)]
+        left_out += values
+    options += [word for key in left_out for word in ("-x", key)]
     force = ("-F",) if local and local.vacant else ()
     return ("zfs", "recv", "-s", "-u", *force, *options, name)
 
@@ -1006,8 +1031,8 @@ def end(process: subprocess.Popen[bytes]) -> None:
     ended by anybody: it is left alone then."""
     for signal_it in (process.terminate, process.kill):
         if process.poll() is None:
-            signal_it()
-            with contextlib.suppress(subprocess.TimeoutExpired):
+            with contextlib.suppress(subprocess.TimeoutExpired, PermissionError):  # what runs by sudo is root's
+                signal_it()
                 process.wait(timeout=END_SECONDS)
 
 
@@ -1048,6 +1073,25 @@ class LocalHost:
 
     def close(self) -> None:
         pass
+
+
+class SudoHost:
+    """A host on which every command is run by sudo, without a question asked."""
+
+    def __init__(self, host: Host) -> None:
+        self.host = host
+        self.label = host.label
+        self.connected = host.connected
+        self.close = host.close
+
+    def ask(self, command: Command) -> Answer:
+        answer = self.host.ask(("sudo", "-n", *command))
+        if answer.status == 127:
+            return Answer(1, "", "sudo is not installed\n")
+        return answer
+
+    def piped(self, command: Command) -> Command:
+        return self.host.piped(("sudo", "-n", *command))
 
 
 def environment() -> dict[str, str]:
@@ -1931,7 +1975,8 @@ class Run:
             if not (local and local.vacant):
                 return
         try:
-            self.carry(send(self.source[key], step), receive(self.source[key], local, name))
+            receiving = receive(self.source[key], local, name, self.policy.properties)
+            self.carry(send(self.source[key], step), receiving)
         except StreamFailed as failure:
             now = self.look_again(key)
             if now and "has been modified" in failure.what:
@@ -2154,6 +2199,19 @@ def name_glob(text: str) -> str:
     return text
 
 
+def property_name(text: str) -> str:
+    if not re.fullmatch("[a-z][a-z0-9_]*|[a-z0-9:._-]*:[a-z0-9:._-]*", text):
+        raise argparse.ArgumentTypeError(f"not the name of a property: {text!r}")
+    return text
+
+
+def property_value(text: str) -> str:
+    name, _, value = text.partition("=")
+    if not value:
+        raise argparse.ArgumentTypeError(f"not a PROPERTY=VALUE: {text!r}")
+    return f"{property_name(name)}={value}"
+
+
 def readable_file(text: str) -> str:
     if not os.path.isfile(text) or not os.access(text, os.R_OK):
         raise argparse.ArgumentTypeError(f"not a file we can read: {text!r}")
@@ -2203,12 +2261,18 @@ def parser() -> argparse.ArgumentParser:
         help="only these snapshots are pulled, and only these expire (default: all)")  # fmt: skip
     add("--exclude-snapshots", type=name_glob, action="append", default=[], metavar="GLOB",
         help="these are not")  # fmt: skip
+    add("--set", type=property_value, action="append", default=[], metavar="PROPERTY=VALUE",
+        help="what datasets have of their own here, set when they are first received")  # fmt: skip
+    add("--ignore", type=property_name, action="append", default=[], metavar="PROPERTY",
+        help="neither take this property over from the source nor set it")  # fmt: skip
     add("--stall-timeout", type=time_span, default=duration(STALL_SECONDS), metavar="DURATION",
         help="give up a stream through which no byte moves, or a command that does not answer, for so long: "
         "90s, 30m, 2h (default: %(default)s)")  # fmt: skip
     add("--retries", type=count, default=0, metavar="N",
         help="when the link is lost, list and plan anew up to N times, with growing pauses (default: %(default)s, "
         "the next run goes on)")  # fmt: skip
+    add("--sudo", choices=("remote", "local", "both"), metavar="SIDE",
+        help="run zfs by sudo: on the remote side, the local one, or both")  # fmt: skip
     add("--bookmark", action="store_true",
         help="keep a bookmark of the newest common snapshot at the source: should that one have to go, the chain "
         "lives on")  # fmt: skip
@@ -2251,6 +2315,7 @@ def policy_of(options: argparse.Namespace) -> Policy:
             tuple(options.snapshots or ("*",)),
             tuple(options.exclude_snapshots),
         ),
+        Properties(tuple(options.set), tuple(options.ignore)),
     )
 
 
@@ -2298,11 +2363,15 @@ def logged_in(options: argparse.Namespace, report: Report, alone: Lock) -> Itera
         alone.moved()
         report.command(line)
 
-    target = LocalHost(note=note, patience=options.stall_timeout)
+    target: Host = LocalHost(note=note, patience=options.stall_timeout)
     source: Host = LocalHost("localhost", note, options.stall_timeout)
     if options.remote_host != "localhost":
         connection = Connection.resolve(options.remote_host, options.port, options.identity)
         source = SshHost(connection, note, options.stall_timeout)
+    if options.sudo in ("remote", "both"):
+        source = SudoHost(source)
+    if options.sudo in ("local", "both"):
+        target = SudoHost(target)
 
     def carry(sending: Command, receiving: Command) -> None:
         buffer = buffer_stage(options.mbuffer)

@@ -19,7 +19,7 @@ import re
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Callable
 
-from zfs_replicate import DAY, FILESYSTEM_LEFT_OUT, FILESYSTEM_OVERRIDES, LIST_COLUMNS, LIST_KINDS, Answer, StreamFailed
+from zfs_replicate import DAY, LEFT_OUT, LIST_COLUMNS, LIST_KINDS, OVERRIDES, Answer, StreamFailed
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -605,12 +605,12 @@ def receiving(command: Command, kind: str) -> tuple[str, bool]:
     assert [words.pop(0) for _ in range(4)] == ["zfs", "recv", "-s", "-u"], command
     force = words[0] == "-F"
     options = words[force:-1]
-    legal = {*FILESYSTEM_LEFT_OUT, *(override.split("=")[0] for override in FILESYSTEM_OVERRIDES)}
+    legal = {*LEFT_OUT, *(override.split("=")[0] for override in OVERRIDES)}
     if kind == "volume":
         legal = {"reservation", "refreservation", "readonly"}
     assert len(options) % 2 == 0, command
     for flag, value in zip(options[::2], options[1::2]):
-        assert value in (FILESYSTEM_OVERRIDES if flag == "-o" else legal), command
+        assert value in (OVERRIDES if flag == "-o" else legal), command
         assert flag in ("-o", "-x"), command
         assert value.split("=")[0] in legal, f"a {kind} has no such property: {command}"
     assert words[-1][0] != "-", command

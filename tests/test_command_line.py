@@ -67,6 +67,9 @@ def test_the_line_of_the_crontab_parses_word_for_word() -> None:
         "exclude": [],
         "snapshots": None,
         "exclude_snapshots": [],
+        "set": [],
+        "ignore": [],
+        "sudo": None,
         "intermediates": False,
         "stall_timeout": 3600.0,
         "retries": 0,
@@ -138,6 +141,8 @@ BAD = {
     "-keep-min": ["", "-1", "1.5", "x", "12345"],
     "-exclude": ["", "a@b", "a,b", "a\n", "{a,b}", "ä*"],
     "-snapshots": ["", "@a", "a\tb"],
+    "-set": ["", "readonly", "readonly=", "=on", "Readonly=on", "a b=c"],
+    "-ignore": ["", "readonly=on", "-x", "a b", "quota\n"],
     "p": ["", "0", "65536", "-22", "ssh", "22.0", " 22", "22\n", "1_000", "٢"],
     "i": ["", "/no/such/key", "/"],
 }  # fmt: skip

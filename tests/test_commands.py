@@ -15,6 +15,7 @@ from zfs_replicate import (
     SBIN,
     Command,
     Dataset,
+    Properties,
     Receive,
     Snapshot,
     batches,
@@ -214,6 +215,38 @@ def test_a_volume_is_not_given_properties_of_a_filesystem() -> None:
         command = receive(source("@a,1", kind="volume"), mine, "t/a")
         names = {value.split("=")[0] for value in options(command, "-o") | options(command, "-x")}
         assert names == {"readonly", "reservation", "refreservation"}
+
+
+OWN = Properties(
+    ("compression=zstd", "recordsize=1M", "canmount=on", "volblocksize=4k", "com.sun:auto-snapshot=false", "a:b=c=d"),
+    ("readonly", "atime", "com.example:x", "volsize"),
+)
+
+
+def test_what_the_mirror_has_of_its_own() -> None:
+    limits = {"quota=none", "refquota=none", "reservation=none", "refreservation=none"}
+    for_all = {"compression=zstd", "com.sun:auto-snapshot=false", "a:b=c=d"}
+    first = receive(source("@a,1"), None, "t/a", OWN)
+    assert options(first, "-o") == for_all | limits | {"recordsize=1M", "canmount=on"}
+    assert options(first, "-x") == {"mountpoint", "sharenfs", "sharesmb", "readonly", "atime", "com.example:x"}
+    later = receive(source("@a,1"), local("@a,1"), "t/a", OWN)
+    assert options(later, "-o") == set()
+    assert options(later, "-x") == options(first, "-x") | {value.split("=")[0] for value in options(first, "-o")}
+
+
+def test_a_volume_gets_only_what_volumes_have() -> None:
+    first = receive(source("@a,1", kind="volume"), None, "t/a", OWN)
+    assert options(first, "-o") == {
+        "reservation=none", "refreservation=none", "compression=zstd", "volblocksize=4k",
+        "com.sun:auto-snapshot=false", "a:b=c=d",
+    }  # fmt: skip
+    assert options(first, "-x") == {"readonly", "com.example:x", "volsize"}
+
+
+def test_what_is_set_is_not_left_out() -> None:
+    first = receive(source("@a,1"), None, "t/a", Properties(("mountpoint=none",)))
+    assert "mountpoint=none" in options(first, "-o")
+    assert "mountpoint" not in options(first, "-x")
 
 
 @pytest.mark.parametrize("mine", [None, local(""), local("@a,1"), local("@a,1", kind="volume")])

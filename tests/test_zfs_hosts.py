@@ -124,17 +124,49 @@ def test_stream_goes_without_mbuffer(site: Site) -> None:
     site.assert_in_step()
 
 
-def test_without_root_as_the_readme_says(site: Site) -> None:
-    readme = (PROGRAM.parent / "README.md").read_text(encoding="utf-8")
-    allow_there, allow_here = re.findall("^    (zfs allow .*)$", readme, re.MULTILINE)
-    site.plant("www")
-    site.source.run(f"id puller || useradd -m puller; {allow_there}")
+README = (PROGRAM.parent / "README.md").read_text(encoding="utf-8")
+
+
+def accounts(site: Site) -> str:
+    """An account on each machine, and the job from the one here to the one there."""
+    site.source.run("id puller || useradd -m puller")
     site.backup.run(
-        f"id keeper || useradd -m keeper; {allow_here}; rm -rf ~keeper/.ssh; "
+        "id keeper || useradd -m keeper; rm -rf ~keeper/.ssh; "
         "su keeper -c 'mkdir -m 700 ~/.ssh && ssh-keygen -q -t ed25519 -N \"\" -f ~/.ssh/id_ed25519'"
     )
     site.source.write("/home/puller/.ssh/authorized_keys", site.backup.read("/home/keeper/.ssh/id_ed25519.pub"))
-    job = f"su keeper -c '{JOB.replace('-h source', '-h puller@source')} -k 30'"
+    return f"su keeper -c '{JOB.replace('-h source', '-h puller@source')} -k 30'"
+
+
+def test_by_sudo_as_the_readme_says(site: Site) -> None:
+    rule = re.findall("^    (puller ALL=.*)$", README, re.MULTILINE)[0]
+    job = accounts(site)
+    site.plant("www")
+    site.snapshot("monday")
+    done = site.replicate(status=3, job=f"{job[:-1]} --sudo remote'")
+    assert "zfs list failed on puller@source: sudo: a password is required" in done.stderr
+    job = f"{job[:-1]} --sudo both'"
+    site.source.write("/etc/sudoers.d/zfs_replicate", rule + "\n", 0o440)
+    site.backup.write("/etc/sudoers.d/zfs_replicate", rule.replace("puller", "keeper") + "\n", 0o440)
+    try:
+        site.replicate_silently(job=job)
+        site.write("two", "www")
+        site.snapshot("tuesday")
+        site.replicate_silently(job=job)
+        site.replicate_silently(job=job)
+    finally:
+        for machine in (site.source, site.backup):
+            machine.run("rm /etc/sudoers.d/zfs_replicate")
+    site.assert_in_step()
+    assert site.checksums(site.backup, MIRROR) == site.checksums(site.source, TREE)
+
+
+def test_without_root_as_the_readme_says(site: Site) -> None:
+    allow_there, allow_here = re.findall("^    (zfs allow .*)$", README, re.MULTILINE)
+    job = accounts(site)
+    site.plant("www")
+    site.source.run(allow_there)
+    site.backup.run(allow_here)
     site.snapshot("monday")
     site.replicate_silently(job=job)
     site.source.shift_clock(40)

@@ -1,16 +1,31 @@
-"""Part of a tree, and some of its snapshots: what is meant is pulled and expires, all else is left alone."""
+"""What is meant of a tree: datasets, snapshots, properties. All else is left alone."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
 import pytest
-from site_pair import MIRROR, TAG, TREE, held, history, names
+from site_pair import MIRROR, TAG, TREE, get, held, history, names
 
 if TYPE_CHECKING:
     from site_pair import Site
 
 pytestmark = pytest.mark.zfs
+
+
+def test_properties_that_the_mirror_has_of_its_own(site: Site) -> None:
+    site.plant("www")
+    site.source.run(f"zfs set com.example:owner=us {TREE}; zfs set com.example:tool=on atime=off {TREE}/www")
+    values, ignored = ("compression=gzip-3", "recordsize=64K", "com.example:mirror=yes"), ("com.example:tool", "atime")
+    own = [*(f"--set={value}" for value in values), *(f"--ignore={name}" for name in ignored)]
+    for day in ("monday", "tuesday", "wednesday"):
+        site.snapshot(day)
+        site.replicate_silently(*own)
+        asked = "compression,recordsize,com.example:mirror,com.example:owner,com.example:tool,atime,readonly"
+        expected = ["gzip-3", "65536", "yes", "us", "-", "on", "on"]
+        assert get(site.backup, asked, f"{MIRROR}/www") == expected, day
+        assert get(site.backup, "compression,com.example:mirror", f"{MIRROR}/disk") == ["gzip-3", "yes"]
+    site.assert_in_step()
 
 
 def test_part_of_a_tree_and_some_of_its_snapshots(site: Site) -> None:
