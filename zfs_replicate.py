@@ -11,8 +11,9 @@ common snapshot alive with `zfs hold` on both sides, and expires old local snaps
     zfs_replicate -h HOST -r backuppool/virt/machines -l offsite/virt/machines -t offsite -k 30
 
 What it never does: create or destroy a snapshot on the source; overwrite local data; destroy a local snapshot whose
-twin on the source carries our hold, or might; destroy a dataset. What it does only if that very command line says so:
-roll local data back (--rollback), rename it aside (--quarantine), keep a bookmark on the source (--bookmark).
+twin on the source carries our hold, or might; destroy a dataset, but what is left of a first receive that can never be
+completed. What it does only if that very command line says so: roll local data back (--rollback), rename it aside
+(--quarantine), keep a bookmark on the source (--bookmark).
 
 How one run goes
     1. lock the local tree, list both trees with their holds               survey
