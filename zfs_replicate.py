@@ -1295,17 +1295,19 @@ class SshHost:
         return (*self.ssh, "--", self.connection.destination, remote_line(command))
 
     def connected(self) -> bool:
-        return self.control("check").status == 0
+        return self.control("check")
 
-    def control(self, request: str) -> Answer:
-        """Ask the master of the streams."""
-        return LocalHost(patience=CONNECT_SECONDS).ask((*self.ssh, "-O", request, "--", self.connection.destination))
+    def control(self, request: str) -> bool:
+        """Ask the master of the streams; whether it did so."""
+        command = (*self.ssh, "-O", request, "--", self.connection.destination)
+        with contextlib.suppress(Stuck):
+            return LocalHost(patience=CONNECT_SECONDS).ask(command).status == 0
+        return False
 
     def close(self) -> None:
         self.client.close()
         if self.streams is not None:
-            with contextlib.suppress(Stuck):  # it ends by itself when nothing has used it for a while
-                self.control("exit")
+            self.control("exit")  # or it ends by itself, when nothing has used it for a while
             self.streams.cleanup()
 
 
