@@ -597,7 +597,7 @@ def test_paramiko_is_not_heard(connection: Connection, tmp_path: Path) -> None:
             capture_output=True,
             text=True,
             env={**os.environ, "PYTHONPATH": os.path.dirname(zfs_replicate.__file__)},
-            timeout=PATIENCE,
+            timeout=PATIENCE * len(configs),
         )
     assert done.stderr == ""
     assert done.stdout.splitlines() == ["hello", "LinkLost", "Failure", "Failure", "Failure"]
