@@ -45,16 +45,16 @@ def test_ssh_config_rules_both_connections(site: Site) -> None:
     site.plant()
     site.snapshot("monday")
     site.source.run(
-        "useradd -o -u 0 -g 0 -m -d /home/puller -s /bin/sh puller 2>/dev/null || true; "
+        "useradd -o -u 0 -g 0 -m -d /home/toor -s /bin/sh toor 2>/dev/null || true; "
         "printf 'Port 22\\nPort 2222\\n' > /etc/ssh/sshd_config.d/port.conf && systemctl restart ssh && "
-        "mkdir -p /home/puller/.ssh"
+        "mkdir -p /home/toor/.ssh"
     )
-    site.backup.run("rm -f /root/puller*; ssh-keygen -q -t ed25519 -N '' -f /root/puller")
-    site.source.write("/home/puller/.ssh/authorized_keys", site.backup.read("/root/puller.pub"))
+    site.backup.run("rm -f /root/toor*; ssh-keygen -q -t ed25519 -N '' -f /root/toor")
+    site.source.write("/home/toor/.ssh/authorized_keys", site.backup.read("/root/toor.pub"))
     site.backup.run("awk '/source/ { $1 = \"the-source\"; print }' /etc/ssh/ssh_known_hosts > /root/known")
     site.backup.write(
         "/root/.ssh/config",
-        "Host vault\n  HostName source\n  User puller\n  Port 2222\n  IdentityFile /root/puller\n  IdentitiesOnly yes\n"
+        "Host vault\n  HostName source\n  User toor\n  Port 2222\n  IdentityFile /root/toor\n  IdentitiesOnly yes\n"
         "  HostKeyAlias the-source\n  UserKnownHostsFile /root/known\n  GlobalKnownHostsFile none\n  ProxyJump backup\n",
     )
     try:
@@ -129,7 +129,7 @@ README = (PROGRAM.parent / "README.md").read_text(encoding="utf-8")
 
 def accounts(site: Site) -> str:
     """An account on each machine, and the job from the one here to the one there."""
-    site.source.run("id puller || useradd -m puller")
+    site.source.run("id puller || useradd -m puller; [ $(id -u puller) != 0 ]")
     site.backup.run(
         "id keeper || useradd -m keeper; rm -rf ~keeper/.ssh; "
         "su keeper -c 'mkdir -m 700 ~/.ssh && ssh-keygen -q -t ed25519 -N \"\" -f ~/.ssh/id_ed25519'"
