@@ -240,6 +240,9 @@ class Scenario:
     first: bool = False
     resumes: bool = False
 
+    def __str__(self) -> str:
+        return self.name
+
     @property
     def intermediates(self) -> bool:
         return "-I" in self.options

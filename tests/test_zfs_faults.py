@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import faults
 import pytest
 from faults import FULL, INCREMENT, KINDS, SCENARIOS, Bench, Kind, Scenario
+from lab_image import RELEASES
 from site_pair import Pair
 
 if TYPE_CHECKING:
@@ -32,14 +33,11 @@ SAMPLE = (
     (FULL, faults.CABLE_BRIEFLY, "source", "send", "midway"),
     (INCREMENT, faults.BACKUP_POWER, "source", "send", "midway"),
 )
-"""One point each, the first that fits. Only `--full` has the source's power loss and the silent peers, which cost
+"""One point each, the first that fits; the releases take turns. Only `--full` has the source's power loss and the silent peers, which cost
 minutes, and the third scenario."""
 
 
-@pytest.fixture(
-    scope="module",
-    params=[pytest.param(it, marks=pytest.mark.xdist_group(f"faults-{it}")) for it in ("bookworm", "trixie")],
-)
+@pytest.fixture(scope="module")
 def bench(request: pytest.FixtureRequest, lab: Lab) -> Iterator[Bench]:
     """Machines for all faults of a release, which therefore run on one worker."""
     with Pair(lab, request.param) as pair:
@@ -47,10 +45,17 @@ def bench(request: pytest.FixtureRequest, lab: Lab) -> Iterator[Bench]:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    full = metafunc.config.getoption("--full")
-    chosen = itertools.product(SCENARIOS, KINDS) if full else [(it[0], it[1]) for it in SAMPLE]
-    names = [pytest.param(scenario, kind, id=f"{scenario.name}-{kind}".replace(" ", "_")) for scenario, kind in chosen]
-    metafunc.parametrize(("scenario", "kind"), names)
+    if metafunc.config.getoption("--full"):
+        chosen = list(itertools.product(RELEASES, SCENARIOS, KINDS))
+    else:
+        chosen = [(release, it[0], it[1]) for release, it in zip(itertools.cycle(RELEASES), SAMPLE)]
+    rows = [
+        pytest.param(
+            *row, marks=pytest.mark.xdist_group(f"faults-{row[0]}"), id="-".join(map(str, row)).replace(" ", "_")
+        )
+        for row in sorted(chosen, key=lambda row: row[0])
+    ]
+    metafunc.parametrize(("bench", "scenario", "kind"), rows, indirect=["bench"])
 
 
 def test_after_a_fault_plain_runs_lead_where_an_undisturbed_one_does(
