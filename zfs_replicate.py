@@ -1262,9 +1262,9 @@ class SshHost:
         self.note(f"{self.label}: {shlex.join(command)}")
         try:
             return self.exchange(remote_line(command))
-        except socket.timeout:
-            raise stuck(self, command, self.patience) from None
         except (OSError, EOFError, paramiko.SSHException) as error:
+            if isinstance(error, socket.timeout) and error.errno is None:  # ours; the kernel's own has ETIMEDOUT
+                raise stuck(self, command, self.patience) from None
             doing = " ".join(command[:2])
             raise LinkLost(f"lost the connection to {self.label} during {doing}: {why(error)}") from None
 

@@ -514,6 +514,15 @@ def test_a_command_that_is_not_even_begun_is_a_lost_link(
         source.ask(("zfs", "list"))
 
 
+def test_a_link_that_the_kernel_gives_up_is_a_lost_one(source: SshHost, monkeypatch: pytest.MonkeyPatch) -> None:
+    def exchange(line: str) -> Answer:
+        raise TimeoutError(110, "Connection timed out")
+
+    monkeypatch.setattr(source, "exchange", exchange)
+    with pytest.raises(LinkLost, match="Connection timed out"):
+        source.ask(("zfs", "list"))
+
+
 def test_a_lost_link_shows_before_a_command_is_given_up(source: SshHost) -> None:
     assert source.patience >= LINK_SECONDS + KEEPALIVE_SECONDS
 
