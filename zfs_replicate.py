@@ -192,6 +192,12 @@ Tree = dict[str, Dataset]
 """Datasets by their name below the root of the tree: "" is the root itself, "/www/logs" a grandchild."""
 
 
+def lineage(name: str) -> list[str]:
+    """A dataset and its ancestors, the pool first."""
+    parts = name.split("/")
+    return ["/".join(parts[: count + 1]) for count in range(len(parts))]
+
+
 @dataclass(frozen=True)
 class Selection:
     """Which datasets of the tree, and which snapshots, are meant; all, where nothing is said.
@@ -206,9 +212,9 @@ class Selection:
     exclude_snapshots: tuple[str, ...] = ()
 
     def has_dataset(self, key: str) -> bool:
-        parts = key.split("/")[1:]
-        lineage_below = ["/".join(parts[: count + 1]) for count in range(len(parts))]
-        return not any(matches(name, self.exclude) for name in lineage_below) and (self.recursive or not parts)
+        if not key:
+            return True
+        return self.recursive and not any(matches(name, self.exclude) for name in lineage(key[1:]))
 
     def has_snapshot(self, snapshot: Snapshot) -> bool:
         name = snapshot.short[1:]
@@ -1575,6 +1581,9 @@ def stalled(patience: float, moved: int, running: Sequence[str]) -> StreamFailed
     )
 
 
+SSH_FAILED = 255
+
+
 def blame(ended: Sequence[tuple[str, int, str]]) -> None:
     """Raise for the stages that failed, given with exit status and last words: what those say that say something."""
     failed = [(program, status, text) for program, status, text in ended if status != 0]
@@ -1584,9 +1593,6 @@ def blame(ended: Sequence[tuple[str, int, str]]) -> None:
     what = "; ".join([f"{program}: {text}" for program, _, text in failed if text] or silent)
     # ssh ends with 255 if the link broke, or if a signal ended the command there; else with the command's own status.
     raise StreamFailed(f"the stream failed: {what}", link_held=ended[0][1] != SSH_FAILED)
-
-
-SSH_FAILED = 255
 
 
 def pull(source: Host, sending: Command, target: Host, receiving: Command, transport: Transport) -> None:
@@ -1713,12 +1719,6 @@ def clock(moment: float) -> str:
 def overlap(one: str, other: str) -> bool:
     """Whether one of two trees would be within the other, if they were in one pool."""
     return f"{one}/".startswith(f"{other}/") or f"{other}/".startswith(f"{one}/")
-
-
-def lineage(name: str) -> list[str]:
-    """A dataset and its ancestors, the pool first."""
-    parts = name.split("/")
-    return ["/".join(parts[: count + 1]) for count in range(len(parts))]
 
 
 def read_tree(host: Host, root: str, selection: Selection) -> tuple[Tree, Failure | None]:
