@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from lab import Lab
-    from site_pair import Pair, Site
+    from site_pair import Keeper, Pair, Site
 
 # The same examples on every run, however slow the machine: a failure must be one of the change at hand.
 settings.register_profile(
@@ -34,12 +34,33 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Run what needs no VM first: a mistake shows in seconds. What takes very long is left out unless asked for."""
+    """Run what needs no VM first: a mistake shows in seconds. What takes very long is left out unless asked for, and so
+    is the other release where it makes no difference."""
     if not config.getoption("--full"):
-        long = [item for item in items if item.get_closest_marker("full")]
-        config.hook.pytest_deselected(items=long)
-        items[:] = [item for item in items if item not in long]
-    items.sort(key=lambda item: item.get_closest_marker("zfs") is not None)
+        left_out = {item for item in items if item.get_closest_marker("full")} | on_the_other_release(items)
+        config.hook.pytest_deselected(items=list(left_out))
+        items[:] = [item for item in items if item not in left_out]
+    items.sort(key=lambda item: (item.get_closest_marker("zfs") is not None, release_of(item)))
+
+
+def on_the_other_release(items: list[pytest.Item]) -> set[pytest.Item]:
+    """Each test that is marked `either` runs on one release; they take turns."""
+    tests: dict[str, list[pytest.Function]] = {}
+    for item in items:
+        if item.get_closest_marker("either") and isinstance(item, pytest.Function):
+            tests.setdefault(f"{item.path}::{item.originalname}", []).append(item)
+    return {
+        item
+        for number, variants in enumerate(tests.values())
+        for item in variants
+        if release_of(item) != RELEASES[number % len(RELEASES)]
+    }
+
+
+def release_of(item: pytest.Item) -> str:
+    """Of the machines that a test needs; "" if it needs none."""
+    params = item.callspec.params if isinstance(item, pytest.Function) and hasattr(item, "callspec") else {}
+    return str(next((params[fixture] for fixture in ("pair", "machines", "bench", "release") if fixture in params), ""))
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
@@ -75,16 +96,31 @@ def lab(pytestconfig: pytest.Config) -> Iterator[Lab]:
         yield it
 
 
-@pytest.fixture(scope="module", params=RELEASES)
-def pair(request: pytest.FixtureRequest, lab: Lab) -> Iterator[Pair]:
-    """Two machines of one release, `source` and `backup`, for the tests of one module."""
-    from site_pair import Pair
+@pytest.fixture(scope="session")
+def keeper(lab: Lab) -> Keeper:
+    """Keeps the two machines from one module to the next, for it takes long to boot them."""
+    from site_pair import Keeper
 
-    with Pair(lab, request.param) as it:
-        yield it
+    return Keeper(lab)
+
+
+@pytest.fixture(scope="module")
+def free_lab(keeper: Keeper) -> Lab:
+    """The lab without any machine in it, for tests that boot their own."""
+    keeper.clear()
+    return keeper.lab
+
+
+@pytest.fixture(scope="module", params=RELEASES)
+def pair(request: pytest.FixtureRequest, keeper: Keeper) -> Pair:
+    """Two machines of one release, `source` and `backup`. Each test puts back what it changes on them."""
+    return keeper.pair_of(request.param)
 
 
 @pytest.fixture
-def site(pair: Pair) -> Site:
+def site(request: pytest.FixtureRequest, pair: Pair) -> Iterator[Site]:
     """Both machines with empty pools, `backuppool` and `offsite`, and the program installed."""
-    return pair.fresh()
+    failed = request.session.testsfailed
+    yield pair.fresh()
+    if request.session.testsfailed > failed:
+        pair.replace()  # who knows in what state the test has left them

@@ -31,18 +31,29 @@ class Pair(contextlib.AbstractContextManager["Pair"]):
 
     def __init__(self, lab: Lab, release: str, backup_release: str | None = None) -> None:
         self.lab = lab
-        self.source = lab.machine("source", release)
-        self.backup = lab.machine("backup", backup_release or release)
-        self.machines = [self.source, self.backup]
+        self.releases = (release, backup_release or release)
+        self.source, self.backup = self.boot()
 
-    def third(self) -> Machine:
+    def boot(self) -> tuple[Machine, Machine]:
+        source, backup = (self.lab.machine(*it) for it in zip(("source", "backup"), self.releases))
+        return source, backup
+
+    def replace(self) -> None:
+        """New machines in place of these."""
+        self.__exit__()
+        self.source, self.backup = self.boot()
+
+    @contextlib.contextmanager
+    def third(self) -> Iterator[Machine]:
         """One more machine, for a chain."""
         machine = self.lab.machine("third", self.source.release)
-        self.machines.append(machine)
-        return machine
+        try:
+            yield machine
+        finally:
+            machine.close()
 
     def __exit__(self, *exc: object) -> None:
-        for machine in self.machines:
+        for machine in (self.source, self.backup):
             machine.close()
 
     def fresh(self) -> Site:
@@ -50,6 +61,25 @@ class Pair(contextlib.AbstractContextManager["Pair"]):
         renew(self.source, "backuppool")
         renew(self.backup, "offsite")
         return Site(self, self.source, self.backup)
+
+
+class Keeper:
+    """Keeps a pair of machines as long as the next one that is asked for is of the same release."""
+
+    def __init__(self, lab: Lab) -> None:
+        self.lab = lab
+        self.pair: Pair | None = None
+
+    def pair_of(self, release: str) -> Pair:
+        if self.pair is None or self.pair.releases != (release, release):
+            self.clear()
+            self.pair = Pair(self.lab, release)
+        return self.pair
+
+    def clear(self) -> None:
+        if self.pair is not None:
+            self.pair.__exit__()
+            self.pair = None
 
 
 def renew(machine: Machine, pool: str) -> None:

@@ -20,9 +20,9 @@ HELLO = "ssh -o ConnectTimeout=3 source hostname"
 
 
 @pytest.fixture(scope="module", params=["bookworm", "trixie"])
-def machines(request: pytest.FixtureRequest, lab: Lab) -> Iterator[list[Machine]]:
+def machines(request: pytest.FixtureRequest, free_lab: Lab) -> Iterator[list[Machine]]:
     """`source` and `backup` of one release, each with a pool `tank`."""
-    started = lab.machines(["source", "backup"], request.param)
+    started = free_lab.machines(["source", "backup"], request.param)
     for machine in started:
         machine.run("zpool create tank /dev/disk/by-id/virtio-data")
     yield started

@@ -38,9 +38,9 @@ minutes, and the third scenario."""
 
 
 @pytest.fixture(scope="module")
-def bench(request: pytest.FixtureRequest, lab: Lab) -> Iterator[Bench]:
+def bench(request: pytest.FixtureRequest, free_lab: Lab) -> Iterator[Bench]:
     """Machines for all faults of a release, which therefore run on one worker."""
-    with Pair(lab, request.param) as pair:
+    with Pair(free_lab, request.param) as pair:
         yield Bench(pair)
 
 

@@ -69,6 +69,7 @@ def test_frozen_peer_during_a_stream(site: Site) -> None:
     goes_on(site)
 
 
+@pytest.mark.either
 def test_lost_link_is_retried_and_the_stream_resumed(site: Site) -> None:
     plant_big(site)
     running = site.start("-v", "--retries", "3")
@@ -80,6 +81,7 @@ def test_lost_link_is_retried_and_the_stream_resumed(site: Site) -> None:
     site.assert_in_step()
 
 
+@pytest.mark.either
 def test_signals_end_everything_and_leave_a_resumable_state(site: Site) -> None:
     plant_big(site, "50M")
     for signal, status in (("TERM", 143), ("INT", 130), ("HUP", 129)):
@@ -92,6 +94,7 @@ def test_signals_end_everything_and_leave_a_resumable_state(site: Site) -> None:
     goes_on(site)
 
 
+@pytest.mark.either
 def test_receive_that_outlives_its_killed_run_is_reported_and_left_alone(site: Site) -> None:
     plant_big(site, "80M")
     running = site.start()
@@ -106,6 +109,7 @@ def test_receive_that_outlives_its_killed_run_is_reported_and_left_alone(site: S
     site.assert_in_step()
 
 
+@pytest.mark.either
 def test_run_that_stands_still_is_named(site: Site) -> None:
     plant_big(site)
     running = site.start()

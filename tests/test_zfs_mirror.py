@@ -93,6 +93,7 @@ def test_intermediates_pulls_every_snapshot_between(site: Site) -> None:
     site.assert_in_step()
 
 
+@pytest.mark.either
 def test_new_child_later_and_child_gone_at_the_source(site: Site) -> None:
     site.plant("www", "mail")
     site.snapshot("monday")
@@ -118,6 +119,7 @@ def test_parent_without_snapshot_becomes_a_placeholder_and_later_a_mirror(site: 
     assert site.checksums(site.backup, MIRROR) == site.checksums(site.source, TREE)
 
 
+@pytest.mark.either
 def test_tree_without_any_snapshot_creates_nothing(site: Site) -> None:
     site.plant("www")
     site.replicate_silently()
@@ -133,6 +135,7 @@ def test_existing_empty_target_is_accepted(site: Site) -> None:
     assert site.checksums(site.backup, MIRROR) == site.checksums(site.source, TREE)
 
 
+@pytest.mark.either
 def test_renamed_source_snapshot_is_still_the_base(site: Site) -> None:
     site.plant("www")
     site.snapshot("monday")
@@ -145,6 +148,7 @@ def test_renamed_source_snapshot_is_still_the_base(site: Site) -> None:
     site.assert_in_step()
 
 
+@pytest.mark.either
 def test_bookmark_serves_as_base_when_its_snapshot_is_gone(site: Site) -> None:
     site.plant("www")
     site.snapshot("monday")
@@ -162,6 +166,7 @@ def test_bookmark_serves_as_base_when_its_snapshot_is_gone(site: Site) -> None:
     site.assert_in_step()
 
 
+@pytest.mark.either
 def test_names_with_spaces_also_trailing_ones(site: Site) -> None:
     site.source.run(f"zfs create -p '{TREE}/my files/a ' && head -c 9999 /dev/urandom > '/{TREE}/my files/a /f'")
     site.snapshot("first day ")
@@ -172,6 +177,7 @@ def test_names_with_spaces_also_trailing_ones(site: Site) -> None:
     site.assert_in_step()
 
 
+@pytest.mark.either
 def test_thousand_snapshots(site: Site) -> None:
     site.source.run(f"zfs create -p {TREE}/a && zfs create {TREE}/b && zfs create {TREE}/c")
     site.snapshot("first")
@@ -249,6 +255,7 @@ def interrupt(site: Site) -> None:
     site.source.netem()
 
 
+@pytest.mark.either
 def test_localhost_runs_without_ssh(site: Site) -> None:
     site.source.run(
         f"zfs create -p {TREE}/www && truncate -s 4G /var/tmp/pool && zpool create -f offsite /var/tmp/pool"
