@@ -127,7 +127,9 @@ class Snapshot:
 
     `guid` is the same on every pool the snapshot was sent to, whatever it is called there. `createtxg` orders the
     snapshots of one pool (`creation`, in seconds since 1970, may tie or run backwards). `tags` are those of the holds
-    on it; None means that they could not be read, which is never taken for "not held".
+    on it; None means that they could not be read, which is never taken for "not held". `ivset` is a number that every
+    encrypted snapshot gets and only a raw stream takes along; 0 without encryption. `cloned` says that a dataset of
+    the tree is its clone.
     """
 
     name: str
@@ -135,6 +137,8 @@ class Snapshot:
     createtxg: int
     creation: int
     tags: frozenset[str] | None = frozenset()
+    ivset: int = 0
+    cloned: bool = False
 
     @property
     def is_bookmark(self) -> bool:
@@ -165,8 +169,10 @@ class Partial:
 class Dataset:
     """A filesystem or volume and its history. Snapshots and bookmarks are kept oldest first, however they came in.
 
-    `vacant` says of a local filesystem without snapshots that it is known to hold no file, so that a first receive
-    may take its place; `changed` of a local dataset that zfs found it changed since its newest snapshot.
+    `origin` names the snapshot of which it is a clone. `inherited` are the snapshots of other datasets of its tree that
+    are part of its history: its origin, and what came before that. `vacant` says of a local filesystem without
+    snapshots that it is known to hold no file, so that a first receive may take its place; `changed` of a local
+    dataset that zfs found it changed since its newest snapshot.
     """
 
     name: str
@@ -175,17 +181,23 @@ class Dataset:
     bookmarks: tuple[Snapshot, ...] = ()
     partial: Partial | None = None
     encrypted: bool = False
+    origin: str = ""
+    inherited: tuple[Snapshot, ...] = ()
     vacant: bool = False
     changed: bool = False
 
     def __post_init__(self) -> None:
-        for field in ("snapshots", "bookmarks"):
+        for field in ("snapshots", "bookmarks", "inherited"):
             ordered = tuple(sorted(getattr(self, field), key=lambda snapshot: snapshot.createtxg))
             object.__setattr__(self, field, ordered)
 
     def find(self, guid: int | None) -> Snapshot | None:
         """The snapshot with this guid, bookmarks left out."""
         return next((snapshot for snapshot in self.snapshots if snapshot.guid == guid), None)
+
+    def twin(self, snapshot: Snapshot) -> Snapshot | None:
+        """What a snapshot of the other side is here, be it by inheritance."""
+        return next((own for own in self.inherited + self.snapshots if own.guid == snapshot.guid), None)
 
 
 Tree = dict[str, Dataset]
@@ -255,11 +267,16 @@ class Policy:
     keep_min: int = 0
     selection: Selection = Selection()
     properties: Properties = Properties()
+    decrypt: bool = False
 
     @property
     def received_tag(self) -> str:
         """The tag of our holds on the local side; it differs from `tag` so that A -> B -> C can share one tag."""
         return f"{self.tag}:received"
+
+    def raw(self, source: Dataset) -> bool:
+        """Whether a dataset is sent as it is stored, encrypted, so that its key is needed nowhere."""
+        return source.encrypted and not self.decrypt
 
     def mark(self, guid: int) -> str:
         """The name of our own bookmark of a snapshot. The guid is in it so that mirrors of one source do not clash."""
@@ -273,19 +290,23 @@ class Policy:
 class Receive:
     """Receive `snapshot`: in full, or from `base` (a snapshot or bookmark of the source) up to it.
 
-    The snapshots `between` come along; `token` goes on with an interrupted receive instead.
+    The snapshots `between` come along; `token` goes on with an interrupted receive instead. With an `origin`, the name
+    of a local snapshot, the dataset is new here, and becomes a clone of that one, as it is one of `base` there.
     """
 
     snapshot: Snapshot
     base: Snapshot | None = None
     between: tuple[Snapshot, ...] = ()
     token: str | None = None
+    origin: str = ""
 
     def __str__(self) -> str:
         if self.token:
             return f"rest of {self.snapshot.short}"
         if self.base is None:
             return f"full {self.snapshot.short}"
+        if self.origin:
+            return f"{self.snapshot.short}, as a clone of {self.origin}"
         return f"{self.base.short} {'...' if self.between else '->'} {self.snapshot.short}"
 
 
@@ -414,7 +435,14 @@ class Expiry:
 # ---------------------------------------------------------------------------------------------------------------------
 
 LIST_KINDS = "filesystem,volume,snapshot,bookmark"
-LIST_COLUMNS = ("name", "type", "guid", "createtxg", "creation", "userrefs", "receive_resume_token", "encryption")
+LIST_COLUMNS = (
+    "name", "type", "guid", "createtxg", "creation", "userrefs", "receive_resume_token", "encryption", "origin",
+    "ivsetguid",
+)  # fmt: skip
+
+
+NO_TAGS: frozenset[str] = frozenset()
+"""One for all: with 100,000 snapshots, each with an empty set of its own, that would be 20 MiB."""
 
 
 def fields(text: str, count: int) -> Iterator[list[str]]:
@@ -423,10 +451,10 @@ def fields(text: str, count: int) -> Iterator[list[str]]:
     Raises Failure on a row of another width: guessing here could end in destroying the wrong thing.
     """
     # Not splitlines(): it also cuts at characters that a hold tag of somebody else's may contain.
-    *lines, rest = text.split("\n")
-    if rest:
-        raise Failure(f"zfs printed a line without an end: {rest!r}")
-    for line in lines:
+    if text and not text.endswith("\n"):
+        raise Failure(f"zfs printed a line without an end: {text[-80:]!r}")
+    for found in re.finditer(".*\n", text):
+        line = found[0][:-1]
         row = line.split("\t")
         if len(row) != count:
             raise Failure(f"zfs printed a line of {len(row)} columns where {count} were asked for: {line!r}")
@@ -441,13 +469,16 @@ def parse_tree(text: str, root: str) -> tuple[Tree, list[str]]:
     datasets: dict[str, Dataset] = {}
     points: dict[str, list[Snapshot]] = {}
     held = []
-    for name, kind, guid, createtxg, creation, userrefs, token, encryption in fields(text, len(LIST_COLUMNS)):
+    for row in fields(text, len(LIST_COLUMNS)):
+        name, kind, guid, createtxg, creation, userrefs, token, encryption, origin, ivset = row
         if kind in ("filesystem", "volume"):
             partial = None if token in ("-", "") else Partial(token, None, None)
-            datasets[name] = Dataset(name, kind, partial=partial, encrypted=encryption not in ("off", "-"))
+            encrypted = encryption not in ("off", "-")
+            datasets[name] = Dataset(name, kind, partial=partial, encrypted=encrypted, origin=origin.strip("-"))
             continue
         unheld = userrefs in ("-", "0")
-        point = Snapshot(name, int(guid), int(createtxg), int(creation), frozenset() if unheld else None)
+        tags = NO_TAGS if unheld else None
+        point = Snapshot(name, int(guid), int(createtxg), int(creation), tags, int(ivset.replace("-", "0")))
         points.setdefault(re.split("[@#]", name)[0], []).append(point)
         if not unheld:
             held.append(name)
@@ -477,6 +508,26 @@ def with_tags(tree: Tree, tags: dict[str, frozenset[str]]) -> Tree:
     return {key: replace(dataset, snapshots=tuple(map(fill, dataset.snapshots))) for key, dataset in tree.items()}
 
 
+def with_clones(tree: Tree) -> Tree:
+    """The tree with what its clones and their origins are to each other; an origin outside the tree is not known."""
+    owners = {dataset.name: dataset for dataset in tree.values()}
+    origins = {dataset.origin for dataset in tree.values()}
+
+    def inherited(dataset: Dataset) -> tuple[Snapshot, ...]:
+        owner = owners.get(dataset.origin.partition("@")[0])
+        own = owner.snapshots if owner else ()
+        names = [snapshot.name for snapshot in own]
+        if owner is None or dataset.origin not in names:
+            return ()
+        return inherited(owner) + own[: names.index(dataset.origin) + 1]
+
+    def related(dataset: Dataset) -> Dataset:
+        marked = (replace(s, cloned=True) if s.name in origins else s for s in dataset.snapshots)
+        return replace(dataset, snapshots=tuple(marked), inherited=inherited(dataset))
+
+    return {key: related(dataset) for key, dataset in tree.items()}
+
+
 def parse_token(token: str, text: str) -> Partial:
     """A resume token from what `zfs send -nvt TOKEN` says of it, on either stream and whatever its exit status."""
 
@@ -504,12 +555,13 @@ DAY = 24 * 60 * 60
 
 
 def newest_mutual(source: Dataset, local: Dataset) -> Mutual | None:
-    """The newest point of the source whose guid the local dataset also has; a snapshot before its bookmark."""
+    """The newest point of the source whose guid the local dataset also has; a snapshot before its bookmark, and that
+    before an inherited snapshot, which it may be since a clone was promoted and got the snapshots of its origin."""
     ours = {snapshot.guid: snapshot for snapshot in local.snapshots}
-    known = [point for point in source.snapshots + source.bookmarks if point.guid in ours]
+    known = [point for point in source.snapshots + source.bookmarks + source.inherited if point.guid in ours]
     if not known:
         return None
-    newest = max(known, key=lambda point: (point.createtxg, not point.is_bookmark))
+    newest = max(known, key=lambda point: point.createtxg)
     return Mutual(newest, ours[newest.guid])
 
 
@@ -518,8 +570,13 @@ def newest_held(source: Dataset, local: Dataset) -> Mutual | None:
     return newest_mutual(replace(source, bookmarks=()), local)
 
 
-def plan_dataset(source: Dataset, local: Dataset | None, policy: Policy, local_name: str) -> Plan:
-    """Decide how `local` (None: not there yet), to be called `local_name`, gets in step with `source`."""
+def plan_dataset(
+    source: Dataset, local: Dataset | None, policy: Policy, local_name: str, origin: Snapshot | None = None
+) -> Plan:
+    """Decide how `local` (None: not there yet), to be called `local_name`, gets in step with `source`.
+
+    `origin` is the local snapshot that is to it what its origin is to the source, if there is one.
+    """
     if local is not None and local.kind != source.kind:
         return Blocked(
             f"{source.name} is a {source.kind}, but {local.name} is a {local.kind} ({newest_of(source, local)})",
@@ -527,17 +584,17 @@ def plan_dataset(source: Dataset, local: Dataset | None, policy: Policy, local_n
             (Quarantine(),),
         )
     if local is not None and local.partial is not None:
-        return plan_partial(source, local, local.partial, policy)
+        return plan_partial(source, local, local.partial, policy, origin)
     if not policy.selection.of_snapshots(source.snapshots):
         return UpToDate()
     if local is None or not local.snapshots:
-        return plan_first(source, local, policy, local_name)
+        return plan_first(source, local, policy, local_name, origin)
     return plan_next(source, local, policy)
 
 
-def plan_partial(source: Dataset, local: Dataset, partial: Partial, policy: Policy) -> Plan:
-    """An interrupted receive goes on if its base still is the newest local snapshot, the source still owns both ends
-    of it, and sends it in the same way (raw or plain: they do not mix, https://github.com/openzfs/zfs/issues/8758);
+def plan_partial(source: Dataset, local: Dataset, partial: Partial, policy: Policy, origin: Snapshot | None) -> Plan:
+    """An interrupted receive goes on if its base still is the newest local snapshot (or the origin of what is to become
+    a clone), the source still owns both ends of it, and sends it in the same way (raw or plain: they do not mix, https://github.com/openzfs/zfs/issues/8758);
     else it is given up, and planned anew. What is to follow is part of the plan: it must be held as well.
 
     Giving up a first receive destroys the local dataset (that was all there is of it), so plan as if it were absent.
@@ -550,15 +607,15 @@ def plan_partial(source: Dataset, local: Dataset, partial: Partial, policy: Poli
         )
     whole = replace(local, partial=None)
     target = source.find(partial.to_guid)
-    base = local.snapshots[-1] if local.snapshots else None
-    bases = {None, *(point.guid for point in source.snapshots + source.bookmarks)}
+    base = local.snapshots[-1] if local.snapshots else origin if local.origin else None
+    bases = {None, *(point.guid for point in source.inherited + source.snapshots + source.bookmarks)}
     ends_match = target and partial.from_guid in bases and partial.from_guid == (base and base.guid)
-    if target and ends_match and partial.raw == source.encrypted and not local.changed:
+    if target and ends_match and partial.raw == policy.raw(source) and not local.changed:
         # Take it for arrived, to plan what follows.
         arrived = replace(target, createtxg=base.createtxg + 1 if base else 0)
         rest = plan_dataset(source, replace(whole, snapshots=(*local.snapshots, arrived)), policy, local.name)
         return Transfer((Receive(target, token=partial.token), *steps_of(rest)))
-    rest = plan_dataset(source, whole if local.snapshots else None, policy, local.name)
+    rest = plan_dataset(source, whole if local.snapshots else None, policy, local.name, origin)
     return rest if isinstance(rest, Blocked) else Transfer((Abandon(partial), *steps_of(rest)))
 
 
@@ -567,12 +624,21 @@ def steps_of(plan: Plan) -> tuple[Step, ...]:
 
 
 def incoming(later: Sequence[Snapshot], policy: Policy) -> Sequence[Snapshot]:
-    """Of the snapshots that we lack, those that will be ours."""
-    return later if policy.intermediates else later[-1:]
+    """Of the snapshots that we lack, those that will be ours: the newest, those that have clones, or all."""
+    return [it for it in later if policy.intermediates or it.cloned or it is later[-1]]
 
 
-def plan_first(source: Dataset, local: Dataset | None, policy: Policy, local_name: str) -> Plan:
-    """A full stream: of the newest snapshot, or with intermediates of the oldest and then of all that follow."""
+def plan_first(
+    source: Dataset, local: Dataset | None, policy: Policy, local_name: str, origin: Snapshot | None
+) -> Plan:
+    """A stream of the first snapshot that is to come, in full or on its origin; then of those that follow."""
+    if local is not None and (local.encrypted or policy.raw(source)) and not local.origin:
+        return Blocked(
+            f"{local.name} is already here, and zfs receives no first stream into a dataset if either is encrypted "
+            f"({newest_of(source, local)})",
+            "mirror to a dataset that is not there yet with -l; or, if nothing in it is needed, destroy it yourself",
+            (Quarantine(),),
+        )
     if local is not None and not local.vacant:
         return Blocked(
             f"{local.name} is not empty: it holds data but no snapshot, and a first receive would overwrite it "
@@ -582,7 +648,10 @@ def plan_first(source: Dataset, local: Dataset | None, policy: Policy, local_nam
         )
     arrivals = incoming(policy.selection.of_snapshots(source.snapshots), policy)
     oldest, *later = arrivals
-    return too_long(arrivals, local_name) or Transfer((Receive(oldest), *steps_between(source, oldest, later)))
+    first = Receive(oldest)
+    if origin and local is None:
+        first = Receive(oldest, source.inherited[-1], origin=origin.name)
+    return too_long(arrivals, local_name) or Transfer((first, *steps_between(source, oldest, later)))
 
 
 def plan_next(source: Dataset, local: Dataset, policy: Policy) -> Plan:
@@ -595,11 +664,59 @@ def plan_next(source: Dataset, local: Dataset, policy: Policy) -> Plan:
     if not arrivals:
         return UpToDate()
     return (
-        diverged(source, local, mutual, policy)
+        handed_over(source, local, mutual)
+        or recoded(source, local, mutual, policy)
+        or diverged(source, local, mutual, policy)
         or clashing(arrivals, source, local)
         or too_long(arrivals, local.name)
         or Transfer(tuple(steps_between(source, mutual.source, arrivals)))
     )
+
+
+def in_order(tree: Tree) -> list[str]:
+    """The datasets of a tree, parents before their children, and origins before their clones where both can be: of a
+    circle (of a filesystem that is a clone of a promoted child) one goes before its origin."""
+    keys = {dataset.name: key for key, dataset in tree.items()}
+    done: dict[str, None] = {}
+    waiting = sorted(tree, key=lambda key: key.split("/"))
+    while waiting:
+        free = []
+        for key in waiting:
+            parent, origin = key.rpartition("/")[0], keys.get(tree[key].origin.partition("@")[0])
+            if not key or parent in done or parent not in tree:
+                free.append(key)
+                if origin is None or origin in done:
+                    done[key] = None
+        if not any(key in done for key in free):
+            done[free[0]] = None
+        waiting = [key for key in waiting if key not in done]
+    return list(done)
+
+
+ASIDE = ".quarantine-"
+"""In the name of what was renamed aside; the date follows."""
+
+
+def strays(source: Tree, target: Tree) -> Tree:
+    """Local datasets that mirror nothing of their own name, and were not set aside."""
+    return {
+        key: local
+        for key, local in target.items()
+        if key and ASIDE not in key and not (key in source and newest_mutual(source[key], local))
+    }
+
+
+def former_key(source: Dataset, key: str, strays: Tree) -> str | None:
+    """Which stray is the mirror of a dataset that is missing here under its own name, for it was renamed at the
+    source: it has a snapshot of it, and is the only one that does."""
+    found = [
+        old
+        for old, local in strays.items()
+        if local.kind == source.kind
+        and not f"{key}/".startswith(f"{old}/")
+        and any(local.find(snapshot.guid) for snapshot in source.snapshots)
+    ]
+    return found[0] if len(found) == 1 else None
 
 
 def newest_of(source: Dataset, local: Dataset) -> str:
@@ -624,6 +741,41 @@ def strangers(source: Dataset, local: Dataset, policy: Policy) -> Blocked:
     )
 
 
+def handed_over(source: Dataset, local: Dataset, mutual: Mutual) -> Blocked | None:
+    """Refuse what zfs recv does: to go on from an origin, it takes the stream for that of a new dataset."""
+    if mutual.source not in source.inherited:
+        return None
+    return Blocked(
+        f"{source.name} is a clone of its former clone by now: the newest snapshot of its that {local.name} has is "
+        f"{mutual.source.name}, and zfs receives no increment from there ({newest_of(source, local)})",
+        "destroy neither before a fresh copy is here, which will be a clone as well",
+        (Quarantine(),),
+    )
+
+
+def recoded(source: Dataset, local: Dataset, mutual: Mutual, policy: Policy) -> Blocked | None:
+    """Refuse to change between raw and plain streams of an encrypted dataset: they do not mix, though guids match
+    (https://github.com/openzfs/zfs/issues/8758)."""
+    if not mutual.source.ivset:
+        return None
+    is_raw = mutual.source.ivset == mutual.local.ivset
+    if is_raw and not policy.raw(source):
+        return Blocked(
+            f"{local.name} mirrors {source.name} as it is stored, encrypted, and decrypted streams do not go with that "
+            f"({newest_of(source, local)})",
+            "leave --decrypt out, to go on as it began",
+            (Quarantine(),),
+        )
+    if policy.raw(source) and not is_raw:
+        return Blocked(
+            f"{local.name} mirrors {source.name} decrypted, and streams of what is stored do not go with that "
+            f"({newest_of(source, local)})",
+            "add --decrypt, to go on as it began",
+            (Quarantine(),),
+        )
+    return None
+
+
 def diverged(source: Dataset, local: Dataset, mutual: Mutual, policy: Policy) -> Blocked | None:
     """Refuse to pull onto what was made here: newer snapshots, or changes that are in none."""
     ahead = [snapshot for snapshot in local.snapshots if snapshot.createtxg > mutual.local.createtxg]
@@ -643,7 +795,7 @@ def diverged(source: Dataset, local: Dataset, mutual: Mutual, policy: Policy) ->
 
 def reasons_to_spare(snapshot: Snapshot, source: Dataset, policy: Policy) -> Iterator[str]:
     """What speaks against destroying a local snapshot that was made here: holds, but not our own of an earlier run."""
-    twin = source.find(snapshot.guid)
+    twin = source.twin(snapshot)
     if snapshot.tags is None or (twin and twin.tags is None):
         yield "its holds could not be read"
     elif snapshot.tags - {policy.received_tag}:
@@ -654,11 +806,12 @@ def reasons_to_spare(snapshot: Snapshot, source: Dataset, policy: Policy) -> Ite
 
 def steps_between(source: Dataset, base: Snapshot, arrivals: Sequence[Snapshot]) -> Iterator[Receive]:
     """From `base` by all `arrivals`, in few streams: one with -I brings several, if nothing else lies between them
-    and its base, and that is no bookmark."""
+    and its base, and that is neither a bookmark nor inherited."""
     place = {snapshot.guid: number for number, snapshot in enumerate(source.snapshots)}
     stretch: list[Snapshot] = []
     for snapshot in arrivals:
-        if stretch and (base.is_bookmark or place[snapshot.guid] - place[base.guid] != len(stretch) + 1):
+        own = not base.is_bookmark and base.guid in place
+        if stretch and not (own and place[snapshot.guid] - place[base.guid] == len(stretch) + 1):
             yield Receive(stretch[-1], base, tuple(stretch[:-1]))
             base, stretch = stretch[-1], []
         stretch.append(snapshot)
@@ -690,8 +843,9 @@ def too_long(arrivals: Iterable[Snapshot], local_name: str) -> Blocked | None:
     return None
 
 
-def converge_holds(source: Dataset, local: Dataset | None, policy: Policy) -> HoldMoves:
-    """What brings our holds to where they belong: on the newest mutual snapshot, and on the target of a live token.
+def converge_holds(source: Dataset, local: Dataset | None, policy: Policy, heirs: Iterable[int] = ()) -> HoldMoves:
+    """What brings our holds to where they belong: on the newest mutual snapshot, and on the target of a live token;
+    also on those guids of the source that its `heirs` have inherited and need.
 
     A local dataset whose history has nothing in common with the source is left alone, holds and all: the hold may be
     the last thing that lets it be repaired. Tags that could not be read are not released, and with a token that
@@ -701,7 +855,7 @@ def converge_holds(source: Dataset, local: Dataset | None, policy: Policy) -> Ho
     if local and local.snapshots and mutual is None:
         return HoldMoves()
     held = newest_held(source, local) if local else None
-    on_source = {held.source.guid} if held else set()
+    on_source = {*heirs, *([held.source.guid] if held else ())}
     if local and local.partial and local.partial.to_guid is not None:
         on_source.add(local.partial.to_guid)
     place_source, release_source = moves(source, policy.tag, on_source)
@@ -711,11 +865,22 @@ def converge_holds(source: Dataset, local: Dataset | None, policy: Policy) -> Ho
     return HoldMoves(place_source, place_local, release_source, release_local)
 
 
+def heirs(source: Tree, target: Tree) -> dict[str, set[int]]:
+    """By dataset of the source, which of its snapshots are the newest mutual ones of clones that inherited them."""
+    found: dict[str, set[int]] = {}
+    for key, dataset in source.items():
+        local = target.get(key)
+        held = newest_held(dataset, local) if local and dataset.inherited else None
+        if held and held.source in dataset.inherited:
+            found.setdefault(held.source.name.partition("@")[0], set()).add(held.source.guid)
+    return found
+
+
 def converge_bookmarks(source: Dataset, local: Dataset | None, policy: Policy) -> BookmarkMoves:
     """What brings our own bookmark to the newest mutual snapshot, and to it alone. None goes without that one there:
     without a common point, or with another's bookmark as the only one, ours may be the last that is left."""
     mutual = newest_mutual(source, local) if local else None
-    if mutual is None:
+    if mutual is None or mutual.source in source.inherited:  # of another dataset's snapshot we make none
         return BookmarkMoves()
     there = {point.name for point in source.bookmarks}
     wanted = source.name + policy.mark(mutual.source.guid)
@@ -759,11 +924,13 @@ def expire(source: Dataset | None, local: Dataset, policy: Policy, now: int) -> 
 
 def reason_to_keep(snapshot: Snapshot, source: Dataset, local: Dataset, mutual: Mutual, policy: Policy) -> str | None:
     """Why a local snapshot must not be expired however old it is; None if nothing speaks for it."""
-    twin = source.find(snapshot.guid)
+    twin = source.twin(snapshot)
     if snapshot.guid == mutual.local.guid:
         return "the newest common snapshot"
     if local.partial and local.partial.from_guid in (snapshot.guid, None) and local.snapshots:
         return "the base of an interrupted receive, or may be"
+    if snapshot.cloned:
+        return "a dataset here is its clone"
     if snapshot.tags is None:
         return "its holds could not be read"
     if snapshot.tags:
@@ -847,7 +1014,7 @@ def rollback(to: Snapshot) -> Command:
     return ("zfs", "rollback", "-r", to.name)
 
 
-def rename_aside(name: str, new_name: str) -> Command:
+def rename(name: str, new_name: str) -> Command:
     return ("zfs", "rename", name, new_name)
 
 
@@ -871,20 +1038,40 @@ def create_parent(name: str) -> Command:
     return ("zfs", "create", "-u", "-o", "canmount=off", name)
 
 
-def send(dataset: Dataset, step: Receive) -> Command:
-    """The sending end of a step.
+STREAM_FLAGS = {"-L": ("large_blocks",), "-c": ("lz4_compress", "zstd_compress")}
+"""What a stream keeps as it is stored, blocks over 128 KiB and compressed ones, and what a pool must know for that."""
 
-    The flags are one fixed choice for a dataset's whole life (large blocks, compressed as stored, properties):
-    toggling -L between increments lost data once (https://github.com/openzfs/zfs/issues/6224) and is refused since.
-    An encrypted dataset goes raw, so its key is needed nowhere; -p without -w is refused for it.
-    """
+
+def stream_flags(features: Iterable[str]) -> Command:
+    """The flags for a pool with these features: a fixed choice, for pools gain features and never lose one. Dropping
+    -L between increments lost data once (https://github.com/openzfs/zfs/issues/6224) and is refused since."""
+    return tuple(flag for flag, needs in STREAM_FLAGS.items() if set(needs) <= set(features))
+
+
+FEATURE_BITS = {
+    19: "large_blocks", 23: "large_dnode", 24: "encryption", 25: "zstd_compress", 28: "longname", 29: "large_microzap",
+}  # fmt: skip
+"""What a stream may need of the pool that receives it, by the bit that says so (zfs_ioctl.h of OpenZFS)."""
+
+
+def lacking(said: str, features: Iterable[str]) -> list[str]:
+    """Which features a pool with these `features` has to gain, after what zfs recv said of a stream."""
+    flags = re.search("unsupported feature, feature flags = ([0-9a-f]+)", said)
+    if not flags and "pool must be upgraded" not in said:
+        return []
+    bits = int(flags[1], 16) if flags else -1  # it does not say: any of them
+    return [name for bit, name in FEATURE_BITS.items() if bits >> bit & 1 and name not in features]
+
+
+def send(dataset: Dataset, step: Receive, raw: bool, flags: Command) -> Command:
+    """The sending end of a step. With properties; but zfs sends those of an encrypted dataset in raw streams only."""
     if step.token:
         return ("zfs", "send", "-t", step.token)
-    flags = ("-w",) if dataset.encrypted else ()
     base: Command = ()
     if step.base is not None:
         base = ("-I" if step.between else "-i", step.base.name)
-    return ("zfs", "send", "-L", "-c", "-p", *flags, *base, step.snapshot.name)
+    how = ("-p", "-w") if raw else () if dataset.encrypted else ("-p",)
+    return ("zfs", "send", *flags, *how, *base, step.snapshot.name)
 
 
 # Limits are set to none and not only left out: before OpenZFS 2.2 every second increment takes over what -x excludes.
@@ -907,7 +1094,21 @@ OF_FILESYSTEMS = (
 OF_VOLUMES = "volblocksize volsize volthreading"
 
 
-def receive(source: Dataset, local: Dataset | None, name: str, properties: Properties = Properties()) -> Command:
+def birth(source: Dataset, parent: Dataset | None, step: Receive, policy: Policy) -> Command:
+    """What a dataset gets at its first receive alone, with `parent` above it at the source: its origin, and encryption.
+
+    A plain stream says "encryption=off", which would undo what a local parent gives its children. But below one that
+    we mirror raw, whose key is not here, that is right.
+    """
+    origin = ("-o", f"origin={step.origin}") if step.origin else ()
+    if source.encrypted:
+        return origin
+    return (*origin, *(("-o", "encryption=off") if parent and policy.raw(parent) else ("-x", "encryption")))
+
+
+def receive(
+    source: Dataset, local: Dataset | None, name: str, properties: Properties = Properties(), born: Command = ()
+) -> Command:
     """The receiving end of a step: resumable, unmounted, and read-only from the first moment.
 
     What we set on the first receive stays as the administrator left it later: increments leave those properties out.
@@ -923,6 +1124,8 @@ def receive(source: Dataset, local: Dataset | None, name: str, properties: Prope
     else:
         left_out += values
     options += [word for key in left_out for word in ("-x", key)]
+    if local is None:
+        options += born
     force = ("-F",) if local and local.vacant else ()
     return ("zfs", "recv", "-s", "-u", *force, *options, name)
 
@@ -933,6 +1136,11 @@ def abandon(name: str) -> Command:
 
 def decode_token(token: str) -> Command:
     return ("zfs", "send", "-nvt", token)
+
+
+def list_features(pool: str) -> Command:
+    """Prints properties of the pool; among them one of `disabled`, `enabled`, `active` for each `feature@NAME`."""
+    return ("zpool", "get", "-Hp", "-o", "property,value", "all", pool)
 
 
 def settle(pool: str) -> Command:
@@ -1583,6 +1791,12 @@ def stalled(patience: float, moved: int, running: Sequence[str]) -> StreamFailed
 
 SSH_FAILED = 255
 
+REMEDIES = {
+    "dataset key must be loaded": "load it at the source (zfs load-key), or mirror raw, to another place",
+    "inherited key must be loaded": "load the key of the local parent (zfs load-key)",
+}
+"""What to do when zfs send or zfs recv says so."""
+
 
 def blame(ended: Sequence[tuple[str, int, str]]) -> None:
     """Raise for the stages that failed, given with exit status and last words: what those say that say something."""
@@ -1591,8 +1805,9 @@ def blame(ended: Sequence[tuple[str, int, str]]) -> None:
         return
     silent = [f"{program} ended {f'with status {n}' if n > 0 else f'by signal {-n}'}" for program, n, _ in failed]
     what = "; ".join([f"{program}: {text}" for program, _, text in failed if text] or silent)
+    hint = next((remedy for words, remedy in REMEDIES.items() if words in what), "")
     # ssh ends with 255 if the link broke, or if a signal ended the command there; else with the command's own status.
-    raise StreamFailed(f"the stream failed: {what}", link_held=ended[0][1] != SSH_FAILED)
+    raise StreamFailed(f"the stream failed: {what}", hint, link_held=ended[0][1] != SSH_FAILED)
 
 
 def pull(source: Host, sending: Command, target: Host, receiving: Command, transport: Transport) -> None:
@@ -1737,8 +1952,8 @@ def read_tree(host: Host, root: str, selection: Selection) -> tuple[Tree, Failur
         except Failure as failure:
             refused = failure
         else:
-            return with_tags(tree, tags), None
-    return tree, refused
+            return with_clones(with_tags(tree, tags)), None
+    return with_clones(tree), refused
 
 
 def says_absent(answer: Answer, name: str) -> bool:
@@ -1759,6 +1974,7 @@ def place_holds(host: Host, tag: str, names: Iterable[str]) -> dict[str, str]:
 
 
 PARENT_FIRST = "it follows when its parent's failure is mended"
+ORIGIN_FIRST = "it follows, as a clone, when the failure of its origin's dataset is mended"
 
 
 class Run:
@@ -1772,7 +1988,10 @@ class Run:
         self.report = report
         self.source: Tree = {}
         self.target: Tree = {}
+        self.strays: Tree = {}  # what is here of datasets that were renamed, or are gone at the source
         self.existing: list[str] = []  # of the lineage of the local root
+        self.features: list[str] | None = None  # of the local pool
+        self.order: list[str] = []  # of the datasets of the source
         self.held: set[str] = set()  # source snapshots that we have placed our tag on
         self.lost: tuple[str, LinkLost] | None = None  # what was at work when the link broke
 
@@ -1809,6 +2028,7 @@ class Run:
         self.target = self.read(self.target_host, names[-1]) if names[-1] in self.existing else {}
         for key in self.target:
             self.target[key] = self.examine(key, self.target[key])
+        self.strays = strays(self.source, self.target)
 
     def read(self, host: Host, root: str) -> Tree:
         tree, failure = read_tree(host, root, self.policy.selection)
@@ -1867,12 +2087,43 @@ class Run:
             self.report.failure(self.policy.target_root, failure)
 
     def decide(self, key: str) -> Plan:
-        return plan_dataset(self.source[key], self.target.get(key), self.policy, self.local_name(key))
+        origin = self.local_origin(key)
+        return plan_dataset(self.source[key], self.target.get(key), self.policy, self.local_name(key), origin)
+
+    def local_origin(self, key: str) -> Snapshot | None:
+        """What is here of the snapshot of which a dataset is a clone at the source."""
+        inherited = self.source[key].inherited
+        twins = (local.find(inherited[-1].guid) for local in self.target.values()) if inherited else ()
+        return next(filter(None, twins), None)
+
+    def origin_to_come(self, key: str) -> bool:
+        """Whether the origin of a clone should have been here by now, and will be when a failure is mended."""
+        inherited = self.source[key].inherited
+        if not inherited:
+            return False
+        owner = inherited[-1].name.partition("@")[0][len(self.policy.source_root) :]
+        plan = self.decide(owner)
+        is_first = self.order.index(owner) < self.order.index(key)
+        return is_first and isinstance(plan, Transfer) and inherited[-1] in plan.targets
+
+    def follow_rename(self, key: str) -> None:
+        """Rename what was the mirror of a dataset before it got this name at the source. Nothing is lost by that."""
+        old = None if key in self.target else former_key(self.source[key], key, self.strays)
+        if old is not None:
+            self.make_room(key)
+            self.report.step(f"{self.local_name(old)}: now called {self.local_name(key)}, as at the source")
+            run(self.target_host, rename(self.local_name(old), self.local_name(key)))
+            self.survey_target()
 
     def plan(self) -> dict[str, Plan]:
-        """What to do for each dataset, parents first. Those blocked for good are reported, and left out."""
+        """What to do for each dataset, in order. Those blocked for good are reported, and left out."""
         plans = {}
-        for key in sorted(self.source, key=lambda key: key.split("/")):
+        self.order = in_order(self.source)
+        for key in self.order:
+            if key.rpartition("/")[0] in self.target:
+                with contextlib.suppress(CommandFailed):  # tried again, and told, when it is this one's turn
+                    self.follow_rename(key)
+        for key in self.order:
             plan = self.decide(key)
             if isinstance(plan, Blocked) and not self.way_out(plan):
                 self.report.failure(self.local_name(key), Failure(plan.reason, plan.hint))
@@ -1881,8 +2132,6 @@ class Run:
             if isinstance(plan, UpToDate):
                 has_any = self.selected(key)
                 self.report.step(f"{self.local_name(key)}: {'in step' if has_any else 'no snapshot to pull'}")
-        for key in self.target.keys() - self.source.keys():
-            self.report.step(f"{self.local_name(key)}: not at the source (any more); left as it is")
         return plans
 
     def way_out(self, plan: Blocked) -> WayOut | None:
@@ -1915,6 +2164,7 @@ class Run:
 
     def bring_up(self, key: str, now: int) -> None:
         """Step by step until the plan has nothing more to say; after each step the plan is made anew from a listing."""
+        self.follow_rename(key)
         most = MOST_STEPS + len(steps_of(self.decide(key)))
         for _ in range(most):
             plan = self.decide(key)
@@ -1937,9 +2187,9 @@ class Run:
         """Take a way out that the user has allowed, and say so before."""
         name = self.local_name(key)
         if isinstance(way, Quarantine):
-            aside = f"{name}.quarantine-{time.strftime('%Y-%m-%d-%H%M%S', time.gmtime(now))}"
+            aside = f"{name}{ASIDE}{time.strftime('%Y-%m-%d-%H%M%S', time.gmtime(now))}"
             self.report.notice(f"{name}: renaming it to {aside}, children and all, to pull it afresh")
-            run(self.target_host, rename_aside(name, aside))
+            run(self.target_host, rename(name, aside))
             self.survey_target()
             return
         self.report.notice(f"{name}: {way}")
@@ -1962,24 +2212,12 @@ class Run:
         name = self.local_name(key)
         self.report.step(f"{name}: {step}")
         if isinstance(step, Abandon):
-            run(self.target_host, abandon(name))
-            now = self.look_again(key)
-            if now and now.partial:
-                raise Failure(f"{name} still has an interrupted receive", f"look at it: zfs recv -A '{name}'")
+            self.give_up(key)
             return
-        local = self.target.get(key)
-        if local is None:
-            self.make_room(key)
-        elif local.vacant:
-            # Hours may have gone since the survey, and hours may go until the stream is whole: what anybody writes
-            # meanwhile -F would overwrite.
-            run(self.target_host, make_read_only(name))
-            local = self.look_again(key)
-            if not (local and local.vacant):
-                return
+        if not self.make_ready(key, step):
+            return
         try:
-            receiving = receive(self.source[key], local, name, self.policy.properties)
-            self.carry(send(self.source[key], step), receiving)
+            self.carry(*self.ends(key, step))
         except StreamFailed as failure:
             now = self.look_again(key)
             if now and "has been modified" in failure.what:
@@ -1989,10 +2227,55 @@ class Run:
                 failure.hint = (
                     failure.hint or f"if this rest never comes, give it up, bytes and all: zfs recv -A '{name}'"
                 )
+            missing = lacking(failure.what, self.features or ())
+            if missing:
+                failure.hint = (
+                    f"the pool here lacks {' or '.join(missing)}: zpool upgrade, with a newer OpenZFS if need be"
+                )
             raise
         now = self.look_again(key)
         if now is None or not now.snapshots or now.snapshots[-1].guid != step.snapshot.guid:
             raise StreamFailed(f"zfs recv reported success, but {name} does not end in {step.snapshot.short}")
+
+    def give_up(self, key: str) -> None:
+        name = self.local_name(key)
+        run(self.target_host, abandon(name))
+        now = self.look_again(key)
+        if now and now.partial:
+            raise Failure(f"{name} still has an interrupted receive", f"look at it: zfs recv -A '{name}'")
+
+    def make_ready(self, key: str, step: Receive) -> bool:
+        """See to it that a receive finds its place. False if it is not free any more, and a new plan is due."""
+        source, local = self.source[key], self.target.get(key)
+        if local is None:
+            self.make_room(key)
+            if source.origin and not step.origin:
+                if self.origin_to_come(key):
+                    raise Failure(f"skipped, for its origin {source.origin} is not wholly here", ORIGIN_FIRST)
+                why = f"its origin {source.origin} is not in this mirror"
+                self.report.step(f"{self.local_name(key)}: in full, for {why}")
+        elif local.vacant:
+            # Hours may have gone since the survey, and hours may go until the stream is whole: what anybody writes
+            # meanwhile -F would overwrite.
+            run(self.target_host, make_read_only(local.name))
+            local = self.look_again(key)
+            return local is not None and local.vacant
+        return True
+
+    def ends(self, key: str, step: Receive) -> tuple[Command, Command]:
+        """The commands at both ends of the stream of a step."""
+        source, policy = self.source[key], self.policy
+        parent = self.source.get(key.rpartition("/")[0]) if key else None
+        born = birth(source, parent, step, policy)
+        receiving = receive(source, self.target.get(key), self.local_name(key), policy.properties, born)
+        return send(source, step, policy.raw(source), self.flags()), receiving
+
+    def flags(self) -> Command:
+        """What streams may use, asked when the first of them is due."""
+        if self.features is None:
+            rows = fields(run(self.target_host, list_features(lineage(self.policy.target_root)[0])), 2)
+            self.features = [name.partition("@")[2] for name, value in rows if value in ("enabled", "active")]
+        return stream_flags(self.features)
 
     def make_room(self, key: str) -> None:
         """Create what is missing above a local dataset: ancestors of the root, and parents without a snapshot."""
@@ -2018,7 +2301,11 @@ class Run:
     # converge
 
     def wanted_moves(self) -> dict[str, HoldMoves]:
-        wanted = {key: converge_holds(self.source[key], self.target.get(key), self.policy) for key in self.source}
+        needed = heirs(self.source, self.target)
+        wanted = {
+            key: converge_holds(source, self.target.get(key), self.policy, needed.get(source.name, ()))
+            for key, source in self.source.items()
+        }
         return {key: moves for key, moves in wanted.items() if moves}
 
     def converge(self) -> bool:
@@ -2066,6 +2353,8 @@ class Run:
 
     def expire(self, now: int) -> None:
         for key, local in self.target.items():
+            if key not in self.source:
+                self.report.step(f"{local.name}: not at the source (any more); left as it is")
             expiry = expire(self.source.get(key), local, self.policy, now)
             for snapshot, why in expiry.kept:
                 self.report.step(f"{snapshot.name}: past its time, but kept: {why}")
@@ -2268,6 +2557,9 @@ def parser() -> argparse.ArgumentParser:
         help="what datasets have of their own here, set when they are first received")  # fmt: skip
     add("--ignore", type=property_name, action="append", default=[], metavar="PROPERTY",
         help="neither take this property over from the source nor set it")  # fmt: skip
+    add("--decrypt", action="store_true",
+        help="send encrypted datasets as plain ones; their keys must be loaded at the source, and a mirror stays as it "
+        "began")  # fmt: skip
     add("--stall-timeout", type=time_span, default=duration(STALL_SECONDS), metavar="DURATION",
         help="give up a stream through which no byte moves, or a command that does not answer, for so long: "
         "90s, 30m, 2h (default: %(default)s)")  # fmt: skip
@@ -2319,6 +2611,7 @@ def policy_of(options: argparse.Namespace) -> Policy:
             tuple(options.exclude_snapshots),
         ),
         Properties(tuple(options.set), tuple(options.ignore)),
+        options.decrypt,
     )
 
 

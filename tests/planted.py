@@ -62,7 +62,12 @@ BUGS: dict[str, Edits] = {
         ("s.guid not in wanted and s.tags and tag in s.tags)", "s is snapshots[0] and s.guid not in wanted and s.tags and tag in s.tags)"),
     ),
     "target of a token not held": (("        on_source.add(local.partial.to_guid)\n", "        pass\n"),),
-    "unread holds count as none": (("frozenset() if unheld else None)", "frozenset())"),),
+    "plain increments onto a raw mirror": (("    if is_raw and not policy.raw(source):\n", "    if False:\n"),),
+    "the origin of a clone expires": (("    if snapshot.cloned:\n", "    if False:\n"),),
+    "what was set aside is renamed back": (("if key and ASIDE not in key and not", "if key and not"),),
+    "what a clone took over is released": (("*heirs, *([held.source.guid]", "*([held.source.guid]"),),
+    "a copy in place of a clone": (("    if origin and local is None:\n", "    if False:\n"),),
+    "unread holds count as none": (("tags = NO_TAGS if unheld else None", "tags = NO_TAGS"),),
     "twin at the source forgotten": (
         ("    if twin and twin.tags and policy.tag in twin.tags:\n        return f\"its twin", "    if False:\n        return f\"its twin"),
     ),
@@ -77,7 +82,7 @@ BUGS: dict[str, Edits] = {
         ("now.snapshots[-1].guid != step.snapshot.guid:", "not now.snapshots:"),
     ),
     "stale token resumed for ever": (
-        ("    if target and ends_match and partial.raw == source.encrypted and not local.changed:\n", "    if target:\n"),
+        ("    if target and ends_match and partial.raw == policy.raw(source) and not local.changed:\n", "    if target:\n"),
     ),
     "token given up on any error": (
         ("corrupt=\"resume token is corrupt\" in text", "corrupt=guid(\"toguid\") is None"),

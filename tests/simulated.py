@@ -19,7 +19,7 @@ import re
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Callable
 
-from zfs_replicate import DAY, LEFT_OUT, LIST_COLUMNS, LIST_KINDS, OVERRIDES, Answer, StreamFailed
+from zfs_replicate import DAY, LEFT_OUT, LIST_COLUMNS, LIST_KINDS, OVERRIDES, STREAM_FLAGS, Answer, StreamFailed
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -340,11 +340,11 @@ class Machine:
         """A dataset and its points, as LIST_COLUMNS has them; in no order that anybody should rely on."""
         store = self.datasets[name]
         token = store.partial.token if store.partial else "-"
-        yield name, store.kind, 1, 1, 1, "-", token, "off"
+        yield name, store.kind, 1, 1, 1, "-", token, "off", "-", "-"
         for kind, mark, found in (("snapshot", "@", store.snapshots), ("bookmark", "#", store.bookmarks)):
             for short, point in sorted(found.items(), key=lambda item: item[1].guid) if points else ():
                 userrefs = len(point.tags) if mark == "@" else "-"
-                yield name + mark + short, kind, point.guid, point.createtxg, point.creation, userrefs, "-", "-"
+                yield name + mark + short, kind, point.guid, point.createtxg, point.creation, userrefs, *"----"
 
     def zfs_holds(self, words: list[str]) -> Answer:
         assert words.pop(0) == "-H", words
@@ -412,6 +412,13 @@ class Machine:
         (name,) = words[3:]
         self.add(name, Store())
         return Answer(0, "", "")
+
+    def zpool_get(self, words: list[str]) -> Answer:
+        """A pool that knows all features."""
+        assert words[:4] == ["-Hp", "-o", "property,value", "all"], words
+        assert words[4] in self.datasets
+        features = {feature for needs in STREAM_FLAGS.values() for feature in needs}
+        return Answer(0, "".join(f"feature@{feature}\tenabled\n" for feature in features), "")
 
     def zpool_sync(self, words: list[str]) -> Answer:
         (pool,) = words
@@ -610,6 +617,8 @@ def receiving(command: Command, kind: str) -> tuple[str, bool]:
         legal = {"reservation", "refreservation", "readonly"}
     assert len(options) % 2 == 0, command
     for flag, value in zip(options[::2], options[1::2]):
+        if (flag, value) == ("-x", "encryption"):
+            continue
         assert value in (OVERRIDES if flag == "-o" else legal), command
         assert flag in ("-o", "-x"), command
         assert value.split("=")[0] in legal, f"a {kind} has no such property: {command}"
@@ -681,7 +690,7 @@ class Wire:
 
     def writes(self) -> list[tuple[str, ...]]:
         """The commands so far that change something, each after the label of its machine."""
-        harmless = ("list", "holds", "send", "userspace", "sync")
+        harmless = ("list", "holds", "send", "userspace", "sync", "get")
         return [command for command in self.done if command[1] not in harmless]
 
 

@@ -69,6 +69,7 @@ def test_the_line_of_the_crontab_parses_word_for_word() -> None:
         "exclude_snapshots": [],
         "set": [],
         "ignore": [],
+        "decrypt": False,
         "sudo": None,
         "intermediates": False,
         "stall_timeout": 3600.0,

@@ -21,10 +21,12 @@ from zfs_replicate import (
     batches,
     destroy,
     hold,
+    lacking,
     list_holds,
     receive,
     remote_line,
     send,
+    stream_flags,
 )
 
 NAME_LETTERS = string.ascii_letters + string.digits + "-_.: "
@@ -176,23 +178,44 @@ def step(history: str, *, intermediates: bool = False) -> tuple[Dataset, Receive
 
 
 def test_send() -> None:
-    there = source("@a,1")
-    assert send(there, FULL) == ("zfs", "send", "-L", "-c", "-p", f"{SOURCE}@a")
-    assert send(*step("@a,1 @b,2"))[-3:] == ("-i", f"{SOURCE}@a", f"{SOURCE}@b")
-    assert send(*step("#a,1 @b,2"))[-3:] == ("-i", f"{SOURCE}#a", f"{SOURCE}@b")
-    assert send(*step("@a,1 @b,2 @c,3", intermediates=True))[-3:] == ("-I", f"{SOURCE}@a", f"{SOURCE}@c")
+    flags = ("-L", "-c")
+    assert send(source("@a,1"), FULL, False, flags) == ("zfs", "send", "-L", "-c", "-p", f"{SOURCE}@a")
+    assert send(source("@a,1"), FULL, False, ()) == ("zfs", "send", "-p", f"{SOURCE}@a")
+    assert send(*step("@a,1 @b,2"), False, flags)[-3:] == ("-i", f"{SOURCE}@a", f"{SOURCE}@b")
+    assert send(*step("#a,1 @b,2"), False, flags)[-3:] == ("-i", f"{SOURCE}#a", f"{SOURCE}@b")
+    assert send(*step("@a,1 @b,2 @c,3", intermediates=True), False, flags)[-3:] == (
+        "-I", f"{SOURCE}@a", f"{SOURCE}@c",
+    )  # fmt: skip
 
 
-def test_an_encrypted_dataset_goes_raw_in_full_and_in_part() -> None:
+def test_an_encrypted_dataset_goes_raw_with_properties_or_plain_without() -> None:
     there = Dataset(SOURCE, "filesystem", encrypted=True)
-    assert "-w" in send(there, FULL)
-    assert "-w" in send(there, step("@a,1 @b,2")[1])
-    assert "-w" not in send(source("@a,1"), FULL)
+    for it in (FULL, step("@a,1 @b,2")[1]):
+        assert {"-w", "-p"} <= set(send(there, it, True, ()))
+        assert not {"-w", "-p"} & set(send(there, it, False, ()))
+    assert "-w" not in send(source("@a,1"), FULL, False, ())
 
 
 def test_the_rest_of_a_stream_takes_no_flag_but_its_token() -> None:
     rest = Receive(FULL.snapshot, token="1-c0ffee")
-    assert send(Dataset(SOURCE, "filesystem", encrypted=True), rest) == ("zfs", "send", "-t", "1-c0ffee")
+    there = Dataset(SOURCE, "filesystem", encrypted=True)
+    assert send(there, rest, True, ("-L", "-c")) == ("zfs", "send", "-t", "1-c0ffee")
+
+
+def test_stream_flags_are_those_the_local_pool_understands() -> None:
+    assert stream_flags(["large_blocks", "lz4_compress", "zstd_compress"]) == ("-L", "-c")
+    assert stream_flags(["large_blocks", "lz4_compress"]) == ("-L",)
+    assert stream_flags([]) == ()
+
+
+def test_features_that_a_pool_lacks_are_named() -> None:
+    said = "zfs: cannot receive: stream has unsupported feature, feature flags = 10420004"
+    assert lacking(said, ["large_blocks"]) == ["longname"]
+    said = "zfs: cannot receive new filesystem stream: pool must be upgraded to receive this stream."
+    assert lacking(said, ["large_blocks", "large_dnode", "encryption"]) == [
+        "zstd_compress", "longname", "large_microzap",
+    ]  # fmt: skip
+    assert lacking("zfs: cannot receive: kernel modules must be upgraded to receive this stream.", []) == []
 
 
 def options(command: Command, flag: str) -> set[str]:

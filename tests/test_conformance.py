@@ -36,6 +36,7 @@ from simulated import Machine, Refused, World
 from site_pair import DISK
 
 from zfs_replicate import (
+    LIST_COLUMNS,
     Answer,
     Command,
     Dataset,
@@ -614,7 +615,7 @@ def pull(words: list[str], volumes: set[str]) -> tuple[Command, Command]:
     if flag == "-t":
         step = Receive(step.snapshot, token=TOKEN_OF + target)
     local = Dataset(target, kind, (Snapshot(target + "@", 0, 0, 0),) if flag and not force else (), vacant=force)
-    return send(Dataset("", kind), step), receive(Dataset("", kind), local, target)
+    return send(Dataset("", kind), step, False, ("-L", "-c")), receive(Dataset("", kind), local, target)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -670,7 +671,7 @@ class Teller:
 
     def tree(self, root: str, text: str) -> list[str]:
         datasets, _ = parse_tree(text, root)
-        holds = {row[0]: row[5] for row in fields(text, 8)}
+        holds = {row[0]: row[5] for row in fields(text, len(LIST_COLUMNS))}
         told = []
         for key, dataset in sorted(datasets.items()):
             words = [

@@ -30,15 +30,22 @@ GUID = 18446744073709551615
 
 
 def row(
-    name: str, kind: str, guid: int = GUID, txg: int = 5, refs: str = "0", token: str = "-", key: str = "off"
+    name: str,
+    kind: str,
+    guid: int = GUID,
+    txg: int = 5,
+    refs: str = "0",
+    token: str = "-",
+    key: str = "off",
+    origin: str = "-",
+    ivset: str = "-",
 ) -> str:
     """A line of `zfs list -Hp -o LIST_COLUMNS`. Datasets have no userrefs, bookmarks neither that nor encryption."""
     if kind in ("filesystem", "volume", "bookmark"):
         refs = "-"
-    return (
-        "\t".join((name, kind, str(guid), str(txg), "1700000000", refs, token, "-" if kind == "bookmark" else key))
-        + "\n"
-    )
+    encryption = "-" if kind == "bookmark" else key
+    words = (name, kind, str(guid), str(txg), "1700000000", refs, token, encryption, origin, ivset)
+    return "\t".join(words) + "\n"
 
 
 # zfs list
@@ -54,6 +61,8 @@ def test_columns_are_those_the_rows_here_have() -> None:
         "userrefs",
         "receive_resume_token",
         "encryption",
+        "origin",
+        "ivsetguid",
     )
 
 
@@ -122,7 +131,7 @@ def test_encryption(key: str) -> None:
 @pytest.mark.parametrize(
     "text",
     [
-        pytest.param(row("tank", "filesystem")[:-5] + "\n", id="too-few"),
+        pytest.param(row("tank", "filesystem")[:-3] + "\n", id="too-few"),
         pytest.param(row("tank", "filesystem")[:-1] + "\tmore\n", id="too-many"),
         pytest.param(row("tank", "filesystem") + "\n", id="an-empty-line"),
         pytest.param("no datasets available\n", id="a-message"),
@@ -130,7 +139,7 @@ def test_encryption(key: str) -> None:
     ],
 )
 def test_a_line_of_another_width_is_refused(text: str) -> None:
-    with pytest.raises(Failure, match="columns where 8 were asked for"):
+    with pytest.raises(Failure, match="columns where 10 were asked for"):
         parse_tree(text, "tank")
 
 

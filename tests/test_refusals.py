@@ -10,11 +10,12 @@ import os
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-from histories import LOCAL, POLICY, RECEIVED, TAG, local, partial, source
+from histories import LOCAL, POLICY, RECEIVED, SOURCE, TAG, local, partial, source
 from simulated import Machine, Near, Wire, World
 
 import zfs_replicate
@@ -46,10 +47,24 @@ if TYPE_CHECKING:
 LONG = "a" * (NAME_LIMIT - len(LOCAL))
 
 
-def blocked(origin: Dataset, here: Dataset) -> Blocked:
-    plan = plan_dataset(origin, here, POLICY, LOCAL)
+def blocked(origin: Dataset, here: Dataset, policy: Policy = POLICY) -> Blocked:
+    plan = plan_dataset(origin, here, policy, LOCAL)
     assert isinstance(plan, Blocked), plan
     return plan
+
+
+def encrypted(dataset: Dataset, ivset: int) -> Dataset:
+    """With snapshots as a raw stream makes them if it finds that number at the other side."""
+    return replace(
+        dataset, encrypted=True, snapshots=tuple(replace(it, ivset=ivset + it.guid) for it in dataset.snapshots)
+    )
+
+
+def promoted() -> Dataset:
+    """A dataset whose clone was promoted, and has its snapshots now."""
+    old, new = source("@a,1 @b,2").snapshots
+    handed = replace(old, name="backuppool/clone@a")
+    return Dataset(SOURCE, "filesystem", (new,), origin=handed.name, inherited=(handed,))
 
 
 DIVERGED = {
@@ -62,6 +77,12 @@ DIVERGED = {
     "target not empty": blocked(source("@a,1"), local("")),
     "volume and filesystem": blocked(source("@a,1", kind="volume"), local("@a,1")),
     "name too long": blocked(source(f"@a,1 @{LONG},2"), local("@a,1")),
+    "raw after plain": blocked(encrypted(source("@a,1 @b,2"), 100), local("@a,1")),
+    "plain after raw": blocked(
+        encrypted(source("@a,1 @b,2"), 100), encrypted(local("@a,1"), 100), replace(POLICY, decrypt=True)
+    ),
+    "encrypted, and already here": blocked(encrypted(source("@a,1"), 100), replace(local(""), vacant=True)),
+    "promoted away": blocked(promoted(), local("@a,1")),
     "token not decoded": blocked(source("@a,1"), local("", Partial("1-x", None, None))),
 }
 

@@ -36,7 +36,7 @@ from hypothesis import HealthCheck, settings, strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, rule, run_state_machine_as_test
 from simulated import Machine, Near, Refused, Store, Wire, World, days
 
-from zfs_replicate import Answer, Command, Failure, LinkLost, Policy, Report, Run, Selection
+from zfs_replicate import ASIDE, Answer, Command, Failure, LinkLost, Policy, Report, Run, Selection
 
 COUNTS: collections.Counter[str] = collections.Counter()
 ROOTS = ("backuppool/virt/machines", "offsite/virt/machines", "vault/mirror")
@@ -254,7 +254,7 @@ class Watch:
             self.permit(machine, command)
         if moment == "after" and command[1] == "rename" and command[2] not in machine.datasets:  # it was not refused
             self.follow(command[2], command[3])
-        if moment != "before" and command[1] not in ("list", "holds", "userspace", "sync"):
+        if moment != "before" and command[1] not in ("list", "holds", "userspace", "sync", "get"):
             self.check()
         if moment == "before" and command[1] == "destroy":
             self.check_destroy(machine, command)
@@ -273,8 +273,11 @@ class Watch:
         return self.fault.strike(command)
 
     def permit(self, machine: Machine, command: Command) -> None:
-        """Ways out are taken on request only, here only, and cost nothing that anybody holds."""
+        """Ways out are taken on request only, here only, and cost nothing that anybody holds. A dataset that was
+        renamed at the source is followed unasked."""
         assert machine is self.hop.target, f"I4: at the source: {command}"
+        if command[1] == "rename" and self.is_renamed(*command[2:]):
+            return
         assert self.options.way == {"rollback": "rollback", "rename": "quarantine"}[command[1]], command
         if command[1] == "rename":
             return
@@ -287,8 +290,15 @@ class Watch:
             self.expired.add((name, short))
         self.expired |= {(name, f"#{mark}") for mark in store.bookmarks}
 
+    def is_renamed(self, name: str, new: str) -> bool:
+        """Whether the source has under the new name what is here, and nothing of it under the old one."""
+        old_key, key = (it[len(self.hop.target_root) :] for it in (name, new))
+        here = {point.guid for point in self.hop.target.datasets[name].snapshots.values()}
+        there = {point.guid for point in self.hop.theirs(key).snapshots.values()}
+        return bool(here & there) and not self.hop.mutual(old_key, bookmarks=True)
+
     def follow(self, name: str, aside: str) -> None:
-        """What was known of a dataset holds for it in quarantine, and its mirror begins anew."""
+        """What was known of a dataset holds for it under its new name, and its mirror begins anew."""
 
         def moved(old: str) -> str:
             return aside + old[len(name) :] if f"{old}/".startswith(f"{name}/") else old
@@ -297,6 +307,8 @@ class Watch:
         self.unborn = {moved(old) for old in self.unborn}
         self.doomed = {(moved(old), short) for old, short in self.doomed}
         self.site.begin_anew(name)
+        if ASIDE not in aside:
+            return
         left = [self.hop.target.datasets[old] for old in self.hop.target.below(aside)]
         self.site.estranged |= {point.guid for store in left for point in store.snapshots.values()}
 

@@ -1,0 +1,135 @@
+"""Clones, promoted clones and renamed datasets, as the planner sees them."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from histories import LOCAL, POLICY, SOURCE, TAG, local, partial, shorts, source
+
+from zfs_replicate import (
+    ASIDE,
+    Dataset,
+    Receive,
+    Snapshot,
+    Transfer,
+    Tree,
+    UpToDate,
+    converge_bookmarks,
+    converge_holds,
+    expire,
+    former_key,
+    heirs,
+    in_order,
+    newest_mutual,
+    plan_dataset,
+    strays,
+    with_clones,
+)
+
+FAR = 10**10
+TREE = {
+    "": source(""),
+    "/golden": source("@v0,1 @v1,2 @v2,3", f"{SOURCE}/golden"),
+    "/a": Dataset(f"{SOURCE}/a", "filesystem", (Snapshot(f"{SOURCE}/a@x", 4, 2000, 0),), origin=f"{SOURCE}/golden@v1"),
+}
+
+
+def test_a_clone_inherits_what_lies_before_its_origin() -> None:
+    tree = with_clones({**TREE, "/b": replace(source("@y,5", f"{SOURCE}/b"), origin=f"{SOURCE}/a@x")})
+    assert shorts(tree["/a"].inherited) == "@v0 @v1"
+    assert shorts(tree["/b"].inherited) == "@v0 @v1 @x"
+    assert [snapshot.short for snapshot in tree["/golden"].snapshots if snapshot.cloned] == ["@v1"]
+    assert with_clones({"/a": TREE["/a"]})["/a"].inherited == (), "its origin is not in the tree"
+
+
+def test_origins_come_before_clones_and_parents_before_children() -> None:
+    assert in_order(TREE) == ["", "/golden", "/a"]
+    circle = {
+        "": source(""),
+        "/p": Dataset(f"{SOURCE}/p", "filesystem", origin=f"{SOURCE}/p/promoted@s"),
+        "/p/promoted": source("@s,1", f"{SOURCE}/p/promoted"),
+    }
+    assert in_order(circle) == ["", "/p", "/p/promoted"]
+    chain = {f"/{n}": Dataset(f"{SOURCE}/{n}", "filesystem", origin=f"{SOURCE}/{n + 1}@s") for n in range(9)}
+    assert in_order(chain) == [f"/{n}" for n in reversed(range(9))]
+
+
+def test_a_clone_is_sent_from_its_origin_where_that_is_here() -> None:
+    clone = with_clones(TREE)["/a"]
+    origin = local("@v1,2", name=f"{LOCAL}/golden").snapshots[0]
+    plan = plan_dataset(clone, None, POLICY, f"{LOCAL}/a", origin)
+    assert plan == Transfer((Receive(clone.snapshots[0], clone.inherited[-1], origin=origin.name),))
+    assert plan_dataset(clone, None, POLICY, f"{LOCAL}/a") == Transfer((Receive(clone.snapshots[0]),))
+
+
+def test_snapshots_with_clones_are_pulled_besides_the_newest() -> None:
+    golden = with_clones(TREE)["/golden"]
+    plan = plan_dataset(golden, None, POLICY, f"{LOCAL}/golden")
+    assert isinstance(plan, Transfer)
+    assert shorts(plan.targets) == "@v1 @v2"
+    plan = plan_dataset(golden, local("@v0,1", name=f"{LOCAL}/golden"), POLICY, f"{LOCAL}/golden")
+    assert isinstance(plan, Transfer)
+    assert shorts(plan.targets) == "@v1 @v2"
+
+
+def test_the_rest_of_a_clone_goes_on() -> None:
+    clone = with_clones(TREE)["/a"]
+    origin = local("@v1,2", name=f"{LOCAL}/golden").snapshots[0]
+    waiting = replace(local("", partial(4, 2), name=f"{LOCAL}/a"), origin=origin.name)
+    plan = plan_dataset(clone, waiting, POLICY, f"{LOCAL}/a", origin)
+    assert isinstance(plan, Transfer)
+    (step,) = plan.steps
+    assert isinstance(step, Receive)
+    assert step.token
+    plan = plan_dataset(clone, waiting, POLICY, f"{LOCAL}/a")
+    assert isinstance(plan, Transfer)
+    assert type(plan.steps[0]).__name__ == "Abandon", "its origin is not here any more"
+
+
+def test_what_a_promoted_clone_took_over_stays_held_for_its_former_origin() -> None:
+    """And its twin here is not expired while that is so."""
+    clone = source(f"@a,1,0!{TAG} @b,2,50 @c,3,60", f"{SOURCE}/clone")
+    former = Dataset(f"{SOURCE}/www", "filesystem", origin=f"{SOURCE}/clone@a")
+    there = with_clones({"/clone": clone, "/www": former})
+    here = {"/clone": local("@b,2 @c,3", name=f"{LOCAL}/clone"), "/www": local("@z,9,0 @a,1,1", name=f"{LOCAL}/www")}
+    mutual = newest_mutual(there["/www"], here["/www"])
+    assert mutual is not None
+    assert mutual.source.name == f"{SOURCE}/clone@a"
+    needed = heirs(there, here)
+    assert needed == {f"{SOURCE}/clone": {1}}
+    assert converge_holds(there["/clone"], here["/clone"], POLICY, {1}).release_source == ()
+    assert converge_holds(there["/clone"], here["/clone"], POLICY).release_source == (f"{SOURCE}/clone@a",)
+    assert converge_bookmarks(there["/www"], here["/www"], POLICY).place is None
+    assert plan_dataset(there["/www"], here["/www"], POLICY, f"{LOCAL}/www") == UpToDate()
+    assert there["/www"].twin(here["/www"].snapshots[-1]) == clone.snapshots[0]
+
+
+def test_the_origin_of_a_local_clone_is_not_expired() -> None:
+    here = with_clones(
+        {
+            "/golden": local("@v0,1,0 @v1,2,1 @v2,3,99", name=f"{LOCAL}/golden"),
+            "/a": Dataset(f"{LOCAL}/a", "filesystem", origin=f"{LOCAL}/golden@v1"),
+        }
+    )
+    expiry = expire(source("@v2,3", f"{SOURCE}/golden"), here["/golden"], POLICY, FAR)
+    assert shorts(expiry.destroy) == "@v0"
+    assert [(snapshot.short, why) for snapshot, why in expiry.kept] == [("@v1", "a dataset here is its clone")]
+
+
+def formerly(there: Tree, here: Tree, key: str) -> str | None:
+    return former_key(there[key], key, strays(there, here))
+
+
+def test_a_renamed_dataset_is_known_by_its_snapshots() -> None:
+    there = {"": source(""), "/web": source("@a,1 @b,2", f"{SOURCE}/web"), "/db": source("@n,9", f"{SOURCE}/db")}
+    here = {"": local(""), "/www": local("@a,1", name=f"{LOCAL}/www"), "/db": local("@c,3", name=f"{LOCAL}/db")}
+    assert formerly(there, here, "/web") == "/www"
+    there["/old"] = source("@c,3", f"{SOURCE}/old")
+    assert formerly(there, here, "/old") == "/db", "what has its name now is another dataset"
+    there["/www"] = source("@a,1", f"{SOURCE}/www")
+    assert formerly(there, here, "/web") is None, "it is there under both names"
+    del there["/www"]
+    assert formerly(there, {**here, "/www2": here["/www"]}, "/web") is None, "which of the two?"
+    aside = {f"/www{ASIDE}2026-11-25-120000": here["/www"]}
+    assert formerly(there, aside, "/web") is None
+    assert formerly({"/www/web": there["/web"]}, here, "/www/web") is None, "nothing moves below itself"
