@@ -1153,6 +1153,26 @@ def identify(pool: str) -> Command:
     return ("zfs", "get", "-Hp", "-o", "value", "guid", pool)
 
 
+def tell_version() -> Command:
+    """Prints the versions of the programs and of the kernel module."""
+    return ("zfs", "version")
+
+
+def tell_time() -> Command:
+    return ("date", "+%s")
+
+
+STATE_COLUMNS = ("name", "type", "readonly", "canmount", "mounted", "sharenfs", "sharesmb")
+
+
+def list_state(root: str) -> Command:
+    return ("zfs", "list", "-Hp", "-r", "-t", "filesystem,volume", "-o", ",".join(STATE_COLUMNS), root)
+
+
+def list_space(name: str) -> Command:
+    return ("zfs", "list", "-Hp", "-o", "used,available", name)
+
+
 def count_files(name: str) -> Command:
     """Prints how many objects each user and group owns; an empty filesystem has one, its root directory."""
     return ("zfs", "userspace", "-Hp", "-o", "objused", name)
@@ -2375,6 +2395,120 @@ class Run:
                     self.report.failure(snapshot.name, failure)
 
 
+MOST_SKEW = 300
+"""Seconds by which the clocks of both hosts may differ unnoticed."""
+FULL_PERCENT = 90
+"""From here on a pool is slow, and a snapshot or two may fill it."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What --doctor has looked at. With a `remedy` it is not as it should be."""
+
+    what: str
+    remedy: str = ""
+
+
+class Doctor:
+    """Looks at all that a run needs, and changes nothing."""
+
+    def __init__(self, run: Run) -> None:
+        self.run = run
+        self.policy = run.policy
+
+    def examine(self, now: int) -> Iterator[Finding]:
+        """All findings. One that cannot be made does not keep the others from being made."""
+        run = self.run
+        yield Finding(f"{run.source_host.label}: reached, recognised, logged in")
+        for look in (self.programs, self.clocks, self.trees, self.plans, self.pool, self.mirror):
+            try:
+                yield from look(now)
+            except LinkLost:
+                raise
+            except Failure as failure:
+                yield Finding(failure.what, failure.hint or "see what it says")
+
+    def programs(self, _now: int) -> Iterator[Finding]:
+        for host in (self.run.source_host, self.run.target_host):
+            said = run(host, tell_version()).split()
+            known = re.match(r"zfs-(\d+)\.(\d+)", said[0]) if said else None
+            old = not known or (int(known[1]), int(known[2])) < (2, 1)
+            yield Finding(f"{host.label}: OpenZFS {' '.join(said)}", "use 2.1 or newer" if old else "")
+        missing = not buffer_stage("1M")
+        yield Finding(f"mbuffer: {'missing' if missing else 'here'}", "apt install mbuffer" if missing else "")
+
+    def clocks(self, _now: int) -> Iterator[Finding]:
+        there, here = (int(run(host, tell_time())) for host in (self.run.source_host, self.run.target_host))
+        skew = abs(there - here)
+        what = f"clocks: {duration(skew)} apart"
+        yield Finding(what, "keep-days counts by them: set both by NTP" if skew > MOST_SKEW else "")
+
+    def trees(self, now: int) -> Iterator[Finding]:
+        self.run.begin()
+        snapshots = [snapshot for key in self.run.source for snapshot in self.run.selected(key)]
+        what = f"{self.policy.source_root}: {len(self.run.source)} datasets, {len(snapshots)} snapshots"
+        if not snapshots:
+            yield Finding(what, "make snapshots at the source: there is nothing to pull")
+        else:
+            yield Finding(f"{what}, the newest of {clock(max(snapshot.creation for snapshot in snapshots))}")
+
+    def plans(self, now: int) -> Iterator[Finding]:
+        """What a run would do, or be refused."""
+        counts: dict[str, int] = {}
+        for key in self.run.source:
+            plan = self.run.decide(key)
+            if isinstance(plan, Blocked):
+                yield Finding(plan.reason, plan.hint)
+            what = {UpToDate: "in step", Transfer: "to be pulled", Blocked: "blocked"}[type(plan)]
+            counts[what] = counts.get(what, 0) + 1
+        yield Finding(f"{self.policy.target_root}: " + ", ".join(f"{n} {what}" for what, n in counts.items()))
+
+    def pool(self, _now: int) -> Iterator[Finding]:
+        """Health, room and features of the local pool."""
+        name = lineage(self.policy.target_root)[0]
+        known = dict(fields(run(self.run.target_host, list_features(name)), 2))
+        health, percent = known["health"], int(known["capacity"])
+        yield Finding(f"{name}: {health}", "" if health == "ONLINE" else f"zpool status {name}")
+        yield Finding(
+            f"{name}: {percent} % full", "make room, or expire earlier: -k" if percent >= FULL_PERCENT else ""
+        )
+        nearest = [it for it in lineage(self.policy.target_root) if it in self.run.existing][-1:]
+        if not self.run.target and nearest:
+            there = run(self.run.source_host, list_space(self.policy.source_root)).split()
+            here = run(self.run.target_host, list_space(nearest[0])).split()
+            small = int(here[1]) < int(there[0])
+            what = (
+                f"{nearest[0]}: {int(here[1]):,} bytes available for the {int(there[0]):,} of {self.policy.source_root}"
+            )
+            yield Finding(what, "a first pull of the newest snapshots may not fit" if small else "")
+        lacks = [f for f in FEATURE_BITS.values() if known.get(f"feature@{f}") not in ("enabled", "active")]
+        if lacks:
+            yield Finding(f"{name}: without {', '.join(lacks)}; a stream that needs one of them will be refused")
+
+    def mirror(self, _now: int) -> Iterator[Finding]:
+        """Whether nobody can write to the mirror, or see it, by accident."""
+        if not self.run.target:
+            return
+        wrong = 0
+        for row in fields(run(self.run.target_host, list_state(self.policy.target_root)), len(STATE_COLUMNS)):
+            name, _, readonly, canmount, mounted, nfs, smb = row
+            if name[len(self.policy.target_root) :] not in self.run.source:
+                continue
+            faults = {
+                f"zfs set readonly=on {name}": readonly != "on" and canmount != "off",
+                f"zfs unmount {name}": mounted == "yes",
+                f"zfs set canmount=noauto {name}": canmount == "on",
+                f"zfs set sharenfs=off sharesmb=off {name}": {nfs, smb} - {"off", "-"} and canmount == "on",
+            }
+            remedies = [remedy for remedy, is_wrong in faults.items() if is_wrong]
+            wrong += bool(remedies)
+            if remedies:
+                state = f"readonly={readonly}, canmount={canmount}, mounted={mounted}, sharenfs={nfs}, sharesmb={smb}"
+                yield Finding(f"{name}: {state}", "; ".join(remedies))
+        if not wrong:
+            yield Finding(f"{self.policy.target_root}: read-only, not mounted, not shared")
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Room 9: Report
 # ---------------------------------------------------------------------------------------------------------------------
@@ -2398,6 +2532,12 @@ class Report:
     def command(self, line: str) -> None:
         if self.verbosity >= 2:
             print(f"    {line}", file=sys.stderr)
+
+    def finding(self, finding: Finding) -> None:
+        """One line of --doctor, on stdout, and the remedy below it."""
+        print(f"{'!!' if finding.remedy else 'ok'}  {finding.what}")
+        if finding.remedy:
+            print(f"    {finding.remedy}")
 
     def failure(self, subject: str, failure: Failure) -> None:
         """Say it once, however often it is found."""
@@ -2577,6 +2717,8 @@ def parser() -> argparse.ArgumentParser:
     ways.add_argument("--quarantine", action="store_true",
         help="rename aside a local dataset that cannot be brought up to date, children and all, and pull it "
         "afresh")  # fmt: skip
+    add("--doctor", action="store_true",
+        help="look at all that a run needs, change nothing; exit 1 if anything is not as it should be")  # fmt: skip
     add("-v", "--verbose", action="count", default=0, help="tell each step; twice: each command")
     add("--version", action="version", version=f"%(prog)s {__version__}")
     add("--help", action="help", help="show this help")
@@ -2651,12 +2793,28 @@ def replicate(options: argparse.Namespace, report: Report, alone: Lock) -> int:
     return 1 if report.failures else 0
 
 
+def look_after(options: argparse.Namespace, report: Report) -> int:
+    """What --doctor does. Without the lock: it may look while a run is at work."""
+    findings = []
+    try:
+        with logged_in(options, report, None) as it:
+            for finding in Doctor(it).examine(int(time.time())):
+                report.finding(finding)
+                findings.append(finding)
+    except Failure as failure:
+        findings.append(Finding(failure.what, failure.hint or "see what it says"))
+        report.finding(findings[-1])
+    return 1 if any(finding.remedy for finding in findings) else 0
+
+
 @contextlib.contextmanager
-def logged_in(options: argparse.Namespace, report: Report, alone: Lock) -> Iterator[Run]:
-    """Log in; yields a run that is to begin. Raises Failure if that does not work."""
+def logged_in(options: argparse.Namespace, report: Report, alone: Lock | None) -> Iterator[Run]:
+    """Log in; yields a run that is to begin. Raises Failure if that does not work. Without the lock, only to look."""
+    moved = alone.moved if alone else lambda: None
+    inherit = (alone.file.fileno(),) if alone else ()
 
     def note(line: str) -> None:
-        alone.moved()
+        moved()
         report.command(line)
 
     target: Host = LocalHost(note=note, patience=options.stall_timeout)
@@ -2674,7 +2832,7 @@ def logged_in(options: argparse.Namespace, report: Report, alone: Lock) -> Itera
         if not buffer:
             report.step("mbuffer is not installed here: the stream goes without it")
         note(f"{source.label}: {shlex.join(sending)} | {target.label}: {shlex.join(receiving)}")
-        transport = Transport(buffer, options.stall_timeout, alone.moved, (alone.file.fileno(),))
+        transport = Transport(buffer, options.stall_timeout, moved, inherit)
         pull(source, sending, target, receiving, transport)
 
     with contextlib.closing(source):
@@ -2705,7 +2863,11 @@ def main(argv: list[str] | None = None) -> int:
     options = parse(argv)
     report = Report(options.verbose)
     try:
-        with signals_stop_us(), lock(options.local_fs, options.stall_timeout) as alone:
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(signals_stop_us())
+            if options.doctor:
+                return look_after(options, report)
+            alone = stack.enter_context(lock(options.local_fs, options.stall_timeout))
             if alone is None:
                 report.step(f"{options.local_fs}: another run is at work")
                 return 0

@@ -70,6 +70,7 @@ def test_the_line_of_the_crontab_parses_word_for_word() -> None:
         "set": [],
         "ignore": [],
         "decrypt": False,
+        "doctor": False,
         "sudo": None,
         "intermediates": False,
         "stall_timeout": 3600.0,
