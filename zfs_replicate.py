@@ -552,6 +552,8 @@ NAME_LIMIT = 255
 """Longest name of a dataset with its snapshot, in bytes (ZFS_MAX_DATASET_NAME_LEN less the closing NUL)."""
 
 DAY = 24 * 60 * 60
+NESTING_LIMIT = 50
+"""Most levels of a dataset, the pool being the first (zfs_max_dataset_nesting, which nobody should raise)."""
 
 
 def newest_mutual(source: Dataset, local: Dataset) -> Mutual | None:
@@ -651,7 +653,8 @@ def plan_first(
     first = Receive(oldest)
     if origin and local is None:
         first = Receive(oldest, source.inherited[-1], origin=origin.name)
-    return too_long(arrivals, local_name) or Transfer((first, *steps_between(source, oldest, later)))
+    refused = too_deep(local_name) or too_long(arrivals, local_name)
+    return refused or Transfer((first, *steps_between(source, oldest, later)))
 
 
 def plan_next(source: Dataset, local: Dataset, policy: Policy) -> Plan:
@@ -841,6 +844,16 @@ def too_long(arrivals: Iterable[Snapshot], local_name: str) -> Blocked | None:
                 "mirror to a shorter name with -l, or rename the snapshot at the source",
             )
     return None
+
+
+def too_deep(local_name: str) -> Blocked | None:
+    """Refuse a dataset that is legal at the source and too deep under our root."""
+    if len(lineage(local_name)) <= NESTING_LIMIT:
+        return None
+    return Blocked(
+        f"{local_name} would be nested deeper than the {NESTING_LIMIT} levels ZFS allows",
+        "mirror to a place nearer to the pool with -l, or leave it out with --exclude",
+    )
 
 
 def converge_holds(source: Dataset, local: Dataset | None, policy: Policy, heirs: Iterable[int] = ()) -> HoldMoves:

@@ -472,6 +472,17 @@ def test_a_name_too_long_is_shown_in_full() -> None:
     assert blocked(source("@a,1"), None, local_name="x" * 254).reason.startswith("x" * 254 + "@a would be longer")
 
 
+@pytest.mark.parametrize(("levels", "expected"), [(50, "full @a"), (51, "Blocked")])
+def test_the_deepest_name(levels: int, expected: str) -> None:
+    assert decide(source("@a,1"), None, local_name="/".join("x" * levels)) == expected
+
+
+def test_what_is_here_already_is_not_too_deep() -> None:
+    """The administrator has raised zfs_max_dataset_nesting for a while."""
+    name = "/".join("x" * 51)
+    assert decide(source("@a,1 @b,2"), local("@a,1", name=name), local_name=name) == "@a -> @b"
+
+
 # Interrupted receives
 
 

@@ -47,8 +47,8 @@ if TYPE_CHECKING:
 LONG = "a" * (NAME_LIMIT - len(LOCAL))
 
 
-def blocked(origin: Dataset, here: Dataset, policy: Policy = POLICY) -> Blocked:
-    plan = plan_dataset(origin, here, policy, LOCAL)
+def blocked(origin: Dataset, here: Dataset | None, policy: Policy = POLICY, local_name: str = LOCAL) -> Blocked:
+    plan = plan_dataset(origin, here, policy, local_name)
     assert isinstance(plan, Blocked), plan
     return plan
 
@@ -84,6 +84,7 @@ DIVERGED = {
     "encrypted, and already here": blocked(encrypted(source("@a,1"), 100), replace(local(""), vacant=True)),
     "promoted away": blocked(promoted(), local("@a,1")),
     "token not decoded": blocked(source("@a,1"), local("", Partial("1-x", None, None))),
+    "nested too deep": blocked(source("@a,1"), None, local_name=LOCAL + "/x" * 48),
 }
 
 
@@ -162,7 +163,7 @@ def held_lock(path: Path, pid: int, alive: bool) -> Failure:
 def refusals(scratch: Path) -> Iterator[tuple[str, str]]:
     """What is said, and the way out, of every reason."""
     for plan in DIVERGED.values():
-        yield plan.reason.replace(LONG, "LONG"), plan.hint
+        yield plan.reason.replace(LONG, "LONG").replace("/x" * 48, "/DEEP"), plan.hint
     for failure in (
         said_by_run("hold"),
         said_by_run("before"),
@@ -207,7 +208,8 @@ def test_it_says_what_why_and_the_way_out_with_the_option_last(reason: str) -> N
 
 
 @pytest.mark.parametrize(
-    "reason", [reason for reason in DIVERGED if reason not in ("name too long", "token not decoded")]
+    "reason",
+    [reason for reason in DIVERGED if reason not in ("name too long", "nested too deep", "token not decoded")],
 )
 def test_a_divergence_names_the_newest_snapshots_of_both_sides(reason: str) -> None:
     assert "(newest snapshot here: " in DIVERGED[reason].reason
