@@ -2046,7 +2046,13 @@ class Run:
 
     def survey(self) -> None:
         """List both trees. Raises Failure if either cannot be listed."""
-        self.source = self.read(self.source_host, self.policy.source_root)
+        root = self.policy.source_root
+        try:
+            self.source = self.read(self.source_host, root)
+        except CommandFailed as failure:
+            if f"'{root}': dataset does not exist" in failure.what:
+                failure.hint = f"check -r; is the pool imported there? zpool import {root.split('/')[0]}"
+            raise
         self.survey_target()
 
     def survey_target(self) -> None:

@@ -210,7 +210,8 @@ def test_real_cron_is_silent_on_success_and_mails_a_failure(site: Site) -> None:
         wait_for(site, "/var/mail/root")
         mail = email.message_from_string(site.backup.read("/var/mail/root").partition("\n")[2])
         body = mail.get_payload(decode=True)
-        assert body == f"zfs_replicate: {MIRROR}: zfs list failed on source: {absent}\n".encode()
+        hint = "    check -r; is the pool imported there? zpool import backuppool\n"
+        assert body == f"zfs_replicate: {MIRROR}: zfs list failed on source: {absent}\n{hint}".encode()
     finally:
         site.backup.run(
             "rm -f /etc/cron.d/mirror /run/cron.passed /run/cron.failed /var/mail/root; systemctl stop cron"
