@@ -55,6 +55,7 @@ import fnmatch
 import hashlib
 import logging
 import os
+import pwd
 import random
 import re
 import shlex
@@ -551,9 +552,10 @@ def count_objects(text: str) -> int:
 NAME_LIMIT = 255
 """Longest name of a dataset with its snapshot, in bytes (ZFS_MAX_DATASET_NAME_LEN less the closing NUL)."""
 
-DAY = 24 * 60 * 60
 NESTING_LIMIT = 50
 """Most levels of a dataset, the pool being the first (zfs_max_dataset_nesting, which nobody should raise)."""
+
+DAY = 24 * 60 * 60
 
 
 def newest_mutual(source: Dataset, local: Dataset) -> Mutual | None:
@@ -1191,6 +1193,52 @@ def count_files(name: str) -> Command:
     return ("zfs", "userspace", "-Hp", "-o", "objused", name)
 
 
+RIGHTS = {
+    "send": "send",
+    "hold": "hold",
+    "release": "release",
+    "bookmark": "bookmark",
+    "destroy": "destroy,mount",
+    "rollback": "rollback,destroy,mount",
+    "rename": "rename,create,mount",
+    "set": "",
+    "create": "create,mount",
+    "recv": "receive,create,mount",
+    "recv -A": "receive,destroy,mount",
+    "userspace": "userused,userquota,userobjused,userobjquota",
+}
+"""What an account that is not root must be allowed for each verb, besides the properties that it sets."""
+
+
+@dataclass(frozen=True)
+class Account:
+    """Who runs zfs on a host without being root there, and the tree that it is for."""
+
+    user: str
+    host: str
+    tree: str
+
+
+def grant(command: Command, account: Account) -> str:
+    """What root must run to let the account run `command` in all of the tree; "" if no right is known for it.
+
+    To make or move a dataset takes the rights on its parent, and on a tree that is not there yet zfs allows nothing.
+    """
+    verb = " ".join(command[1:3]) if "-A" in command[2:3] else command[1]
+    if verb not in RIGHTS:
+        return ""
+    values = command[2:-1] if verb in ("create", "recv", "set") else ()
+    properties = [name for name, is_set, _ in (word.partition("=") for word in values) if is_set and name != "origin"]
+    rights = [RIGHTS[verb], *("userprop" if ":" in name else name for name in properties)]
+    place = re.split("[@#]", command[-1])[0]
+    if verb in ("create", "rename") or (verb == "recv" and properties):
+        place = place.rpartition("/")[0] or place
+    if f"{place}/".startswith(f"{account.tree}/"):
+        place = account.tree
+    words = ("zfs", "allow", account.user, ",".join(filter(None, dict.fromkeys(rights))), place)
+    return f"as root on {account.host}: {shlex.join(words)}"
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Room 6: Hosts
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1228,9 +1276,10 @@ class Answer:
 
 
 class Host(Protocol):
-    """Where commands run. `label` names it to the user."""
+    """Where commands run. `label` names it to the user; `account` is whose rights count there, if not root's."""
 
     label: str
+    account: Account | None
 
     def ask(self, command: Command) -> Answer:
         """Run `command` to its end. Any exit status is an answer; raises LinkLost or Stuck where there was none."""
@@ -1259,8 +1308,13 @@ def output(host: Host, command: Command, answer: Answer) -> str:
         )
     if answer.status != 0:
         said = answer.stderr.strip() or f"exit status {answer.status} and no message"
-        raise CommandFailed(f"{' '.join(command[:2])} failed on {host.label}: {said}")
+        raise CommandFailed(f"{' '.join(command[:2])} failed on {host.label}: {said}", permit(host, command, said))
     return answer.stdout
+
+
+def permit(host: Host, command: Command, said: str) -> str:
+    """The way out where zfs says that our account lacks a right; "" where it says something else."""
+    return grant(command, host.account) if host.account and "permission denied" in said else ""
 
 
 def stuck(host: Host, command: Command, patience: float) -> Stuck:
@@ -1284,15 +1338,32 @@ def end(process: subprocess.Popen[bytes]) -> None:
                 process.wait(timeout=END_SECONDS)
 
 
+def account_of(user: str, host: str, tree: str) -> Account | None:
+    return None if user == "root" or not tree else Account(user, host, tree)
+
+
+def own_name() -> str:
+    """The user of this process; not $USER, which su and cron may leave as it was."""
+    try:
+        return pwd.getpwuid(os.geteuid()).pw_name
+    except KeyError:
+        return str(os.geteuid())
+
+
 class LocalHost:
     """This machine. A command that has not ended after `patience` seconds is given up."""
 
     def __init__(
-        self, label: str = "this host", note: Callable[[str], None] = tell_nobody, patience: float = STALL_SECONDS
+        self,
+        label: str = "this host",
+        note: Callable[[str], None] = tell_nobody,
+        patience: float = STALL_SECONDS,
+        tree: str = "",
     ) -> None:
         self.label = label
         self.note = note
         self.patience = patience
+        self.account = account_of(own_name(), label, tree)
 
     def ask(self, command: Command) -> Answer:
         self.note(f"{self.label}: {shlex.join(command)}")
@@ -1329,6 +1400,7 @@ class SudoHost:
     def __init__(self, host: Host) -> None:
         self.host = host
         self.label = host.label
+        self.account: Account | None = None
         self.connected = host.connected
         self.close = host.close
 
@@ -1491,11 +1563,16 @@ class SshHost:
     """A host behind one paramiko login; commands run over it one at a time. Streams share a login of the ssh client."""
 
     def __init__(
-        self, connection: Connection, note: Callable[[str], None] = tell_nobody, patience: float = STALL_SECONDS
+        self,
+        connection: Connection,
+        note: Callable[[str], None] = tell_nobody,
+        patience: float = STALL_SECONDS,
+        tree: str = "",
     ) -> None:
         """Log in. Raises LinkLost if the host cannot be reached, Failure if it or we are not recognised."""
         self.connection = connection
         self.label = connection.destination
+        self.account = account_of(connection.get("user"), self.label.rpartition("@")[2], tree)
         self.note = note
         self.patience = max(patience, 2 * LINK_SECONDS)  # by then a lost link has shown, and it is the command
         self.streams: tempfile.TemporaryDirectory[str] | None = None
@@ -1709,10 +1786,10 @@ class Stage:
     process: subprocess.Popen[bytes]
     errors: IO[bytes]
 
-    def said(self) -> str:
-        """The last lines it wrote to its stderr."""
+    def said(self, lines: int = 5) -> str:
+        """The last lines it wrote to its stderr; 0: all of them."""
         self.errors.seek(0)
-        return "\n".join(self.errors.read().decode(errors="replace").strip().splitlines()[-5:])
+        return "\n".join(self.errors.read().decode(errors="replace").strip().splitlines()[-lines:])
 
 
 @dataclass(frozen=True)
@@ -1735,8 +1812,8 @@ TAIL_FACTOR = 4
 """How much longer zfs recv may be quiet when all bytes are in its hands: it still has to write and account for them."""
 
 
-def stream(commands: Sequence[Command], transport: Transport = Transport()) -> None:
-    """Run `commands` as one pipeline, joined by kernel pipes, until each has ended.
+def stream(commands: Sequence[Command], transport: Transport = Transport()) -> str:
+    """Run `commands` as one pipeline, joined by kernel pipes, until each has ended; returns the last one's words.
 
     A stream that ended is not a stream that arrived: raises StreamFailed unless every exit status is 0, also when no
     byte moves any more. Whatever ends this early ends the processes too.
@@ -1745,6 +1822,7 @@ def stream(commands: Sequence[Command], transport: Transport = Transport()) -> N
         stages = start(commands, stack, transport.inherit)
         await_end(stages, transport)
         blame([(stage.program, stage.process.returncode, stage.said()) for stage in stages])
+        return stages[-1].said(0)
 
 
 def start(commands: Sequence[Command], stack: contextlib.ExitStack, inherit: tuple[int, ...]) -> list[Stage]:
@@ -1837,7 +1915,10 @@ def blame(ended: Sequence[tuple[str, int, str]]) -> None:
     if not failed:
         return
     silent = [f"{program} ended {f'with status {n}' if n > 0 else f'by signal {-n}'}" for program, n, _ in failed]
-    what = "; ".join([f"{program}: {text}" for program, _, text in failed if text] or silent)
+    spoken = [(program, text) for program, _, text in failed if text]
+    # That the next process went away is no cause: it says itself why.
+    causes = [each for each in spoken if each[0] != "mbuffer" or "Broken pipe" not in each[1]]
+    what = "; ".join([f"{program}: {text}" for program, text in causes or spoken] or silent)
     hint = next((remedy for words, remedy in REMEDIES.items() if words in what), "")
     # ssh ends with 255 if the link broke, or if a signal ended the command there; else with the command's own status.
     raise StreamFailed(f"the stream failed: {what}", hint, link_held=ended[0][1] != SSH_FAILED)
@@ -1850,13 +1931,33 @@ def pull(source: Host, sending: Command, target: Host, receiving: Command, trans
     otherwise, for it ends by itself while a receive is still busy with the last of a stream.
     """
     try:
-        stream((source.piped(sending), *transport.buffer, target.piped(receiving)), transport)
+        said = stream((source.piped(sending), *transport.buffer, target.piped(receiving)), transport)
     except StreamFailed as failure:
         if failure.link_held or source.connected():
+            for host, command, verb in ((source, sending, "send"), (target, receiving, "receive")):
+                denied = re.search(f"cannot {verb}[^;]*: permission denied", failure.what)
+                failure.hint = failure.hint or (permit(host, command, failure.what) if denied else "")
+            if re.search("out of space|quota exceeded", failure.what):
+                failure.hint = "make space; what arrived is kept, and the next run goes on from there"
             raise
         raise LinkLost(
             f"the link to {source.label} broke: {failure.what}", "what arrived is kept; the next run goes on from there"
         ) from None
+    check_properties(target, receiving, said)
+
+
+def check_properties(target: Host, receiving: Command, said: str) -> None:
+    """Raise StreamFailed if a property that we set is not set: to zfs recv that is no failure. What merely did not
+    come along from the source is none to us either: an account without the right to set it shall have its mirror."""
+    refused = dict(re.findall(r"cannot receive (\S+) property on .*: (.*)", said))
+    unset = [word for word in receiving if "=" in word and word.partition("=")[0] in refused]
+    if unset:
+        reason = refused[unset[0].partition("=")[0]]
+        rights = permit(target, receiving, reason)
+        hint = f"for this once, as root: {shlex.join(('zfs', 'set', *unset, receiving[-1]))}"
+        raise StreamFailed(
+            f"it has arrived, but without {', '.join(unset)}: {reason}", "; ".join(filter(None, (rights, hint)))
+        )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -2026,6 +2127,7 @@ class Run:
         self.features: list[str] | None = None  # of the local pool
         self.order: list[str] = []  # of the datasets of the source
         self.held: set[str] = set()  # source snapshots that we have placed our tag on
+        self.rights: list[str] = []  # what root must run to let us move the holds
         self.lost: tuple[str, LinkLost] | None = None  # what was at work when the link broke
 
     # survey
@@ -2083,8 +2185,14 @@ class Run:
         source = self.source.get(key)
         if source and source.snapshots and not local.snapshots and local.kind == "filesystem":
             self.target_host.ask(settle(lineage(local.name)[0]))
-            answer = self.target_host.ask(count_files(local.name))
+            command = count_files(local.name)
+            answer = self.target_host.ask(command)
             local = replace(local, vacant=answer.status == 0 and count_objects(answer.stdout) == 1)
+            rights = permit(self.target_host, command, answer.stderr)
+            if rights:
+                self.report.failure(
+                    local.name, Failure(f"cannot tell whether it is empty: {answer.stderr.strip()}", rights)
+                )
         return local
 
     def look_again(self, key: str) -> Dataset | None:
@@ -2218,7 +2326,9 @@ class Run:
             missing = self.hold_targets([plan])  # all were held together before; ask again where that failed
             if missing:
                 said = "; ".join(f"{name}: {message}" for name, message in missing.items())
-                raise Failure(f"cannot hold {said}", "nothing was sent that may vanish meanwhile")
+                rights = permit(self.source_host, hold(self.policy.tag, missing), said)
+                hint = "nothing was sent that may vanish meanwhile"
+                raise Failure(f"cannot hold {said}", "; ".join(filter(None, (hint, rights))))
             self.perform(key, plan.steps[0])
         raise StreamFailed(f"still not in step after {most} steps", "run again; if it stays so, report it")
 
@@ -2235,7 +2345,11 @@ class Run:
         # Ours may stand on what goes, if the source was rolled back before: the hold on the common one comes first.
         missing = place_holds(self.target_host, self.policy.received_tag, [way.to.name])
         if missing:
-            raise Failure(f"cannot hold {way.to.name}: {missing[way.to.name]}", "nothing was rolled back")
+            said = missing[way.to.name]
+            rights = permit(self.target_host, hold(self.policy.received_tag, [way.to.name]), said)
+            raise Failure(
+                f"cannot hold {way.to.name}: {said}", "; ".join(filter(None, ("nothing was rolled back", rights)))
+            )
         ours = [snapshot.name for snapshot in way.newer if snapshot.tags]
         for batch in batches(ours):
             run(self.target_host, release(self.policy.received_tag, batch))
@@ -2352,19 +2466,22 @@ class Run:
         (`destroy -d`), and at every instant one common snapshot must be held. Returns whether anything was done."""
         wanted = self.wanted_moves()
         place = sum(wanted.values(), HoldMoves())
-        missing = {
-            **place_holds(self.target_host, self.policy.received_tag, place.place_local),
-            **place_holds(self.source_host, self.policy.tag, place.place_source),
-        }
+        here, there = (self.target_host, self.policy.received_tag), (self.source_host, self.policy.tag)
+        missing = {}
+        answers = []
+        for (host, tag), names in ((here, place.place_local), (there, place.place_source)):
+            not_placed = place_holds(host, tag, names)
+            missing.update(not_placed)
+            answers += [(host, hold(tag, [name]), said) for name, said in not_placed.items()]
         safe = HoldMoves()
         for moves in wanted.values():
             if not missing.keys() & {*moves.place_local, *moves.place_source}:
                 safe += moves
         # No exit status is looked at: the survey that follows tells what was released.
-        for batch in batches(safe.release_source):
-            self.source_host.ask(release(self.policy.tag, batch))
-        for batch in batches(safe.release_local):
-            self.target_host.ask(release(self.policy.received_tag, batch))
+        for (host, tag), names in ((there, safe.release_source), (here, safe.release_local)):
+            for batch in batches(names):
+                answers.append((host, release(tag, batch), host.ask(release(tag, batch)).stderr))
+        self.rights = [*dict.fromkeys(filter(None, (permit(*answer) for answer in answers)))]
         return bool(wanted)
 
     def move_bookmarks(self) -> None:
@@ -2384,9 +2501,8 @@ class Run:
             not_placed = ", ".join(moves.place_source + moves.place_local)
             not_released = ", ".join(moves.release_source + moves.release_local)
             what = [f"not held: {not_placed}"] * bool(not_placed) + [f"still held: {not_released}"] * bool(not_released)
-            self.report.failure(
-                self.local_name(key), Failure("; ".join(what), "the next run tries again; see who may hold and release")
-            )
+            hint = "; ".join(["the next run tries again", *(self.rights or ["see who may hold and release"])])
+            self.report.failure(self.local_name(key), Failure("; ".join(what), hint))
 
     # expire
 
@@ -2836,11 +2952,11 @@ def logged_in(options: argparse.Namespace, report: Report, alone: Lock | None) -
         moved()
         report.command(line)
 
-    target: Host = LocalHost(note=note, patience=options.stall_timeout)
-    source: Host = LocalHost("localhost", note, options.stall_timeout)
+    target: Host = LocalHost("this host", note, options.stall_timeout, options.local_fs)
+    source: Host = LocalHost("localhost", note, options.stall_timeout, options.remote_fs)
     if options.remote_host != "localhost":
         connection = Connection.resolve(options.remote_host, options.port, options.identity)
-        source = SshHost(connection, note, options.stall_timeout)
+        source = SshHost(connection, note, options.stall_timeout, options.remote_fs)
     if options.sudo in ("remote", "both"):
         source = SudoHost(source)
     if options.sudo in ("local", "both"):

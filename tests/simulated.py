@@ -19,7 +19,17 @@ import re
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Callable
 
-from zfs_replicate import DAY, LEFT_OUT, LIST_COLUMNS, LIST_KINDS, OVERRIDES, STREAM_FLAGS, Answer, StreamFailed
+from zfs_replicate import (
+    DAY,
+    LEFT_OUT,
+    LIST_COLUMNS,
+    LIST_KINDS,
+    OVERRIDES,
+    STREAM_FLAGS,
+    Account,
+    Answer,
+    StreamFailed,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -138,6 +148,7 @@ class Machine:
     def __init__(self, world: World, label: str, pool: str, txg: int = 100) -> None:
         self.world = world
         self.label = label
+        self.account = None
         self.txg = txg
         self.datasets = {pool: Store()}
 
@@ -633,6 +644,7 @@ class Near:
     wire: Wire
     machine: Machine
     label: str = ""
+    account: Account | None = None
 
     def __post_init__(self) -> None:
         self.label = self.machine.label

@@ -7,12 +7,15 @@ import os
 import re
 import shlex
 import stat
+import subprocess
+import sys
 from argparse import Namespace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 
+import zfs_replicate
 from zfs_replicate import Failure, LinkLost, Report, Selection, __version__, duration, main, parse, policy_of
 
 if TYPE_CHECKING:
@@ -162,6 +165,21 @@ def test_a_bad_value_is_refused_in_one_line(option: str, value: str, capsys: pyt
         capsys,
     )
     assert re.search(f"argument -{option}(/--|:)", line)
+
+
+@pytest.mark.parametrize("option", ["-r", "-l", "-t", "--exclude", "--set"])
+@pytest.mark.parametrize("value", ["t\u00e4nk\u2028x".encode(), b"tank\xff"])
+def test_bytes_that_no_name_has_are_refused_in_one_line_whatever_the_locale(option: str, value: bytes) -> None:
+    """As a cron job without a locale would run it."""
+    argv = [word.encode() for word in words()] + [option.encode(), value]
+    done = subprocess.run(
+        [sys.executable, zfs_replicate.__file__, *argv],
+        env={"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"},
+        capture_output=True,
+    )
+    assert done.returncode == 2
+    assert len(done.stderr.splitlines()) == 1
+    assert f"argument {option}".encode() in done.stderr
 
 
 GOOD = {

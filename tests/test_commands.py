@@ -5,26 +5,41 @@ from __future__ import annotations
 import shutil
 import string
 import subprocess
+from pathlib import Path
 
 import pytest
 from histories import SOURCE, local, source
 from hypothesis import given, settings, strategies as st
 
+import zfs_replicate
 from zfs_replicate import (
     BATCH_BYTES,
+    RIGHTS,
     SBIN,
+    Account,
     Command,
     Dataset,
     Properties,
     Receive,
     Snapshot,
+    abandon,
     batches,
+    bookmark,
+    count_files,
+    create_parent,
     destroy,
+    destroy_bookmark,
+    grant,
     hold,
     lacking,
     list_holds,
+    list_tree,
+    make_read_only,
     receive,
+    release,
     remote_line,
+    rename,
+    rollback,
     send,
     stream_flags,
 )
@@ -279,3 +294,55 @@ def test_nothing_is_forced_where_data_may_be(mine: Dataset | None) -> None:
 
 def test_a_vacant_filesystem_is_overwritten() -> None:
     assert "-F" in receive(source("@a,1"), local("", vacant=True), "t/a")
+
+
+# What an account needs that is not root
+
+MY = Account("keeper", "here", "offsite/vm")
+OURS = "readonly,canmount,quota,refquota,reservation,refreservation"
+ONE = Snapshot("offsite/vm/a@one", 1, 1, 0)
+
+
+@pytest.mark.parametrize(
+    ("command", "granted"),
+    [
+        (send(source("@a,1", "offsite/vm/a"), Receive(ONE), raw=False, flags=()), "send offsite/vm"),
+        (hold("tag=x", ["offsite/vm/a@one", "offsite/vm/b@one"]), "hold offsite/vm"),
+        (release("tag", ["offsite/vm@one"]), "release offsite/vm"),
+        (destroy([ONE]), "destroy,mount offsite/vm"),
+        (rollback(ONE), "rollback,destroy,mount offsite/vm"),
+        (bookmark(ONE, "#m"), "bookmark offsite/vm"),
+        (destroy_bookmark("offsite/vm/a#m"), "destroy,mount offsite/vm"),
+        (abandon("offsite/vm/a"), "receive,destroy,mount offsite/vm"),
+        (make_read_only("offsite/vm/a"), "readonly offsite/vm"),
+        (count_files("offsite/vm"), "userused,userquota,userobjused,userobjquota offsite/vm"),
+        (create_parent("offsite/vm/a"), "create,mount,canmount offsite/vm"),
+        (create_parent("offsite/x/y"), "create,mount,canmount offsite/x"),
+        (rename("offsite/vm/a", "offsite/vm/a.old"), "rename,create,mount offsite/vm"),
+        (rename("offsite/vm", "offsite/vm.old"), "rename,create,mount offsite"),
+        (receive(source("@a,1"), None, "offsite/vm/a"), f"receive,create,mount,{OURS} offsite/vm"),
+        (receive(source("@a,1"), None, "offsite/vm"), f"receive,create,mount,{OURS} offsite"),
+        (receive(source("@a,1"), local("@a,1"), "offsite/vm"), "receive,create,mount offsite/vm"),
+        (receive(source("@a,1"), local("", vacant=True), "offsite"), f"receive,create,mount,{OURS} offsite"),
+        (
+            receive(source("@a,1"), None, "offsite/vm", Properties(("a:b=c", "d:e=f", "atime=off"))),
+            f"receive,create,mount,{OURS},userprop,atime offsite",
+        ),
+        (hold("tag", ["offsite/my files@one"]), "hold 'offsite/my files'"),
+    ],
+)
+def test_what_is_granted_is_what_the_command_needs_and_for_the_whole_tree(command: Command, granted: str) -> None:
+    assert grant(command, MY) == f"as root on here: zfs allow keeper {granted}"
+
+
+def test_no_right_is_known_for_what_needs_none() -> None:
+    assert grant(list_tree("offsite/vm"), MY) == ""
+
+
+def test_the_readme_grants_all_that_the_commands_need() -> None:
+    readme = Path(zfs_replicate.__file__).with_name("README.md").read_text(encoding="utf-8")
+    there, here = (set(line.split()[3].split(",")) for line in readme.splitlines() if line.startswith("    zfs allow "))
+    assert there == {RIGHTS[verb] for verb in ("send", "hold", "release")}
+    verbs = ("hold", "release", "create", "recv", "recv -A", "destroy", "userspace")
+    needed = {right for verb in verbs for right in RIGHTS[verb].split(",")} | set(OURS.split(","))
+    assert needed <= here

@@ -212,6 +212,20 @@ def test_run_raises_the_status_of_a_silent_failure(host: Host) -> None:
         run(host, shell("exit 7"))
 
 
+def test_missing_right_is_told_with_what_grants_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    executable(tmp_path / "zfs", '#!/bin/sh\necho "cannot $1 snapshots: permission denied" >&2; exit 1\n')
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setattr("zfs_replicate.own_name", lambda: "keeper")
+    for tree, hint in (("tank/a", "as root on this host: zfs allow keeper destroy,mount tank/a"), ("", "")):
+        with pytest.raises(CommandFailed) as caught:
+            run(LocalHost(tree=tree), ("zfs", "destroy", "tank/a/b@c"))
+        assert caught.value.hint == hint
+    assert LocalHost(tree="tank/a").account
+    assert SudoHost(LocalHost(tree="tank/a")).account is None
+    monkeypatch.setattr("zfs_replicate.own_name", lambda: "root")
+    assert LocalHost(tree="tank/a").account is None
+
+
 def test_missing_program_is_named(host: Host) -> None:
     assert host.ask(("no-such-program", "list")).status in (127, 1)  # sudo has no status of its own for that
     with pytest.raises(CommandFailed) as caught:

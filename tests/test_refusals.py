@@ -21,6 +21,7 @@ from simulated import Machine, Near, Wire, World
 import zfs_replicate
 from zfs_replicate import (
     NAME_LIMIT,
+    Account,
     Blocked,
     Command,
     Dataset,
@@ -115,7 +116,8 @@ def said_by_run(prepare: str) -> Failure:
     else:
         wire.at = lambda where, command, moment: refusing(command, "backuppool/www@a", moment, prepare)
     report = Quiet()
-    run = Run(Policy("backuppool", "offsite/m", TAG), Near(wire, origin), Near(wire, backup), wire.carry, report)
+    there = Near(wire, origin, account=Account("puller", "source", "backuppool"))
+    run = Run(Policy("backuppool", "offsite/m", TAG), there, Near(wire, backup), wire.carry, report)
     run.begin()
     run.execute(world.now)
     return report.found[-1 if prepare != "hold" else 0]
@@ -214,6 +216,31 @@ def test_it_says_what_why_and_the_way_out_with_the_option_last(reason: str) -> N
 def test_a_divergence_names_the_newest_snapshots_of_both_sides(reason: str) -> None:
     assert "(newest snapshot here: " in DIVERGED[reason].reason
     assert ", at the source: @" in DIVERGED[reason].reason
+
+
+def test_holds_that_may_not_be_moved_name_the_rights_and_nothing_else_is_said() -> None:
+    world = World()
+    origin, backup = Machine(world, "source", "backuppool"), Machine(world, "this host", "offsite")
+    origin.snapshot("backuppool@a")
+    wire, report = Wire(origin, backup), Quiet()
+    there = Near(wire, origin, account=Account("puller", "source", "backuppool"))
+    here = Near(wire, backup, account=Account("keeper", "this host", "offsite/m"))
+    run = Run(Policy("backuppool", "offsite/m", TAG), there, here, wire.carry, report)
+    run.begin()
+    run.execute(world.now)
+    origin.snapshot("backuppool@b")
+    wire.at = lambda where, command, moment: refusing(command, "release", moment)
+    run.begin()
+    run.execute(world.now)
+    assert [(failure.what, failure.hint) for failure in report.found] == [
+        (
+            "still held: backuppool@a, offsite/m@a",
+            (
+                "the next run tries again; as root on source: zfs allow puller release backuppool; "
+                "as root on this host: zfs allow keeper release offsite/m"
+            ),
+        )
+    ]
 
 
 def test_what_others_hold_is_not_offered_for_rollback() -> None:

@@ -15,6 +15,7 @@ from ssh_server import PATIENCE, Fault, Server
 from test_hosts import MEBIBYTE, SshConfig, executable, shell
 
 from zfs_replicate import (
+    Account,
     Command,
     Connection,
     Failure,
@@ -283,9 +284,72 @@ def test_blame_names_those_with_something_to_say() -> None:
     )
 
 
+def test_blame_passes_over_what_is_but_a_consequence() -> None:
+    noise = ("mbuffer", 1, "mbuffer: error: outputThread: error writing to <stdout>: Broken pipe")
+    with pytest.raises(StreamFailed, match=r"^the stream failed: zfs: cannot receive: out of space$"):
+        blame([("ssh", 0, ""), noise, ("zfs", 1, "cannot receive: out of space")])
+    with pytest.raises(StreamFailed, match=r"^the stream failed: mbuffer: mbuffer: error"):
+        blame([("ssh", 0, ""), noise, ("zfs", -9, "")])
+
+
 def test_blame_tells_a_status_where_nobody_speaks() -> None:
     with pytest.raises(StreamFailed, match=r"^the stream failed: ssh ended by signal 13; zfs ended with status 2$"):
         blame([("ssh", -13, ""), ("mbuffer", 0, "a warning"), ("zfs", 2, "")])
+
+
+# --- Rights -----------------------------------------------------------------------------------------------------------
+
+KEEPER = Account("keeper", "this host", "offsite/vm")
+RECEIVING = ("zfs", "recv", "-s", "-u", "-o", "readonly=on", "-o", "canmount=noauto", "offsite/vm/a")
+
+
+def told(sender: str, receiver: str) -> StreamFailed:
+    """What is said of a stream whose ends are these scripts."""
+
+    class Scripted(LocalHost):
+        def __init__(self, script: str, account: Account) -> None:
+            super().__init__()
+            self.script, self.account = script, account
+
+        def piped(self, command: Command) -> Command:
+            return shell(self.script)
+
+    source = Scripted(sender, Account("puller", "source", "tank/vm"))
+    with pytest.raises(StreamFailed) as caught:
+        pull(source, ("zfs", "send", "tank/vm/a@b"), Scripted(receiver, KEEPER), RECEIVING, Transport())
+    return caught.value
+
+
+def test_missing_right_of_either_end_is_told_with_what_grants_it() -> None:
+    noise = "echo 'cannot receive: failed to read from stream' >&2; exit 1"
+    denied = "echo \"warning: cannot send 'tank/vm/a@b:c': permission denied\" >&2; exit 1"
+    assert told(denied, noise).hint == "as root on source: zfs allow puller send tank/vm"
+    denied = "cat >/dev/null; echo 'cannot receive new filesystem stream: permission denied' >&2; exit 1"
+    rights = "receive,create,mount,readonly,canmount"
+    assert told("exit 0", denied).hint == f"as root on this host: zfs allow keeper {rights} offsite/vm"
+    assert told("exit 0", noise).hint == ""
+
+
+@pytest.mark.parametrize("words", ["out of space", "destination offsite/vm/a space quota exceeded."])
+def test_lack_of_space_is_told_with_what_comes_next(words: str) -> None:
+    failure = told("exit 0", f"cat >/dev/null; echo 'cannot receive incremental stream: {words}' >&2; exit 1")
+    assert failure.hint == "make space; what arrived is kept, and the next run goes on from there"
+
+
+def test_our_own_property_that_could_not_be_set_is_a_failure_though_zfs_recv_succeeds() -> None:
+    refused = ("com.x:y", "atime", "readonly", "sharenfs", "quota", "a", "b", "c", "d")
+    lines = "; ".join(f"echo 'cannot receive {it} property on offsite/vm/a: permission denied' >&2" for it in refused)
+    failure = told("exit 0", f"cat >/dev/null; {lines}")
+    assert failure.what == "it has arrived, but without readonly=on: permission denied"
+    assert failure.hint == (
+        "as root on this host: zfs allow keeper receive,create,mount,readonly,canmount offsite/vm; "
+        "for this once, as root: zfs set readonly=on offsite/vm/a"
+    )
+
+
+def test_property_of_the_source_that_could_not_be_set_is_passed_over() -> None:
+    line = "echo 'cannot receive atime property on offsite/vm/a: permission denied' >&2"
+    pull(LocalHost(), shell("exit 0"), LocalHost(), shell(f"cat >/dev/null; {line}"), Transport())
 
 
 # --- The buffer -------------------------------------------------------------------------------------------------------
