@@ -1090,15 +1090,20 @@ def send(dataset: Dataset, step: Receive, raw: bool, flags: Command) -> Command:
 
 
 # Limits are set to none and not only left out: before OpenZFS 2.2 every second increment takes over what -x excludes.
+# Shares are set to off: what is only left out is inherited, and the pool here may well be shared. The mountpoint cannot
+# be said in a word: left out, it follows from the parent's. What the source said of each is kept beside our value as
+# the received one, so that `zfs send -b` gives it back.
 OVERRIDES = (
     "readonly=on",
     "canmount=noauto",
+    "sharenfs=off",
+    "sharesmb=off",
     "quota=none",
     "refquota=none",
     "reservation=none",
     "refreservation=none",
 )
-LEFT_OUT = ("mountpoint", "sharenfs", "sharesmb")
+LEFT_OUT = ("mountpoint",)
 
 # zfs recv refuses what the kind of dataset does not have (zfsprops(7)).
 OF_FILESYSTEMS = (
@@ -2633,7 +2638,7 @@ class Doctor:
                 f"zfs set readonly=on {name}": readonly != "on" and canmount != "off",
                 f"zfs unmount {name}": mounted == "yes",
                 f"zfs set canmount=noauto {name}": canmount == "on",
-                f"zfs set sharenfs=off sharesmb=off {name}": {nfs, smb} - {"off", "-"} and canmount == "on",
+                f"zfs set sharenfs=off sharesmb=off {name}": bool({nfs, smb} - {"off", "-"}),
             }
             remedies = [remedy for remedy, is_wrong in faults.items() if is_wrong]
             wrong += bool(remedies)

@@ -240,9 +240,11 @@ def options(command: Command, flag: str) -> set[str]:
 def test_a_first_receive_sets_what_the_next_leave_alone() -> None:
     first, later = receive(source("@a,1"), None, "t/a"), receive(source("@a,1"), local("@a,1"), "t/a")
     limits = {"quota", "refquota", "reservation", "refreservation"}
-    assert options(first, "-o") == {"readonly=on", "canmount=noauto", *(f"{limit}=none" for limit in limits)}
+    switches = {"readonly=on", "canmount=noauto", "sharenfs=off", "sharesmb=off"}
+    assert options(first, "-o") == {*switches, *(f"{limit}=none" for limit in limits)}
+    assert options(first, "-x") == {"mountpoint"}
     assert options(later, "-o") == set()
-    assert options(later, "-x") == options(first, "-x") | {"readonly", "canmount", *limits}
+    assert options(later, "-x") == {"mountpoint", "readonly", "canmount", "sharenfs", "sharesmb", *limits}
     for command in (first, later):
         assert command[:4] == ("zfs", "recv", "-s", "-u")
         assert command[-1] == "t/a"
@@ -265,8 +267,8 @@ def test_what_the_mirror_has_of_its_own() -> None:
     limits = {"quota=none", "refquota=none", "reservation=none", "refreservation=none"}
     for_all = {"compression=zstd", "com.sun:auto-snapshot=false", "a:b=c=d"}
     first = receive(source("@a,1"), None, "t/a", OWN)
-    assert options(first, "-o") == for_all | limits | {"recordsize=1M", "canmount=on"}
-    assert options(first, "-x") == {"mountpoint", "sharenfs", "sharesmb", "readonly", "atime", "com.example:x"}
+    assert options(first, "-o") == for_all | limits | {"recordsize=1M", "canmount=on", "sharenfs=off", "sharesmb=off"}
+    assert options(first, "-x") == {"mountpoint", "readonly", "atime", "com.example:x"}
     later = receive(source("@a,1"), local("@a,1"), "t/a", OWN)
     assert options(later, "-o") == set()
     assert options(later, "-x") == options(first, "-x") | {value.split("=")[0] for value in options(first, "-o")}
@@ -299,7 +301,7 @@ def test_a_vacant_filesystem_is_overwritten() -> None:
 # What an account needs that is not root
 
 MY = Account("keeper", "here", "offsite/vm")
-OURS = "readonly,canmount,quota,refquota,reservation,refreservation"
+OURS = "readonly,canmount,sharenfs,sharesmb,quota,refquota,reservation,refreservation"
 ONE = Snapshot("offsite/vm/a@one", 1, 1, 0)
 
 
@@ -341,7 +343,8 @@ def test_no_right_is_known_for_what_needs_none() -> None:
 
 def test_the_readme_grants_all_that_the_commands_need() -> None:
     readme = Path(zfs_replicate.__file__).with_name("README.md").read_text(encoding="utf-8")
-    there, here = (set(line.split()[3].split(",")) for line in readme.splitlines() if line.startswith("    zfs allow "))
+    lines = [line for line in readme.splitlines() if line.startswith("    zfs allow ")]
+    there, here, _mirrored = (set(line.split()[3].split(",")) for line in lines)
     assert there == {RIGHTS[verb] for verb in ("send", "hold", "release")}
     verbs = ("hold", "release", "create", "recv", "recv -A", "destroy", "userspace")
     needed = {right for verb in verbs for right in RIGHTS[verb].split(",")} | set(OURS.split(","))

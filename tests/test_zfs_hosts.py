@@ -8,7 +8,7 @@ import time
 from typing import TYPE_CHECKING
 
 import pytest
-from site_pair import JOB, MIRROR, PROGRAM, TAG, TREE, held, history, names, renew
+from site_pair import JOB, MIRROR, PROGRAM, TAG, TREE, get, held, history, names, renew
 
 if TYPE_CHECKING:
     from lab import Machine
@@ -176,11 +176,12 @@ def test_by_sudo_as_the_readme_says(site: Site) -> None:
 
 
 def test_without_root_as_the_readme_says(site: Site) -> None:
-    allow_there, allow_here = re.findall("^    (zfs allow .*)$", README, re.MULTILINE)
+    allow_there, *allow_here = re.findall("^    (zfs allow .*)$", README, re.MULTILINE)
     job = accounts(site)
     site.plant("www")
     site.source.run(allow_there)
-    site.backup.run(allow_here)
+    site.backup.run(" && ".join(allow_here))
+    site.source.run(f"zfs set recordsize=32K xattr=sa quota=1G sharenfs=off com.example:owner=us {TREE}/www")
     site.snapshot("monday")
     site.replicate_silently(job=job)
     site.source.shift_clock(40)
@@ -189,6 +190,8 @@ def test_without_root_as_the_readme_says(site: Site) -> None:
     site.snapshot("tuesday")
     site.replicate_silently(job=job)
     assert names(site.backup, f"{MIRROR}/www") == ["tuesday"]
+    asked = "recordsize,xattr,quota,com.example:owner,readonly"
+    assert get(site.backup, asked, f"{MIRROR}/www") == ["32768", "sa", "0", "us", "on"]
     site.assert_in_step()
     assert site.checksums(site.backup, MIRROR) == site.checksums(site.source, TREE)
 

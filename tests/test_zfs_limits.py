@@ -180,7 +180,7 @@ def test_each_missing_right_is_granted_by_the_command_in_the_hint(site: Site) ->
     site.source.run(f"zfs create -p {TREE}/a/b")
     site.snapshot("monday", TREE, "")
     site.snapshot("monday", f"{TREE}/a/b", "")
-    values = "readonly,canmount,quota,refquota,reservation,refreservation"
+    values = "readonly,canmount,sharenfs,sharesmb,quota,refquota,reservation,refreservation"
     assert obeyed(site, job) == [
         f"source: zfs allow puller hold {TREE}",
         "this host: zfs allow keeper create,mount,canmount offsite",
