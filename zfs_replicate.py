@@ -1313,13 +1313,19 @@ def output(host: Host, command: Command, answer: Answer) -> str:
         )
     if answer.status != 0:
         said = answer.stderr.strip() or f"exit status {answer.status} and no message"
-        raise CommandFailed(f"{' '.join(command[:2])} failed on {host.label}: {said}", permit(host, command, said))
+        hint = permit(host, command, said) or suspended(said)
+        raise CommandFailed(f"{' '.join(command[:2])} failed on {host.label}: {said}", hint)
     return answer.stdout
 
 
 def permit(host: Host, command: Command, said: str) -> str:
     """The way out where zfs says that our account lacks a right; "" where it says something else."""
     return grant(command, host.account) if host.account and "permission denied" in said else ""
+
+
+def suspended(said: str) -> str:
+    """The way out where zfs says that a pool has lost its disks; "" where it says something else."""
+    return "see zpool status; when its disks are back: zpool clear" if "I/O is currently suspended" in said else ""
 
 
 def stuck(host: Host, command: Command, patience: float) -> Stuck:
@@ -2169,7 +2175,7 @@ class Run:
         self.existing = answer.stdout.splitlines()
         for name in names:
             if name not in self.existing and (name == names[0] or not says_absent(answer, name)):
-                hint = f"is the pool imported? zpool import {names[0]}"
+                hint = suspended(answer.stderr) or f"is the pool imported? zpool import {names[0]}"
                 raise Failure(f"cannot list {name} on {self.target_host.label}: {answer.stderr.strip()}", hint)
         self.target = self.read(self.target_host, names[-1]) if names[-1] in self.existing else {}
         for key in self.target:

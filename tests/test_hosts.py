@@ -226,6 +226,16 @@ def test_missing_right_is_told_with_what_grants_it(tmp_path: Path, monkeypatch: 
     assert LocalHost(tree="tank/a").account is None
 
 
+def test_suspended_pool_is_told_with_the_way_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    said = "cannot open 'tank': pool I/O is currently suspended"
+    executable(tmp_path / "zfs", f'#!/bin/sh\necho "{said}" >&2; exit 1\n')
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    with pytest.raises(CommandFailed) as caught:
+        run(LocalHost(), ("zfs", "list", "tank"))
+    assert caught.value.what == f"zfs list failed on this host: {said}"
+    assert caught.value.hint == "see zpool status; when its disks are back: zpool clear"
+
+
 def test_missing_program_is_named(host: Host) -> None:
     assert host.ask(("no-such-program", "list")).status in (127, 1)  # sudo has no status of its own for that
     with pytest.raises(CommandFailed) as caught:

@@ -160,10 +160,13 @@ def test_suspended_pool_is_told_and_done_when_it_is_back(site: Site) -> None:
         site.replicate_silently(job=job)
         site.source.run(f"head -c 4M /dev/urandom > /{TREE}/two")
         site.snapshot("tuesday")
-        site.backup.run("head -c 40M /dev/zero > /run/small/filler || true")
-        done = site.replicate("--stall-timeout", "20s", job=job, status=1)
-        assert re.search("look at zpool status|is the pool suspended", done.stderr)
-        assert "SUSPENDED" in site.backup.run("zpool list -H -o health shaky").stdout
+        site.backup.run(
+            "head -c 40M /dev/zero > /run/small/filler; (head -c 9M /dev/urandom > /shaky/file) >/dev/null 2>&1 & "
+            "for i in $(seq 60); do zpool list -H -o health shaky | grep -q SUSPENDED && exit 0; sleep 1; done; exit 1"
+        )
+        done = site.replicate("--stall-timeout", "20s", job=job, status=3)
+        assert "cannot open 'shaky': pool I/O is currently suspended\n" in done.stderr
+        assert "see zpool status; when its disks are back: zpool clear" in done.stderr
         site.backup.run("rm /run/small/filler && zpool clear shaky")
         site.backup.run("for i in $(seq 60); do pgrep -x zfs >/dev/null || exit 0; sleep 1; done; exit 1")
         site.replicate_silently(job=job)
