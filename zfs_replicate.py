@@ -1215,6 +1215,11 @@ RIGHTS = {
 """What an account that is not root must be allowed for each verb, besides the properties that it sets."""
 
 
+RIGHTS_THERE = ("send", "hold", "release")
+RIGHTS_HERE = ("recv", "recv -A", "create", "destroy", "hold", "release", "userspace")
+"""Verbs of the crontab line, on either side."""
+
+
 @dataclass(frozen=True)
 class Account:
     """Who runs zfs on a host without being root there, and the tree that it is for."""
@@ -1222,6 +1227,17 @@ class Account:
     user: str
     host: str
     tree: str
+
+
+def list_rights(name: str) -> Command:
+    """Prints who may do what with a dataset, by what was allowed on it and on its ancestors."""
+    return ("zfs", "allow", name)
+
+
+def rights_in(text: str, user: str) -> set[str]:
+    """What `zfs allow` says that a user may do; as one of any group, for we do not know which are his."""
+    found = re.findall(r"^\t(?:user (\S+)|group \S+|everyone) (\S+)$", text, re.MULTILINE)
+    return {right for name, rights in found if name in ("", user) for right in rights.split(",")}
 
 
 def grant(command: Command, account: Account) -> str:
@@ -1416,6 +1432,8 @@ class SudoHost:
         self.close = host.close
 
     def ask(self, command: Command) -> Answer:
+        if command == tell_time():  # for which nobody needs to be root, and sudo may permit zfs alone
+            return self.host.ask(command)
         answer = self.host.ask(("sudo", "-n", *command))
         if answer.status == 127:
             return Answer(1, "", "sudo is not installed\n")
@@ -2562,19 +2580,23 @@ class Doctor:
         self.run = run
         self.policy = run.policy
 
-    def examine(self, now: int) -> Iterator[Finding]:
-        """All findings. One that cannot be made does not keep the others from being made."""
-        run = self.run
-        yield Finding(f"{run.source_host.label}: reached, recognised, logged in")
-        for look in (self.programs, self.clocks, self.trees, self.plans, self.pool, self.mirror):
-            try:
-                yield from look(now)
-            except LinkLost:
-                raise
-            except Failure as failure:
-                yield Finding(failure.what, failure.hint or "see what it says")
+    def examine(self) -> Iterator[Finding]:
+        """All findings. One that cannot be made does not keep the others from being made; but without both trees
+        there is nothing to say of them."""
+        yield Finding(f"{self.run.source_host.label}: reached, recognised, logged in")
+        for look in (self.programs, self.clocks):
+            yield from self.tried(look)
+        self.run.begin()
+        for look in (self.trees, self.rights, self.plans, self.pool, self.mirror):
+            yield from self.tried(look)
 
-    def programs(self, _now: int) -> Iterator[Finding]:
+    def tried(self, look: Callable[[], Iterator[Finding]]) -> Iterator[Finding]:
+        try:
+            yield from look()
+        except CommandFailed as failure:
+            yield Finding(failure.what, failure.hint or "see what it says")
+
+    def programs(self) -> Iterator[Finding]:
         for host in (self.run.source_host, self.run.target_host):
             said = run(host, tell_version()).split()
             known = re.match(r"zfs-(\d+)\.(\d+)", said[0]) if said else None
@@ -2583,14 +2605,13 @@ class Doctor:
         missing = not buffer_stage("1M")
         yield Finding(f"mbuffer: {'missing' if missing else 'here'}", "apt install mbuffer" if missing else "")
 
-    def clocks(self, _now: int) -> Iterator[Finding]:
+    def clocks(self) -> Iterator[Finding]:
         there, here = (int(run(host, tell_time())) for host in (self.run.source_host, self.run.target_host))
         skew = abs(there - here)
         what = f"clocks: {duration(skew)} apart"
         yield Finding(what, "keep-days counts by them: set both by NTP" if skew > MOST_SKEW else "")
 
-    def trees(self, now: int) -> Iterator[Finding]:
-        self.run.begin()
+    def trees(self) -> Iterator[Finding]:
         snapshots = [snapshot for key in self.run.source for snapshot in self.run.selected(key)]
         what = f"{self.policy.source_root}: {len(self.run.source)} datasets, {len(snapshots)} snapshots"
         if not snapshots:
@@ -2598,7 +2619,23 @@ class Doctor:
         else:
             yield Finding(f"{what}, the newest of {clock(max(snapshot.creation for snapshot in snapshots))}")
 
-    def plans(self, now: int) -> Iterator[Finding]:
+    def rights(self) -> Iterator[Finding]:
+        """Of accounts that are not root: what the crontab line needs."""
+        ours = [value.partition("=")[0] for value in OVERRIDES]
+        for host, place, verbs, properties in (
+            (self.run.source_host, self.policy.source_root, RIGHTS_THERE, []),
+            (self.run.target_host, self.run.existing[-1], RIGHTS_HERE, ours),
+        ):
+            if host.account is None:
+                continue
+            user = host.account.user
+            needed = {right for verb in verbs for right in RIGHTS[verb].split(",")} | set(properties)
+            missing = ",".join(sorted(needed - rights_in(run(host, list_rights(place)), user)))
+            what = f"{host.label}: {user} " + (f"lacks rights on {place}: {missing}" if missing else "has all rights")
+            remedy = f"as root on {host.account.host}: {shlex.join(('zfs', 'allow', user, missing, place))}"
+            yield Finding(what, remedy if missing else "")
+
+    def plans(self) -> Iterator[Finding]:
         """What a run would do, or be refused."""
         counts: dict[str, int] = {}
         for key in self.run.source:
@@ -2609,7 +2646,7 @@ class Doctor:
             counts[what] = counts.get(what, 0) + 1
         yield Finding(f"{self.policy.target_root}: " + ", ".join(f"{n} {what}" for what, n in counts.items()))
 
-    def pool(self, _now: int) -> Iterator[Finding]:
+    def pool(self) -> Iterator[Finding]:
         """Health, room and features of the local pool."""
         name = lineage(self.policy.target_root)[0]
         known = dict(fields(run(self.run.target_host, list_features(name)), 2))
@@ -2618,33 +2655,30 @@ class Doctor:
         yield Finding(
             f"{name}: {percent} % full", "make room, or expire earlier: -k" if percent >= FULL_PERCENT else ""
         )
-        nearest = [it for it in lineage(self.policy.target_root) if it in self.run.existing][-1:]
-        if not self.run.target and nearest:
-            there = run(self.run.source_host, list_space(self.policy.source_root)).split()
-            here = run(self.run.target_host, list_space(nearest[0])).split()
-            small = int(here[1]) < int(there[0])
-            what = (
-                f"{nearest[0]}: {int(here[1]):,} bytes available for the {int(there[0]):,} of {self.policy.source_root}"
-            )
-            yield Finding(what, "a first pull of the newest snapshots may not fit" if small else "")
+        if not self.run.target:
+            used = int(run(self.run.source_host, list_space(self.policy.source_root)).split()[0])
+            available = int(run(self.run.target_host, list_space(self.run.existing[-1])).split()[1])
+            what = f"{name}: {available:,} bytes available, {used:,} used by {self.policy.source_root}"
+            yield Finding(what, "make room: a first pull may not fit" if available < used else "")
         lacks = [f for f in FEATURE_BITS.values() if known.get(f"feature@{f}") not in ("enabled", "active")]
         if lacks:
             yield Finding(f"{name}: without {', '.join(lacks)}; a stream that needs one of them will be refused")
 
-    def mirror(self, _now: int) -> Iterator[Finding]:
+    def mirror(self) -> Iterator[Finding]:
         """Whether nobody can write to the mirror, or see it, by accident."""
         if not self.run.target:
             return
         wrong = 0
         for row in fields(run(self.run.target_host, list_state(self.policy.target_root)), len(STATE_COLUMNS)):
             name, _, readonly, canmount, mounted, nfs, smb = row
-            if name[len(self.policy.target_root) :] not in self.run.source:
+            if canmount == "off" or name[len(self.policy.target_root) :] not in self.run.source:
                 continue
+            it = shlex.quote(name)
             faults = {
-                f"zfs set readonly=on {name}": readonly != "on" and canmount != "off",
-                f"zfs unmount {name}": mounted == "yes",
-                f"zfs set canmount=noauto {name}": canmount == "on",
-                f"zfs set sharenfs=off sharesmb=off {name}": bool({nfs, smb} - {"off", "-"}),
+                f"zfs set readonly=on {it}": readonly != "on",
+                f"zfs unmount {it}": mounted == "yes",
+                f"zfs set canmount=noauto {it}": canmount == "on",
+                f"zfs set sharenfs=off {it}; zfs set sharesmb=off {it}": bool({nfs, smb} - {"off", "-"}),
             }
             remedies = [remedy for remedy, is_wrong in faults.items() if is_wrong]
             wrong += bool(remedies)
@@ -2944,7 +2978,7 @@ def look_after(options: argparse.Namespace, report: Report) -> int:
     findings = []
     try:
         with logged_in(options, report, None) as it:
-            for finding in Doctor(it).examine(int(time.time())):
+            for finding in Doctor(it).examine():
                 report.finding(finding)
                 findings.append(finding)
     except Failure as failure:

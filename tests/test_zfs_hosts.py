@@ -163,6 +163,7 @@ def test_by_sudo_as_the_readme_says(site: Site) -> None:
     site.source.write("/etc/sudoers.d/zfs_replicate", rule + "\n", 0o440)
     site.backup.write("/etc/sudoers.d/zfs_replicate", rule.replace("puller", "keeper") + "\n", 0o440)
     try:
+        assert "!!" not in site.replicate(job=f"{job[:-1]} --doctor'").stdout
         site.replicate_silently(job=job)
         site.write("two", "www")
         site.snapshot("tuesday")
@@ -179,10 +180,17 @@ def test_without_root_as_the_readme_says(site: Site) -> None:
     allow_there, *allow_here = re.findall("^    (zfs allow .*)$", README, re.MULTILINE)
     job = accounts(site)
     site.plant("www")
+    doctor = f"{job[:-1]} --doctor'"
     site.source.run(allow_there)
-    site.backup.run(" && ".join(allow_here))
+    site.backup.run(allow_here[1])
+    said = site.replicate(job=doctor, status=1).stdout
+    assert "ok  puller@source: puller has all rights\n" in said
+    assert "!!  this host: keeper lacks rights on offsite: canmount,create,destroy,hold,mount,quota,readonly," in said
+    site.backup.run(allow_here[0])
+    assert "ok  this host: keeper has all rights\n" in site.replicate(job=doctor, status=1).stdout
     site.source.run(f"zfs set recordsize=32K quota=1G sharenfs=off com.example:owner=us {TREE}/www")
     site.snapshot("monday")
+    assert "!!" not in site.replicate(job=doctor).stdout
     site.replicate_silently(job=job)
     site.source.shift_clock(40)
     site.backup.shift_clock(40)
