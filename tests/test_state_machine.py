@@ -163,7 +163,7 @@ class Hop:
         """Whether somebody has made it impossible to bring this dataset up to date without losing something here."""
         source, local = self.theirs(key), self.ours(key)
         if self.target_root + key not in self.target.datasets:
-            return False
+            return self.came_from_elsewhere(key)
         if source.kind != local.kind:
             return True
         if not local.snapshots or not source.snapshots:
@@ -177,6 +177,12 @@ class Hop:
         common_base = base is not None and base.guid in {point.guid for point in points}
         foreign_base = not common_base and (base is None or base.guid in self.estranged)
         return clash or waits or foreign_base or local.changed_since(base.guid if base else None)
+
+    def came_from_elsewhere(self, key: str) -> bool:
+        """Whether there is something of this dataset here under another name, and perhaps something in its way."""
+        there = {point.guid for point in self.theirs(key).snapshots.values()}
+        stores = (self.target.datasets[name] for name in self.target.below(self.target_root))
+        return any(there & {point.guid for point in store.snapshots.values()} for store in stores)
 
     def check_success(self, options: Options) -> None:
         """I6, and the holds as they must be after a successful run."""
@@ -291,7 +297,10 @@ class Watch:
         self.expired |= {(name, f"#{mark}") for mark in store.bookmarks}
 
     def is_renamed(self, name: str, new: str) -> bool:
-        """Whether the source has under the new name what is here, and nothing of it under the old one."""
+        """Whether the source has under the new name what is here, and nothing of it under the old one. What is gone
+        from here has moved already, and whoever asked did not get the answer."""
+        if name not in self.hop.target.datasets:
+            return True
         old_key, key = (it[len(self.hop.target_root) :] for it in (name, new))
         here = {point.guid for point in self.hop.target.datasets[name].snapshots.values()}
         there = {point.guid for point in self.hop.theirs(key).snapshots.values()}
@@ -599,7 +608,7 @@ def test_a_fault_at_every_moment(story: str, options: Options, kind: str) -> Non
 # Any events in any order
 # ---------------------------------------------------------------------------------------------------------------------
 
-KEYS = ("", "/a", "/a/b", "/disk", "/empty", "/empty/full")
+KEYS = ("", "/a", "/a/b", "/disk", "/empty", "/empty/full", "/moved")
 keys = st.sampled_from(KEYS)
 places = st.integers(0, 5)
 option_sets = st.builds(
@@ -720,6 +729,18 @@ class Life(RuleBasedStateMachine):
             point.tags.clear()
         host.destroy_dataset(name)
         self.site.hops[0].mirrored.discard(key)
+
+    @rule(key=keys, new=keys)
+    def rename_dataset(self, key: str, new: str) -> None:
+        """With its children; a mirror follows if nothing is lost by it."""
+        COUNTS["steps"] += 1
+        if not key or not new:
+            return
+        try:
+            self.site.machines[0].rename_dataset(ROOTS[0] + key, ROOTS[0] + new)
+        except Refused:
+            return
+        self.site.begin_anew(ROOTS[0] + key)
 
     # what others do here
 
