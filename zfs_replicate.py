@@ -13,7 +13,7 @@ common snapshot alive with `zfs hold` on both sides, and expires old local snaps
 What it never does: create or destroy a snapshot on the source; overwrite local data; destroy a local snapshot whose
 twin on the source carries our hold, or might; destroy a dataset, but what is left of a first receive that can never be
 completed. What it does only if that very command line says so: roll local data back (--rollback), rename it aside
-(--quarantine), keep a bookmark on the source (--bookmark).
+(--quarantine), keep a bookmark on the source (--bookmark). A dataset that was renamed at the source is renamed here.
 
 How one run goes
     1. lock the local tree, list both trees with their holds               survey
