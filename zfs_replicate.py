@@ -598,8 +598,8 @@ def plan_dataset(
 
 def plan_partial(source: Dataset, local: Dataset, partial: Partial, policy: Policy, origin: Snapshot | None) -> Plan:
     """An interrupted receive goes on if its base still is the newest local snapshot (or the origin of what is to become
-    a clone), the source still owns both ends of it, and sends it in the same way (raw or plain: they do not mix, https://github.com/openzfs/zfs/issues/8758);
-    else it is given up, and planned anew. What is to follow is part of the plan: it must be held as well.
+    a clone), the source still owns both ends of it, and sends it in the same way, raw or plain; else it is given up,
+    and planned anew. What is to follow is part of the plan: it must be held as well.
 
     Giving up a first receive destroys the local dataset (that was all there is of it), so plan as if it were absent.
     """
@@ -636,7 +636,7 @@ def plan_first(
     source: Dataset, local: Dataset | None, policy: Policy, local_name: str, origin: Snapshot | None
 ) -> Plan:
     """A stream of the first snapshot that is to come, in full or on its origin; then of those that follow."""
-    if local is not None and (local.encrypted or policy.raw(source)) and not local.origin:
+    if local is not None and (local.encrypted or policy.raw(source)):
         return Blocked(
             f"{local.name} is already here, and zfs receives no first stream into a dataset if either is encrypted "
             f"({newest_of(source, local)})",
@@ -2296,9 +2296,12 @@ class Run:
         plans = {}
         self.order = in_order(self.source)
         for key in self.order:
-            if key.rpartition("/")[0] in self.target:
-                with contextlib.suppress(CommandFailed):  # tried again, and told, when it is this one's turn
-                    self.follow_rename(key)
+            try:
+                self.follow_rename(key)
+            except (LinkLost, Stuck):
+                raise
+            except Failure:
+                pass  # its parent may be here when it is its turn; what fails then is told
         for key in self.order:
             plan = self.decide(key)
             if isinstance(plan, Blocked) and not self.way_out(plan):
