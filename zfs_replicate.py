@@ -880,7 +880,7 @@ def converge_holds(source: Dataset, local: Dataset | None, policy: Policy, heirs
     return HoldMoves(place_source, place_local, release_source, release_local)
 
 
-def heirs(source: Tree, target: Tree) -> dict[str, set[int]]:
+def needed_by_heirs(source: Tree, target: Tree) -> dict[str, set[int]]:
     """By dataset of the source, which of its snapshots are the newest mutual ones of clones that inherited them."""
     found: dict[str, set[int]] = {}
     for key, dataset in source.items():
@@ -2486,7 +2486,7 @@ class Run:
     # converge
 
     def wanted_moves(self) -> dict[str, HoldMoves]:
-        needed = heirs(self.source, self.target)
+        needed = needed_by_heirs(self.source, self.target)
         wanted = {
             key: converge_holds(source, self.target.get(key), self.policy, needed.get(source.name, ()))
             for key, source in self.source.items()

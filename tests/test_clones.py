@@ -18,8 +18,8 @@ from zfs_replicate import (
     converge_holds,
     expire,
     former_key,
-    heirs,
     in_order,
+    needed_by_heirs,
     newest_mutual,
     plan_dataset,
     strays,
@@ -95,7 +95,7 @@ def test_what_a_promoted_clone_took_over_stays_held_for_its_former_origin() -> N
     mutual = newest_mutual(there["/www"], here["/www"])
     assert mutual is not None
     assert mutual.source.name == f"{SOURCE}/clone@a"
-    needed = heirs(there, here)
+    needed = needed_by_heirs(there, here)
     assert needed == {f"{SOURCE}/clone": {1}}
     assert converge_holds(there["/clone"], here["/clone"], POLICY, {1}).release_source == ()
     assert converge_holds(there["/clone"], here["/clone"], POLICY).release_source == (f"{SOURCE}/clone@a",)

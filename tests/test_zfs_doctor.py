@@ -30,6 +30,7 @@ def doctor(site: Site, *options: str, status: int) -> list[str]:
     return done.stdout.splitlines()
 
 
+@pytest.mark.either
 def test_before_the_first_run_and_when_all_is_well(site: Site) -> None:
     site.plant("www")
     said = doctor(site, status=1)
@@ -48,6 +49,7 @@ def test_before_the_first_run_and_when_all_is_well(site: Site) -> None:
     assert sum("OpenZFS zfs-" in line for line in said) == 2
 
 
+@pytest.mark.either
 def test_what_is_wrong_is_named_with_its_remedy(site: Site) -> None:
     site.plant("www", "mail")
     site.snapshot("monday")
