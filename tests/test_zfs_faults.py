@@ -13,12 +13,11 @@ import faults
 import pytest
 from faults import FULL, INCREMENT, KINDS, SCENARIOS, Bench, Kind, Scenario
 from lab_image import RELEASES
-from site_pair import Pair
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from lab import Lab
+    from site_pair import Keeper
 
 pytestmark = pytest.mark.zfs
 
@@ -38,10 +37,11 @@ minutes, and the third scenario."""
 
 
 @pytest.fixture(scope="module")
-def bench(request: pytest.FixtureRequest, free_lab: Lab) -> Iterator[Bench]:
-    """Machines for all faults of a release, which therefore run on one worker."""
-    with Pair(free_lab, request.param) as pair:
-        yield Bench(pair)
+def bench(request: pytest.FixtureRequest, keeper: Keeper) -> Iterator[Bench]:
+    """Two machines of one release, made ready for faults."""
+    it = Bench(keeper.pair_of(request.param))
+    yield it
+    it.close()
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -50,9 +50,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     else:
         chosen = [(release, it[0], it[1]) for release, it in zip(itertools.cycle(RELEASES), SAMPLE)]
     rows = [
-        pytest.param(
-            *row, marks=pytest.mark.xdist_group(f"faults-{row[0]}"), id="-".join(map(str, row)).replace(" ", "_")
-        )
+        pytest.param(*row, id="-".join(map(str, row)).replace(" ", "_"))
         for row in sorted(chosen, key=lambda row: row[0])
     ]
     metafunc.parametrize(("bench", "scenario", "kind"), rows, indirect=["bench"])

@@ -23,12 +23,12 @@ def pair(request: pytest.FixtureRequest, free_lab: Lab) -> Iterator[Pair]:
 
 
 def plant(site: Site) -> None:
-    site.source.write("/root/one", "passphrase one")
+    site.source.write("/root/one", "1" * 64)
     site.plant("www")
     site.source.run(
         f"""
         zfs create -o recordsize=1M {TREE}/large && zfs create -o compression=zstd {TREE}/zstd &&
-        zfs create -o encryption=on -o keyformat=passphrase -o keylocation=file:///root/one {TREE}/secret
+        zfs create -o encryption=on -o keyformat=hex -o keylocation=file:///root/one {TREE}/secret
         """
     )
     write(site)
