@@ -96,6 +96,11 @@ class Failure(Exception):
         return f"{self.what}\n{self.hint}".strip()
 
 
+def ways_out(*hints: str) -> str:
+    """Several hints as one; those that are empty are left out."""
+    return "; ".join(filter(None, hints))
+
+
 class CommandFailed(Failure):
     """A command ran and ended with a status other than 0."""
 
@@ -1983,10 +1988,8 @@ def check_properties(target: Host, receiving: Command, said: str) -> None:
     if unset:
         reason = refused[unset[0].partition("=")[0]]
         rights = permit(target, receiving, reason)
-        hint = f"for this once, as root: {shlex.join(('zfs', 'set', *unset, receiving[-1]))}"
-        raise StreamFailed(
-            f"it has arrived, but without {', '.join(unset)}: {reason}", "; ".join(filter(None, (rights, hint)))
-        )
+        once = f"for this once, as root: {shlex.join(('zfs', 'set', *unset, receiving[-1]))}"
+        raise StreamFailed(f"it has arrived, but without {', '.join(unset)}: {reason}", ways_out(rights, once))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -2359,8 +2362,7 @@ class Run:
             if missing:
                 said = "; ".join(f"{name}: {message}" for name, message in missing.items())
                 rights = permit(self.source_host, hold(self.policy.tag, missing), said)
-                hint = "nothing was sent that may vanish meanwhile"
-                raise Failure(f"cannot hold {said}", "; ".join(filter(None, (hint, rights))))
+                raise Failure(f"cannot hold {said}", ways_out("nothing was sent that may vanish meanwhile", rights))
             self.perform(key, plan.steps[0])
         raise StreamFailed(f"still not in step after {most} steps", "run again; if it stays so, report it")
 
@@ -2379,9 +2381,7 @@ class Run:
         if missing:
             said = missing[way.to.name]
             rights = permit(self.target_host, hold(self.policy.received_tag, [way.to.name]), said)
-            raise Failure(
-                f"cannot hold {way.to.name}: {said}", "; ".join(filter(None, ("nothing was rolled back", rights)))
-            )
+            raise Failure(f"cannot hold {way.to.name}: {said}", ways_out("nothing was rolled back", rights))
         ours = [snapshot.name for snapshot in way.newer if snapshot.tags]
         for batch in batches(ours):
             run(self.target_host, release(self.policy.received_tag, batch))
@@ -2408,15 +2408,11 @@ class Run:
             if now and "has been modified" in failure.what:
                 self.target[key] = replace(now, changed=True)
                 return
-            if now and now.partial and now.partial.token == step.token:
-                failure.hint = (
-                    failure.hint or f"if this rest never comes, give it up, bytes and all: zfs recv -A '{name}'"
-                )
-            missing = lacking(failure.what, self.features or ())
+            missing = " or ".join(lacking(failure.what, self.features or ()))
             if missing:
-                failure.hint = (
-                    f"the pool here lacks {' or '.join(missing)}: zpool upgrade, with a newer OpenZFS if need be"
-                )
+                failure.hint = f"the pool here lacks {missing}: zpool upgrade, with a newer OpenZFS if need be"
+            elif now and now.partial and now.partial.token == step.token and not failure.hint:
+                failure.hint = f"if this rest never comes, give it up, bytes and all: zfs recv -A '{name}'"
             raise
         now = self.look_again(key)
         if now is None or not now.snapshots or now.snapshots[-1].guid != step.snapshot.guid:
