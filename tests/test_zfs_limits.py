@@ -89,6 +89,7 @@ def test_datasets_without_snapshots_and_such_that_are_another_one_now(site: Site
     site.replicate_silently("--quarantine")
 
 
+@pytest.mark.either
 def test_whole_pools(site: Site) -> None:
     site.plant("www")
     site.source.run("head -c 300000 /dev/urandom > /backuppool/file")
@@ -108,6 +109,7 @@ def import_again(machine: Machine, pool: str, options: str = "") -> None:
     machine.run(f"for i in $(seq 30); do zpool export {pool} && break; sleep 1; done; zpool import {options} {pool}")
 
 
+@pytest.mark.either
 def test_pools_that_are_read_only_not_there_or_full(site: Site) -> None:
     site.source.run(f"zfs create -p {TREE}/www && head -c 300000 /dev/urandom > /{TREE}/www/one")
     site.snapshot("monday")
