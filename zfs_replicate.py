@@ -17,7 +17,7 @@ completed. What it does only if that very command line says so: roll local data 
 
 How one run goes
     1. lock the local tree, list both trees with their holds               survey
-    2. match snapshots by guid, decide per dataset                         plan
+    2. follow renames, match snapshots by guid, decide per dataset         plan
     3. hold every snapshot that will be sent, before any byte flows        hold
     4. ssh HOST zfs send | mbuffer | zfs recv, dataset by dataset          stream
     5. list again and believe only that                                    verify
@@ -40,7 +40,7 @@ Rooms of this file, in reading order; a room uses only rooms above it
     5  Commands      every command as a value; the one place that quotes for a remote shell
     6  Hosts         run commands here (subprocess) and on the source (paramiko)
     7  Stream        the pipeline of processes; every exit status read
-    8  Run           the seven steps above
+    8  Run           the seven steps above; what --doctor looks at
     9  Report        what the user sees
     10 Command line  options and main()
 Rooms 1 to 5 touch nothing outside this process; time comes in as an argument.
