@@ -480,7 +480,8 @@ def parse_tree(text: str, root: str) -> tuple[Tree, list[str]]:
         if kind in ("filesystem", "volume"):
             partial = None if token in ("-", "") else Partial(token, None, None)
             encrypted = encryption not in ("off", "-")
-            datasets[name] = Dataset(name, kind, partial=partial, encrypted=encrypted, origin=origin.strip("-"))
+            origin = "" if origin == "-" else origin
+            datasets[name] = Dataset(name, kind, partial=partial, encrypted=encrypted, origin=origin)
             continue
         unheld = userrefs in ("-", "0")
         tags = NO_TAGS if unheld else None

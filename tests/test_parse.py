@@ -122,6 +122,12 @@ def test_a_resume_token_waits_to_be_decoded() -> None:
     assert tree["/a"].partial is None
 
 
+@pytest.mark.parametrize("origin", ["tank/golden@one", "tank/golden@-", "tank/golden@-one-"])
+def test_the_origin_of_a_clone_whatever_its_name_ends_in(origin: str) -> None:
+    assert parse_tree(row("tank", "filesystem", origin=origin), "tank")[0][""].origin == origin
+    assert parse_tree(row("tank", "filesystem"), "tank")[0][""].origin == ""
+
+
 @pytest.mark.parametrize("key", ["aes-256-gcm", "aes-128-ccm"])
 def test_encryption(key: str) -> None:
     assert parse_tree(row("tank", "filesystem", key=key), "tank")[0][""].encrypted
