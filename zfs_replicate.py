@@ -53,6 +53,7 @@ import contextlib
 import fcntl
 import fnmatch
 import hashlib
+import json
 import logging
 import os
 import pwd
@@ -162,6 +163,7 @@ class Partial:
 
     `to_guid` is the snapshot it was receiving, `from_guid` that one's base; both None if the token was not decoded,
     and `corrupt` if zfs says that it never will be. `raw` says that the stream was an encrypted one as it is stored.
+    `bytes` of it are here.
     """
 
     token: str
@@ -169,6 +171,7 @@ class Partial:
     from_guid: int | None
     raw: bool = False
     corrupt: bool = False
+    bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -538,12 +541,21 @@ def with_clones(tree: Tree) -> Tree:
 def parse_token(token: str, text: str) -> Partial:
     """A resume token from what `zfs send -nvt TOKEN` says of it, on either stream and whatever its exit status."""
 
-    def guid(key: str) -> int | None:
+    def number(key: str) -> int | None:
         found = re.search(rf"^\s*{key} = 0x([0-9a-f]+)$", text, re.MULTILINE)
         return int(found[1], 16) if found else None
 
     raw = re.search(r"^\s*rawok = 1$", text, re.MULTILINE) is not None
-    return Partial(token, guid("toguid"), guid("fromguid"), raw, corrupt="resume token is corrupt" in text)
+    corrupt = "resume token is corrupt" in text
+    return Partial(token, number("toguid"), number("fromguid"), raw, corrupt, number("bytes") or 0)
+
+
+def parse_estimate(text: str) -> int:
+    """Bytes of a stream, as `zfs send -nP` foresees them."""
+    found = re.search("^size\t([0-9]+)$", text, re.MULTILINE)
+    if not found:
+        raise Failure(f"zfs printed no size of a stream: {text[-200:]!r}")
+    return int(found[1])
 
 
 def count_objects(text: str) -> int:
@@ -627,6 +639,29 @@ def plan_partial(source: Dataset, local: Dataset, partial: Partial, policy: Poli
         return Transfer((Receive(target, token=partial.token), *steps_of(rest)))
     rest = plan_dataset(source, whole if local.snapshots else None, policy, local.name, origin)
     return rest if isinstance(rest, Blocked) else Transfer((Abandon(partial), *steps_of(rest)))
+
+
+def foreseen(source: Dataset, local: Dataset | None, local_name: str, plan: Transfer) -> Dataset:
+    """What the local dataset will be once the plan is carried out."""
+    here = local or Dataset(local_name, source.kind)
+    last = here.snapshots[-1].createtxg if here.snapshots else 0
+    arrived = [
+        replace(snapshot, name=local_name + snapshot.short, createtxg=last + number, tags=NO_TAGS, cloned=False)
+        for number, snapshot in enumerate(plan.targets, 1)
+    ]
+    return replace(here, partial=None, snapshots=(*here.snapshots, *arrived))
+
+
+def rolled_back(local: Dataset, way: Rollback) -> Dataset:
+    """What is left of a local dataset then."""
+    kept = tuple(snapshot for snapshot in local.snapshots if snapshot not in way.newer)
+    return replace(local, partial=None, changed=False, snapshots=kept)
+
+
+def renamed(local: Dataset, name: str) -> Dataset:
+    """A local dataset under another name."""
+    snapshots = tuple(replace(snapshot, name=name + snapshot.short) for snapshot in local.snapshots)
+    return replace(local, name=name, snapshots=snapshots)
 
 
 def steps_of(plan: Plan) -> tuple[Step, ...]:
@@ -919,6 +954,16 @@ def moves(dataset: Dataset | None, tag: str, wanted: set[int]) -> tuple[tuple[st
     return place, release
 
 
+def held_after(dataset: Dataset, tag: str, place: Sequence[str], release: Sequence[str]) -> Dataset:
+    """The dataset once `tag` was placed on those of its snapshots, and released from these."""
+
+    def hold(snapshot: Snapshot) -> Snapshot:
+        tags = (snapshot.tags or NO_TAGS) | {tag} if snapshot.name in place else snapshot.tags
+        return replace(snapshot, tags=tags - {tag} if tags and snapshot.name in release else tags)
+
+    return replace(dataset, snapshots=tuple(map(hold, dataset.snapshots)))
+
+
 def expire(source: Dataset | None, local: Dataset, policy: Policy, now: int) -> Expiry:
     """Local snapshots older than keep-days, counted back from the newest mutual one or `now`, whichever is earlier.
 
@@ -1093,6 +1138,11 @@ def send(dataset: Dataset, step: Receive, raw: bool, flags: Command) -> Command:
         base = ("-I" if step.between else "-i", step.base.name)
     how = ("-p", "-w") if raw else () if dataset.encrypted else ("-p",)
     return ("zfs", "send", *flags, *how, *base, step.snapshot.name)
+
+
+def estimate(sending: Command) -> Command:
+    """What that send would send, without sending it."""
+    return (*sending[:2], "-nP", *sending[2:])
 
 
 # Limits are set to none and not only left out: before OpenZFS 2.2 every second increment takes over what -x excludes.
@@ -1463,6 +1513,16 @@ def duration(seconds: float) -> str:
     return f"{seconds:.0f}s"
 
 
+def human(count: float) -> str:
+    """A number of bytes, as zfs says it: `512B`, `1.50K`, `12.0M`, `345G`."""
+    units = iter("BKMGTPE")
+    unit = next(units)
+    while count >= 999.5:
+        count, unit = count / 1024, next(units)
+    digits = 0 if unit == "B" or count >= 99.95 else 1 if count >= 9.995 else 2
+    return f"{count:.{digits}f}{unit}"
+
+
 def settings(values: Iterable[str]) -> Command:
     """`KEY=VALUE` settings as options of ssh."""
     return tuple(word for value in values for word in ("-o", value))
@@ -1821,6 +1881,20 @@ class Stage:
     process: subprocess.Popen[bytes]
     errors: IO[bytes]
 
+    def has_ended(self) -> bool:
+        """Without laying it to rest: what it has read can still be asked."""
+        look = os.WEXITED | os.WNOHANG | os.WNOWAIT
+        return self.process.returncode is not None or os.waitid(os.P_PID, self.process.pid, look) is not None
+
+    def moved(self) -> tuple[int, int]:
+        """Bytes that it has read and written so far, as its kernel counts them; 0 where that cannot be known."""
+        try:
+            with open(f"/proc/{self.process.pid}/io", encoding="ascii") as counters:
+                found = dict(line.split(": ") for line in counters)
+        except OSError:
+            return 0, 0
+        return int(found["rchar"]), int(found["wchar"])
+
     def said(self, lines: int = 5) -> str:
         """The last lines it wrote to its stderr; 0: all of them."""
         self.errors.seek(0)
@@ -1831,33 +1905,38 @@ class Stage:
 class Transport:
     """How streams are carried: through what `buffer`, and what is done about one while it runs.
 
-    A pipeline through which no byte has moved for `patience` seconds is ended; `moved` is called when one has.
-    `inherit` are open files that its last process keeps open should we be killed.
+    A pipeline through which no byte has moved for `patience` seconds is ended; `moved` is called when one has. `show`
+    is told every second how many bytes have arrived, and how many more are in the buffer. `inherit` are open files that
+    its last process keeps open should we be killed.
     """
 
     buffer: tuple[Command, ...] = ()
     patience: float = STALL_SECONDS
     moved: Callable[[], None] = lambda: None
+    show: Callable[[int, int], None] | None = None
     inherit: tuple[int, ...] = ()
 
 
 WATCH_SECONDS = 5.0
 """How often to look whether bytes move."""
+SHOW_SECONDS = 1.0
+"""How often, if somebody looks on."""
 TAIL_FACTOR = 4
 """How much longer zfs recv may be quiet when all bytes are in its hands: it still has to write and account for them."""
 
 
-def stream(commands: Sequence[Command], transport: Transport = Transport()) -> str:
-    """Run `commands` as one pipeline, joined by kernel pipes, until each has ended; returns the last one's words.
+def stream(commands: Sequence[Command], transport: Transport = Transport()) -> tuple[int, str]:
+    """Run `commands` as one pipeline, joined by kernel pipes, until each has ended; returns how many bytes have reached
+    the last one, and its words.
 
     A stream that ended is not a stream that arrived: raises StreamFailed unless every exit status is 0, also when no
     byte moves any more. Whatever ends this early ends the processes too.
     """
     with contextlib.ExitStack() as stack:
         stages = start(commands, stack, transport.inherit)
-        await_end(stages, transport)
+        arrived = await_end(stages, transport)
         blame([(stage.program, stage.process.returncode, stage.said()) for stage in stages])
-        return stages[-1].said(0)
+        return arrived, stages[-1].said(0)
 
 
 def start(commands: Sequence[Command], stack: contextlib.ExitStack, inherit: tuple[int, ...]) -> list[Stage]:
@@ -1888,41 +1967,44 @@ def start(commands: Sequence[Command], stack: contextlib.ExitStack, inherit: tup
     return stages
 
 
-def bytes_moved(process: subprocess.Popen[bytes]) -> int:
-    """Bytes that a process has read and written so far, as its kernel counts them; 0 where that cannot be known."""
-    try:
-        with open(f"/proc/{process.pid}/io", encoding="ascii") as counters:
-            return sum(int(line.split()[1]) for line in counters if line.startswith(("rchar", "wchar")))
-    except OSError:
-        return 0
-
-
-def await_end(stages: Sequence[Stage], transport: Transport) -> None:
-    """Wait until all stages have ended. Raises StreamFailed if they stand still.
+def await_end(stages: Sequence[Stage], transport: Transport) -> int:
+    """Wait until all stages have ended. Returns how many bytes have reached the last one. Raises StreamFailed if they
+    stand still.
 
     Where the kernel counts no bytes (no /proc), only keepalives guard the link.
     """
-    seen, since = 0, time.monotonic()
+    look = min(SHOW_SECONDS if transport.show else WATCH_SECONDS, transport.patience)
+    seen, since, arrived = 0, time.monotonic(), 0
+    while True:
+        running = [stage for stage in stages if not stage.has_ended()]
+        counts = [stage.moved() for stage in stages]
+        # The last one may be root's, by sudo, and its counts a secret.
+        arrived = max(arrived, counts[-1][0] or max(read for read, _ in counts[1:] or counts))
+        if not running:
+            break
+        now = sum(map(sum, counts))
+        is_tail = running == [stages[-1]] and len(stages) > 1
+        patience = transport.patience * (TAIL_FACTOR if is_tail else 1)
+        if now != seen:
+            seen, since = now, time.monotonic()
+            transport.moved()
+        elif now and time.monotonic() - since >= patience:
+            raise stalled(patience, arrived, [stage.program for stage in running])
+        if transport.show:
+            transport.show(arrived, sum(read - written for read, written in counts[1:-1]))
+        await_one(running[0], look)
     for stage in stages:
-        in_tail = stage is stages[-1] and len(stages) > 1
-        patience = transport.patience * (TAIL_FACTOR if in_tail else 1)
-        while not ends_within(stage.process, min(WATCH_SECONDS, transport.patience)):
-            running = [each for each in stages if each.process.poll() is None]
-            now = sum(bytes_moved(each.process) for each in running)
-            if now != seen:
-                seen, since = now, time.monotonic()
-                transport.moved()
-            elif now and time.monotonic() - since >= patience:
-                raise stalled(patience, bytes_moved(stages[-1].process), [each.program for each in running])
+        stage.process.wait()
+    return arrived
 
 
-def ends_within(process: subprocess.Popen[bytes], seconds: float) -> bool:
-    """Whether the process has ended when this returns, at the latest after so long."""
-    try:
-        process.wait(timeout=seconds)
-    except subprocess.TimeoutExpired:
-        return False
-    return True
+def await_one(stage: Stage, seconds: float) -> None:
+    """Wait until it has ended, at most so long."""
+    until = time.monotonic() + seconds
+    pause = 0.001
+    while not stage.has_ended() and time.monotonic() < until:
+        time.sleep(pause)
+        pause = min(2 * pause, 0.05)
 
 
 def stalled(patience: float, moved: int, running: Sequence[str]) -> StreamFailed:
@@ -1959,14 +2041,14 @@ def blame(ended: Sequence[tuple[str, int, str]]) -> None:
     raise StreamFailed(f"the stream failed: {what}", hint, link_held=ended[0][1] != SSH_FAILED)
 
 
-def pull(source: Host, sending: Command, target: Host, receiving: Command, transport: Transport) -> None:
-    """Stream what `sending` sends on the source into `receiving` on the target.
+def pull(source: Host, sending: Command, target: Host, receiving: Command, transport: Transport) -> int:
+    """Stream what `sending` sends on the source into `receiving` on the target. Returns the bytes that arrived.
 
     Raises StreamFailed, or LinkLost if it was the link. Where ssh does not say, the shared connection is asked; not
     otherwise, for it ends by itself while a receive is still busy with the last of a stream.
     """
     try:
-        said = stream((source.piped(sending), *transport.buffer, target.piped(receiving)), transport)
+        arrived, said = stream((source.piped(sending), *transport.buffer, target.piped(receiving)), transport)
     except StreamFailed as failure:
         if failure.link_held or source.connected():
             for host, command, verb in ((source, sending, "send"), (target, receiving, "receive")):
@@ -1979,6 +2061,7 @@ def pull(source: Host, sending: Command, target: Host, receiving: Command, trans
             f"the link to {source.label} broke: {failure.what}", "what arrived is kept; the next run goes on from there"
         ) from None
     check_properties(target, receiving, said)
+    return arrived
 
 
 def check_properties(target: Host, receiving: Command, said: str) -> None:
@@ -2000,8 +2083,9 @@ def check_properties(target: Host, receiving: Command, said: str) -> None:
 MOST_STEPS = 6
 """Steps that one dataset may need in one run beyond those of its first plan: ways out, what is found only meanwhile."""
 
-Carry = Callable[[Command, Command], None]
-"""Carries the stream of a sending command on the source to a receiving command here; raises as `stream` does."""
+Carry = Callable[[Command, Command], int]
+"""Carries the stream of a sending command on the source to a receiving command here, and returns the bytes that came;
+raises as `stream` does."""
 
 
 class Lock:
@@ -2291,7 +2375,8 @@ class Run:
         old = None if key in self.target else former_key(self.source[key], key, self.strays)
         if old is not None:
             self.make_room(key)
-            self.report.step(f"{self.local_name(old)}: now called {self.local_name(key)}, as at the source")
+            name = self.local_name(key)
+            self.report.event("rename", name, f"{self.local_name(old)}: now called {name}, as at the source")
             run(self.target_host, rename(self.local_name(old), self.local_name(key)))
             self.survey_target()
 
@@ -2313,9 +2398,12 @@ class Run:
                 continue
             plans[key] = plan
             if isinstance(plan, UpToDate):
-                has_any = self.selected(key)
-                self.report.step(f"{self.local_name(key)}: {'in step' if has_any else 'no snapshot to pull'}")
+                self.tell_in_step(key)
         return plans
+
+    def tell_in_step(self, key: str) -> None:
+        what = "in step" if self.selected(key) else "no snapshot to pull"
+        self.report.event(what, self.local_name(key), f"{self.local_name(key)}: {what}")
 
     def way_out(self, plan: Blocked) -> WayOut | None:
         """What the user has allowed us to do where nothing else helps."""
@@ -2371,12 +2459,14 @@ class Run:
         """Take a way out that the user has allowed, and say so before."""
         name = self.local_name(key)
         if isinstance(way, Quarantine):
-            aside = f"{name}{ASIDE}{time.strftime('%Y-%m-%d-%H%M%S', time.gmtime(now))}"
-            self.report.notice(f"{name}: renaming it to {aside}, children and all, to pull it afresh")
+            aside = aside_of(name, now)
+            self.report.notice(
+                "quarantine", name, f"{name}: renaming it to {aside}, children and all, to pull it afresh"
+            )
             run(self.target_host, rename(name, aside))
             self.survey_target()
             return
-        self.report.notice(f"{name}: {way}")
+        self.report.notice("rollback", name, f"{name}: {way}")
         # Ours may stand on what goes, if the source was rolled back before: the hold on the common one comes first.
         missing = place_holds(self.target_host, self.policy.received_tag, [way.to.name])
         if missing:
@@ -2402,8 +2492,9 @@ class Run:
             return
         if not self.make_ready(key, step):
             return
+        began = time.monotonic()
         try:
-            self.carry(*self.ends(key, step))
+            arrived = self.carry(*self.ends(key, step))
         except StreamFailed as failure:
             now = self.look_again(key)
             if now and "has been modified" in failure.what:
@@ -2418,6 +2509,7 @@ class Run:
         now = self.look_again(key)
         if now is None or not now.snapshots or now.snapshots[-1].guid != step.snapshot.guid:
             raise StreamFailed(f"zfs recv reported success, but {name} does not end in {step.snapshot.short}")
+        self.report.pulled(name, step, arrived, time.monotonic() - began)
 
     def give_up(self, key: str) -> None:
         name = self.local_name(key)
@@ -2428,14 +2520,10 @@ class Run:
 
     def make_ready(self, key: str, step: Receive) -> bool:
         """See to it that a receive finds its place. False if it is not free any more, and a new plan is due."""
-        source, local = self.source[key], self.target.get(key)
+        local = self.target.get(key)
         if local is None:
             self.make_room(key)
-            if source.origin and not step.origin:
-                if self.origin_to_come(key):
-                    raise Failure(f"skipped, for its origin {source.origin} is not wholly here", ORIGIN_FIRST)
-                why = f"its origin {source.origin} is not in this mirror"
-                self.report.step(f"{self.local_name(key)}: in full, for {why}")
+            self.check_origin(key, step)
         elif local.vacant:
             # Hours may have gone since the survey, and hours may go until the stream is whole: what anybody writes
             # meanwhile -F would overwrite.
@@ -2443,6 +2531,14 @@ class Run:
             local = self.look_again(key)
             return local is not None and local.vacant
         return True
+
+    def check_origin(self, key: str, step: Receive) -> None:
+        """See to it that a clone comes as one, if it can."""
+        origin = self.source[key].origin
+        if origin and not step.origin:
+            if self.origin_to_come(key):
+                raise Failure(f"skipped, for its origin {origin} is not wholly here", ORIGIN_FIRST)
+            self.report.step(f"{self.local_name(key)}: in full, for its origin {origin} is not in this mirror")
 
     def ends(self, key: str, step: Receive) -> tuple[Command, Command]:
         """The commands at both ends of the stream of a step."""
@@ -2459,26 +2555,28 @@ class Run:
             self.features = [name.partition("@")[2] for name, value in rows if value in ("enabled", "active")]
         return stream_flags(self.features)
 
-    def make_room(self, key: str) -> None:
-        """Create what is missing above a local dataset: ancestors of the root, and parents without a snapshot."""
+    def missing_above(self, key: str) -> list[str]:
+        """What is to be created above a local dataset: ancestors of the root, and parents without a snapshot. Raises
+        Failure if what should be there by now is not."""
         if key == "":
-            for name in lineage(self.policy.target_root)[:-1]:
-                if name not in self.existing:
-                    run(self.target_host, create_parent(name))
-                    self.existing.append(name)
-            return
+            return [name for name in lineage(self.policy.target_root)[:-1] if name not in self.existing]
         parent = key.rpartition("/")[0]
         here = self.target.get(parent)
         if here and here.partial and not here.snapshots:
             # Should its rest never come it must be given up, and zfs gives up no dataset that has children.
             raise Failure(f"skipped, for its parent {here.name} is not wholly here", PARENT_FIRST)
         if here:
-            return
+            return []
         if self.selected(parent):
             raise Failure(f"skipped, for its parent {self.local_name(parent)} is not here", PARENT_FIRST)
-        self.make_room(parent)
-        run(self.target_host, create_parent(self.local_name(parent)))
-        self.look_again(parent)
+        return [*self.missing_above(parent), self.local_name(parent)]
+
+    def make_room(self, key: str) -> None:
+        for name in self.missing_above(key):
+            run(self.target_host, create_parent(name))
+            self.existing.append(name)
+            if f"{name}/".startswith(f"{self.policy.target_root}/"):
+                self.look_again(name[len(self.policy.target_root) :])
 
     # converge
 
@@ -2536,15 +2634,22 @@ class Run:
     # expire
 
     def expire(self, now: int) -> None:
-        for key, local in self.target.items():
-            if key not in self.source:
-                self.report.step(f"{local.name}: not at the source (any more); left as it is")
-            expiry = expire(self.source.get(key), local, self.policy, now)
-            for snapshot, why in expiry.kept:
-                self.report.step(f"{snapshot.name}: past its time, but kept: {why}")
-            for snapshot in expiry.destroy:
-                self.report.step(f"{snapshot.name}: expired")
-            self.destroy_all({snapshot.name: snapshot for snapshot in expiry.destroy})
+        for key in self.target:
+            due = self.tell_due(key, now)
+            self.destroy_all({snapshot.name: snapshot for snapshot in due})
+
+    def tell_due(self, key: str, now: int) -> tuple[Snapshot, ...]:
+        """What is due to be destroyed of a local dataset, and why the rest stays."""
+        local = self.target[key]
+        if key not in self.source:
+            self.report.event("gone", local.name, f"{local.name}: not at the source (any more); left as it is")
+        expiry = expire(self.source.get(key), local, self.policy, now)
+        for snapshot, why in expiry.kept:
+            line = f"{snapshot.name}: past its time, but kept: {why}"
+            self.report.event("keep", local.name, line, snapshot=snapshot.short, why=why)
+        for snapshot in expiry.destroy:
+            self.report.event("expire", local.name, f"{snapshot.name}: expires", snapshot=snapshot.short)
+        return expiry.destroy
 
     def destroy_all(self, snapshots: dict[str, Snapshot]) -> None:
         """Destroy in few commands; but zfs destroys none of a list if it cannot destroy one: then one by one."""
@@ -2557,6 +2662,126 @@ class Run:
                     run(self.target_host, destroy([snapshot]))
                 except CommandFailed as failure:
                     self.report.failure(snapshot.name, failure)
+
+
+def facts(step: Receive) -> dict[str, Any]:
+    """A step as data. Guids are text: many programs read no number of 64 bits."""
+    base = step.base
+    return {
+        "snapshot": step.snapshot.short,
+        "guid": str(step.snapshot.guid),
+        "base": base.short if base else None,
+        "base_guid": str(base.guid) if base else None,
+        "resumed": step.token is not None,
+        "clone_of": step.origin or None,
+    }
+
+
+class Rehearsal:
+    """Tells what a run would do, and does nothing of it. Each dataset is taken for what its plan will make of it: from
+    that follow the holds to move, and what expires."""
+
+    def __init__(self, run: Run) -> None:
+        self.run = run
+        self.report = run.report
+
+    def tell(self, now: int) -> None:
+        self.run.order = in_order(self.run.source)
+        for key in self.run.order:
+            try:
+                self.foresee(key, now)
+            except (LinkLost, Stuck):
+                raise
+            except Failure as failure:
+                self.report.failure(self.run.local_name(key), failure)
+        for key, moves in self.run.wanted_moves().items():
+            self.tell_moves(moves)
+            here, there = self.run.policy.received_tag, self.run.policy.tag
+            self.run.source[key] = held_after(self.run.source[key], there, moves.place_source, moves.release_source)
+            if key in self.run.target:
+                self.run.target[key] = held_after(self.run.target[key], here, moves.place_local, moves.release_local)
+        for key in self.run.target:
+            self.run.tell_due(key, now)
+
+    def foresee(self, key: str, now: int) -> None:
+        """One dataset. Raises Failure if it would be blocked, or skipped."""
+        run, name = self.run, self.run.local_name(key)
+        old = None if key in run.target else former_key(run.source[key], key, run.strays)
+        if old is not None:
+            self.make_room(key)
+            self.report.event("rename", name, f"{run.local_name(old)}: rename to {name}, as at the source")
+            for inner in within(run.target, old):
+                new = key + inner[len(old) :]
+                run.target[new] = renamed(run.target.pop(inner), run.local_name(new))
+            run.strays = strays(run.source, run.target)
+        plan = run.decide(key)
+        way = run.way_out(plan) if isinstance(plan, Blocked) else None
+        if way:
+            self.clear(key, way, now)
+            plan = run.decide(key)
+        if isinstance(plan, Blocked):
+            raise Failure(plan.reason, plan.hint)
+        if isinstance(plan, UpToDate):
+            run.tell_in_step(key)
+            return
+        self.make_room(key)
+        for step in plan.steps:
+            self.tell_step(key, step)
+        run.target[key] = foreseen(run.source[key], run.target.get(key), name, plan)
+
+    def make_room(self, key: str) -> None:
+        for name in self.run.missing_above(key) if key not in self.run.target else ():
+            self.report.event("create", name, f"{name}: create, as a parent that never mounts")
+            self.run.existing.append(name)
+            if f"{name}/".startswith(f"{self.run.policy.target_root}/"):
+                self.run.target[name[len(self.run.policy.target_root) :]] = Dataset(name, "filesystem")
+
+    def clear(self, key: str, way: WayOut, now: int) -> None:
+        local = self.run.target[key]
+        if isinstance(way, Quarantine):
+            self.report.event("quarantine", local.name, f"{local.name}: rename to {aside_of(local.name, now)}")
+            for inner in within(self.run.target, key):
+                del self.run.target[inner]
+        else:
+            self.report.event("rollback", local.name, f"{local.name}: {way}")
+            self.run.target[key] = rolled_back(local, way)
+
+    def tell_step(self, key: str, step: Step) -> None:
+        name = self.run.local_name(key)
+        if isinstance(step, Abandon):
+            self.report.event("abandon", name, f"{name}: {step}")
+            return
+        if key not in self.run.target:
+            self.run.check_origin(key, step)
+        sending, _ = self.run.ends(key, step)
+        answer = self.run.source_host.ask(estimate(sending))
+        size = parse_estimate(answer.stdout) if answer.status == 0 else None
+        base = f", onto that of guid {step.base.guid}" if step.base else ""
+        amount = "size unknown" if size is None else human(size)
+        line = f"{name}: pull {step}: {amount} (guid {step.snapshot.guid}{base})"
+        self.report.event("pull", name, line, **facts(step), bytes=size)
+
+    def tell_moves(self, moves: HoldMoves) -> None:
+        here, there = self.run.policy.received_tag, self.run.policy.tag
+        for verb, tag, names in (
+            ("hold", there, moves.place_source),
+            ("hold", here, moves.place_local),
+            ("release", there, moves.release_source),
+            ("release", here, moves.release_local),
+        ):
+            for name in names:
+                dataset, _, short = name.partition("@")
+                self.report.event(verb, dataset, f"{name}: {verb} {tag}", snapshot=f"@{short}", tag=tag)
+
+
+def within(tree: Tree, key: str) -> list[str]:
+    """The keys of a dataset and of all below it."""
+    return [inner for inner in tree if f"{inner}/".startswith(f"{key}/")]
+
+
+def aside_of(name: str, now: int) -> str:
+    """The name under which a dataset is set aside."""
+    return f"{name}{ASIDE}{time.strftime('%Y-%m-%d-%H%M%S', time.gmtime(now))}"
 
 
 MOST_SKEW = 300
@@ -2694,24 +2919,71 @@ class Doctor:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-class Report:
-    """What the user sees: nothing of a success, a paragraph for each failure; more with -v. All on stderr."""
+@dataclass
+class Tally:
+    """What a run has done for one local dataset: the streams received, their bytes and seconds, the snapshots expired;
+    and what failed."""
 
-    def __init__(self, verbosity: int = 0) -> None:
+    streams: int = 0
+    bytes: int = 0
+    seconds: float = 0.0
+    expired: int = 0
+    failures: int = 0
+
+
+class Report:
+    """What the user sees: nothing of a success, a paragraph for each failure; more with -v, at a terminal, as JSON.
+
+    `steps` is where the single steps are told, nowhere if None. Everything else goes to stderr.
+    """
+
+    def __init__(self, verbosity: int = 0, steps: IO[str] | None = None, meter: Meter | None = None) -> None:
         self.verbosity = verbosity
+        self.steps = steps or (sys.stderr if verbosity else None)
+        self.meter = meter
         self.failures: list[str] = []
+        self.events: list[dict[str, Any]] = []
+        self.tallies: dict[str, Tally] = {}
+
+    def tally(self, dataset: str) -> Tally:
+        return self.tallies.setdefault(dataset, Tally())
+
+    def say(self, line: str, file: IO[str] | None = None) -> None:
+        """A line of its own, whatever progress is being shown."""
+        if self.meter:
+            self.meter.clear()
+        print(line, file=file or sys.stderr, flush=True)
 
     def step(self, line: str) -> None:
-        if self.verbosity >= 1:
-            print(line, file=sys.stderr)
+        if self.steps:
+            self.say(line, self.steps)
 
-    def notice(self, line: str) -> None:
+    def event(self, kind: str, dataset: str, line: str, **facts: Any) -> None:
+        """A step, told in `line`, of which more is known than its text."""
+        self.events.append({"event": kind, "dataset": dataset, **facts})
+        self.tally(dataset).expired += kind == "expire"
+        self.step(line)
+
+    def pulled(self, dataset: str, step: Receive, arrived: int, seconds: float) -> None:
+        """A stream of so many bytes has arrived whole."""
+        tally = self.tally(dataset)
+        tally.streams += 1
+        tally.bytes += arrived
+        tally.seconds += seconds
+        self.events.append(
+            {"event": "pull", "dataset": dataset, **facts(step), "bytes": arrived, "seconds": round(seconds, 3)}
+        )
+        if self.meter:
+            self.say(f"{dataset}: {step}: {pace(arrived, seconds)}")
+
+    def notice(self, kind: str, dataset: str, line: str) -> None:
         """What nobody may miss, though nothing failed."""
-        print(f"zfs_replicate: {line}", file=sys.stderr)
+        self.events.append({"event": kind, "dataset": dataset})
+        self.say(f"zfs_replicate: {line}")
 
     def command(self, line: str) -> None:
         if self.verbosity >= 2:
-            print(f"    {line}", file=sys.stderr)
+            self.say(f"    {line}")
 
     def finding(self, finding: Finding) -> None:
         """One line of --doctor, on stdout, and the remedy below it."""
@@ -2724,7 +2996,94 @@ class Report:
         text = f"zfs_replicate: {subject}: {failure}".replace("\n", "\n    ")
         if text not in self.failures:
             self.failures.append(text)
-            print(text, file=sys.stderr)
+            self.tally(subject).failures += 1
+            self.events.append({"event": "failure", "dataset": subject, "what": failure.what, "hint": failure.hint})
+            self.say(text)
+
+
+def pace(arrived: int, seconds: float) -> str:
+    """How much came in what time: `1.20G in 0:25, 49.1M/s`."""
+    return f"{human(arrived)} in {minutes(seconds)}, {human(arrived / max(seconds, 0.001))}/s"
+
+
+def minutes(seconds: float) -> str:
+    """A time to go or gone by: `0:05`, `12:34`, `1:02:03`."""
+    whole = int(seconds)
+    return (
+        f"{whole // 3600}:{whole // 60 % 60:02}:{whole % 60:02}" if whole >= 3600 else f"{whole // 60}:{whole % 60:02}"
+    )
+
+
+class Meter:
+    """The progress of a stream, on one line of a terminal that is written over and over."""
+
+    def __init__(self, out: IO[str], columns: Callable[[], int], seconds: Callable[[], float] = time.monotonic) -> None:
+        self.out = out
+        self.columns = columns
+        self.seconds = seconds
+        self.shown = False
+        self.begin("", None, 0)
+
+    def begin(self, name: str, size: int | None, before: int) -> None:
+        """A stream of `size` bytes is about to begin, if that is known; `before` it, so many have come already."""
+        self.name = name
+        self.size = None if size is None else size + before
+        self.before = before
+        self.seen = [(self.seconds(), 0)]
+
+    def show(self, arrived: int, buffered: int) -> None:
+        """So many bytes of the stream have arrived, so many more wait in the buffer."""
+        self.seen = [*self.seen[-RATE_LOOKS:], (self.seconds(), arrived)]
+        (then, were), (now, are) = self.seen[0], self.seen[-1]
+        rate = (are - were) / max(now - then, 0.001)
+        here = self.before + arrived
+        figures = f"{human(here):>5} {human(rate):>5}/s"
+        if self.size is not None:
+            percent = min(100 * here // max(self.size, 1), 100)
+            left = minutes(max(self.size - here, 0) / rate) if rate else "-:--"
+            figures = f"{human(here):>5} of {human(self.size):>5} {percent:3}% {human(rate):>5}/s {left:>5} left"
+        figures += f" buf {human(buffered):>5}"
+        space = max(self.columns() - len(figures) - 2, 10)
+        name = self.name if len(self.name) <= space else "..." + self.name[3 - space :]
+        self.out.write(f"\r{name:<{space}} {figures}\x1b[K")
+        self.out.flush()
+        self.shown = True
+
+    def clear(self) -> None:
+        if self.shown:
+            self.out.write("\r\x1b[K")
+            self.out.flush()
+        self.shown = False
+
+
+RATE_LOOKS = 10
+"""Over how many looks at a stream, one a second, its rate is taken."""
+
+
+def document(options: argparse.Namespace, report: Report, began: float, seconds: float, status: int) -> dict[str, Any]:
+    """A run as data, for --json; the README tells the fields."""
+    return {
+        "version": __version__,
+        "host": options.remote_host,
+        "source": options.remote_fs,
+        "local": options.local_fs,
+        "tag": options.tag,
+        "dry_run": options.dry_run,
+        "began": int(began),
+        "seconds": round(seconds, 3),
+        "exit": status,
+        "events": report.events,
+    }
+
+
+def summary(options: argparse.Namespace, report: Report, seconds: float) -> str:
+    """One line on a whole run."""
+    tallies = report.tallies.values()
+    in_step = sum(event["event"] == "in step" for event in report.events)
+    streams, arrived, expired = (sum(getattr(it, name) for it in tallies) for name in ("streams", "bytes", "expired"))
+    what = [f"{in_step} in step before", f"{streams} pulled ({human(arrived)})", f"{expired} expired"]
+    what += [f"{len(report.failures)} failed"] if report.failures else []
+    return f"zfs_replicate: {options.local_fs}: {', '.join(what)}, in {minutes(seconds)}"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -2897,6 +3256,13 @@ def parser() -> argparse.ArgumentParser:
     ways.add_argument("--quarantine", action="store_true",
         help="rename aside a local dataset that cannot be brought up to date, children and all, and pull it "
         "afresh")  # fmt: skip
+    add("--dry-run", action="store_true",
+        help="tell what a run would send, hold, release and expire, and change nothing")  # fmt: skip
+    add("--json", action="store_true",
+        help="print one JSON document at the end: what was done, or with --dry-run would be")  # fmt: skip
+    add("--progress", action="store_true",
+        help="show the progress of each stream and a summary, also where stderr is no terminal")  # fmt: skip
+    add("-q", "--quiet", action="store_true", help="show neither, also at a terminal")
     add("--doctor", action="store_true",
         help="look at all that a run needs, change nothing; exit 1 if anything is not as it should be")  # fmt: skip
     add("-v", "--verbose", action="count", default=0, help="tell each step; twice: each command")
@@ -2987,6 +3353,14 @@ def look_after(options: argparse.Namespace, report: Report) -> int:
     return 1 if any(finding.remedy for finding in findings) else 0
 
 
+def rehearse(options: argparse.Namespace, report: Report) -> int:
+    """What --dry-run does. Without the lock, as --doctor."""
+    with logged_in(options, report, None) as it:
+        it.begin()
+        Rehearsal(it).tell(int(time.time()))
+    return 1 if report.failures else 0
+
+
 @contextlib.contextmanager
 def logged_in(options: argparse.Namespace, report: Report, alone: Lock | None) -> Iterator[Run]:
     """Log in; yields a run that is to begin. Raises Failure if that does not work. Without the lock, only to look."""
@@ -3007,13 +3381,18 @@ def logged_in(options: argparse.Namespace, report: Report, alone: Lock | None) -
     if options.sudo in ("local", "both"):
         target = SudoHost(target)
 
-    def carry(sending: Command, receiving: Command) -> None:
+    def carry(sending: Command, receiving: Command) -> int:
         buffer = buffer_stage(options.mbuffer)
         if not buffer:
             report.step("mbuffer is not installed here: the stream goes without it")
         note(f"{source.label}: {shlex.join(sending)} | {target.label}: {shlex.join(receiving)}")
-        transport = Transport(buffer, options.stall_timeout, moved, inherit)
-        pull(source, sending, target, receiving, transport)
+        if report.meter:
+            foretold = source.ask(estimate(sending))
+            size = parse_estimate(foretold.stdout) if foretold.status == 0 else None
+            report.meter.begin(receiving[-1], size, parse_token("", foretold.stdout).bytes)
+        show = report.meter.show if report.meter else None
+        transport = Transport(buffer, options.stall_timeout, moved, show, inherit)
+        return pull(source, sending, target, receiving, transport)
 
     with contextlib.closing(source):
         yield Run(policy_of(options), source, target, carry, report)
@@ -3038,18 +3417,35 @@ def signals_stop_us() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def main(argv: list[str] | None = None) -> int:
-    """The program. Returns its exit code."""
-    options = parse(argv)
-    report = Report(options.verbose)
+def report_for(options: argparse.Namespace) -> Report:
+    """Who looks on? A terminal, cron, or a program that reads JSON."""
+    steps = sys.stdout if options.dry_run and not options.json else None
+    shown = options.progress or (sys.stderr.isatty() and not options.quiet)
+    meter = Meter(sys.stderr, lambda: shutil.get_terminal_size().columns) if shown and not options.dry_run else None
+    return Report(options.verbose, steps, meter)
+
+
+def conclude(options: argparse.Namespace, report: Report, began: float, status: int) -> None:
+    """What is to be said at the end of a run."""
+    seconds = time.time() - began
+    if report.meter:
+        report.say(summary(options, report, seconds))
+    if options.json:
+        print(json.dumps(document(options, report, began, seconds, status), indent=1))
+
+
+def act(options: argparse.Namespace, report: Report) -> int:
+    """What the options ask for. Returns the exit code."""
     try:
         with contextlib.ExitStack() as stack:
             stack.enter_context(signals_stop_us())
             if options.doctor:
                 return look_after(options, report)
+            if options.dry_run:
+                return rehearse(options, report)
             alone = stack.enter_context(lock(options.local_fs, options.stall_timeout))
             if alone is None:
-                report.step(f"{options.local_fs}: another run is at work")
+                report.event("overlap", options.local_fs, f"{options.local_fs}: another run is at work")
                 return 0
             return replicate(options, report, alone)
     except Stopped as stopped:
@@ -3057,6 +3453,16 @@ def main(argv: list[str] | None = None) -> int:
     except Failure as failure:
         report.failure(options.local_fs, failure)
         return 3
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The program. Returns its exit code."""
+    options = parse(argv)
+    report = report_for(options)
+    began = time.time()
+    status = act(options, report)
+    conclude(options, report, began, status)
+    return status
 
 
 if __name__ == "__main__":

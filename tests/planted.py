@@ -85,7 +85,7 @@ BUGS: dict[str, Edits] = {
         ("    if target and ends_match and partial.raw == policy.raw(source) and not local.changed:\n", "    if target:\n"),
     ),
     "token given up on any error": (
-        ("corrupt=\"resume token is corrupt\" in text", "corrupt=guid(\"toguid\") is None"),
+        ("corrupt = \"resume token is corrupt\" in text", "corrupt = number(\"toguid\") is None"),
     ),
     "-F onto data": (("    force = (\"-F\",) if local and local.vacant else ()\n", "    force = (\"-F\",) if local else ()\n"),),
     "first receive onto data": (("    if local is not None and not local.vacant:\n", "    if local is not None and not local.vacant and False:\n"),),
@@ -98,7 +98,7 @@ BUGS: dict[str, Edits] = {
         ("                if marks.place:\n", "                for name in marks.remove:\n                    run(self.source_host, destroy_bookmark(name))\n                if marks.place:\n"),
     ),
     "blocked without asking for the way out": (("        allowed = {Rollback: self.policy.rollback, Quarantine", "        allowed = {Rollback: True, Quarantine"),),
-    "nobody watches the stream": (("            elif now and time.monotonic() - since >= patience:\n", "            elif False:\n"),),
+    "nobody watches the stream": (("        elif now and time.monotonic() - since >= patience:\n", "        elif False:\n"),),
     "the lock is not inherited": (("                pass_fds=inherit if is_last else (),\n", ""),),
     "stuck holder left in peace": (("    if time.time() - moved >= patience * TAIL_FACTOR:\n", "    if False:\n"),),
 }  # fmt: skip

@@ -40,6 +40,9 @@ GUID_STEP = 0x9E3779B97F4A7C15
 """Odd, so that all multiples of it differ: guids that neither run with time nor fit in 63 bits."""
 
 
+SEGMENT_BYTES = 2**20
+
+
 class Refused(Exception):
     """zfs says no: its message, as the program or an administrator gets to read it, and its exit status."""
 
@@ -462,9 +465,14 @@ class Machine:
         return Answer(0, "", "")
 
     def zfs_send(self, words: list[str]) -> Answer:
-        """What a token says; it decodes anywhere, also where the snapshot is not, but then the exit status tells."""
-        assert words.pop(0) == "-nvt", words
-        (token,) = words
+        """What a token says; it decodes anywhere, also where the snapshot is not, but then the exit status tells. Or what
+        a stream would be; its size is made up."""
+        if words[0] == "-nP" and words[1] != "-t":
+            rows = [self.foretold(segment) for segment in self.send(("zfs", "send", *words[1:]))]
+            return Answer(0, f"{''.join(rows)}size\t{len(rows) * SEGMENT_BYTES}\n", "")
+        parsable = words[0] == "-nP"
+        assert words[:-1] in (["-nP", "-t"], ["-nvt"]), words
+        token = words[-1]
         segment = self.decoded(token)
         base = f"\tfromguid = {segment.base:#x}\n" if segment.base else ""
         said = (
@@ -472,9 +480,16 @@ class Machine:
             f"\ttoguid = {segment.guid:#x}\n\ttoname = {segment.name}\n"
         )
         try:
-            return Answer(0, f"{said}full send of {self.rest(segment).name} estimated size is 1.00M\n", "")
+            name = self.rest(segment).name
+            size = f"full\t{name}\t{SEGMENT_BYTES}\nsize\t{SEGMENT_BYTES}\n"
+            return Answer(0, said + (size if parsable else f"full send of {name} estimated size is 1.00M\n"), "")
         except Refused as refused:
             return Answer(refused.status, said, f"{refused}\n")
+
+    def foretold(self, segment: Segment) -> str:
+        if segment.base is None:
+            return f"full\t{segment.name}\t{SEGMENT_BYTES}\n"
+        return f"incremental\t?\t{segment.name}\t{SEGMENT_BYTES}\n"
 
     # streams
 
@@ -684,7 +699,7 @@ class Wire:
     at: Callable[[Machine, Command, str], Answer | None] = undisturbed
     done: list[tuple[str, ...]] = field(default_factory=list)
 
-    def carry(self, sending: Command, receiving: Command) -> None:
+    def carry(self, sending: Command, receiving: Command) -> int:
         self.disturbed(sending, "before")
         try:
             for segment in self.source.send(sending):
@@ -694,6 +709,7 @@ class Wire:
         except Refused as refused:
             raise StreamFailed(f"the stream failed: zfs: {refused}") from None
         self.disturbed(sending, "after")
+        return 0
 
     def disturbed(self, sending: Command, moment: str) -> None:
         answer = self.at(self.source, sending, moment)

@@ -48,11 +48,13 @@ from zfs_replicate import (
     create_parent,
     decode_token,
     destroy,
+    estimate,
     fields,
     hold,
     list_existing,
     list_holds,
     list_tree,
+    parse_estimate,
     parse_token,
     parse_tree,
     receive,
@@ -66,6 +68,21 @@ if TYPE_CHECKING:
     import lab as laboratory
 
 SCENES = {
+    "weighing streams": """
+        create there
+        snapshot there@a
+        snapshot there@b
+        snapshot there@c
+        bookmark there@a there#a
+        weigh there@a => full of some bytes
+        weigh -i there@a there@c => incremental of some bytes
+        weigh -i there#a there@c => incremental of some bytes
+        weigh -I there@a there@c => incremental; incremental of some bytes
+        weigh there@d => ! dataset does not exist
+        weigh -i there#d there@c => ! incremental source (there#d) does not exist
+        half pull there@a here => ! incomplete stream
+        weigh-rest here => full of some bytes
+    """,
     "holds": """
         create there
         snapshot there@a
@@ -570,6 +587,8 @@ COMMANDS: dict[str, Callable[..., Command]] = {
     "abandon": abandon,
     "token": lambda name: decode_token(TOKEN_OF + name),
     "decode": decode_token,
+    "weigh": lambda *words: estimate(pull([*words, "nowhere"], set())[0]),
+    "weigh-rest": lambda name: estimate(("zfs", "send", "-t", TOKEN_OF + name)),
 }
 """What the program runs."""
 
@@ -665,6 +684,9 @@ class Teller:
             name = re.search("toname = (.*)", text)
             base = f" from {self.labels.get(partial.from_guid, '?')}" if partial.from_guid else ""
             return f"of {name and name[1]}{base} to {self.labels.get(partial.to_guid or 0, '?')}"
+        if line.operation.startswith("weigh") and "size" in text:
+            kinds = re.findall("^(full|incremental)\t", text, re.MULTILINE)
+            return f"{'; '.join(kinds)}{' of some bytes' * (parse_estimate(text) > 0)}"
         if line.operation == "holds":
             return "; ".join(sorted(f"{name} {tag}" for name, tag, _ in fields(text, 3)))
         return "; ".join(text.splitlines())

@@ -14,6 +14,7 @@ from zfs_replicate import (
     Partial,
     Snapshot,
     count_objects,
+    parse_estimate,
     parse_holds,
     parse_token,
     parse_tree,
@@ -235,12 +236,12 @@ send from @a to tank/my vm @b c estimated size is 4.00M
 
 
 def test_a_token_of_an_increment() -> None:
-    assert parse_token("1-x", INCREMENTAL) == Partial("1-x", GUID, 0x5D33BD9AD1BB21A4, raw=True)
+    assert parse_token("1-x", INCREMENTAL) == Partial("1-x", GUID, 0x5D33BD9AD1BB21A4, raw=True, bytes=0x1B6A28)
 
 
 def test_a_token_of_a_first_receive_has_no_base() -> None:
     text = INCREMENTAL.replace("\tfromguid = 0x5d33bd9ad1bb21a4\n", "")
-    assert parse_token("1-x", text) == Partial("1-x", GUID, None, raw=True)
+    assert parse_token("1-x", text) == Partial("1-x", GUID, None, raw=True, bytes=0x1B6A28)
 
 
 def test_a_token_decodes_where_its_snapshot_is_not() -> None:
@@ -249,7 +250,7 @@ def test_a_token_decodes_where_its_snapshot_is_not() -> None:
         INCREMENTAL.rsplit("send from", 1)[0]
         + "cannot resume send: 'tank/my vm @b c' is no longer the same snapshot used in the initial send\n"
     )
-    assert parse_token("1-x", text) == Partial("1-x", GUID, 0x5D33BD9AD1BB21A4, raw=True)
+    assert parse_token("1-x", text) == Partial("1-x", GUID, 0x5D33BD9AD1BB21A4, raw=True, bytes=0x1B6A28)
 
 
 @pytest.mark.parametrize(
@@ -269,7 +270,7 @@ def test_a_token_that_zfs_could_not_look_at_is_not_called_corrupt() -> None:
 
 def test_a_token_of_a_plain_stream() -> None:
     text = INCREMENTAL.replace("\trawok = 1\n", "")
-    assert parse_token("1-x", text) == Partial("1-x", GUID, 0x5D33BD9AD1BB21A4)
+    assert parse_token("1-x", text) == Partial("1-x", GUID, 0x5D33BD9AD1BB21A4, bytes=0x1B6A28)
 
 
 @given(numbers, st.none() | numbers, datasets, components)
@@ -280,6 +281,21 @@ def test_every_token_comes_back(to_guid: int, from_guid: int | None, dataset: st
         f"\ttoguid = {to_guid:#x}\n\ttoname = {dataset}@{snapshot}\n"
     )
     assert parse_token("1-x", text) == Partial("1-x", to_guid, from_guid)
+
+
+# zfs send -nP
+
+
+def test_the_size_of_a_stream() -> None:
+    """As OpenZFS 2.1.11 and 2.3.2 print it."""
+    text = "incremental\t1\tp/a@2\t1059376\nincremental\t2\tp/a@3\t534352\nsize\t1593728\n"
+    assert parse_estimate(text) == 1593728
+    assert parse_estimate(INCREMENTAL.rsplit("send from", 1)[0] + "full\tp/a@3\t2637648\nsize\t2637648\n") == 2637648
+
+
+def test_a_size_that_is_not_told_is_no_size() -> None:
+    with pytest.raises(Failure, match="no size of a stream"):
+        parse_estimate(INCREMENTAL)
 
 
 # zfs userspace

@@ -58,7 +58,7 @@ class Quiet(Report):
     def failure(self, subject: str, failure: Failure) -> None:
         self.failures.append(f"{subject}: {failure}")
 
-    def notice(self, line: str) -> None:
+    def notice(self, kind: str, dataset: str, line: str) -> None:
         COUNTS["ways out"] += 1
 
 

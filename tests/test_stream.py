@@ -14,6 +14,7 @@ import pytest
 from ssh_server import PATIENCE, Fault, Server
 from test_hosts import MEBIBYTE, SshConfig, executable, shell
 
+import zfs_replicate
 from zfs_replicate import (
     Account,
     Command,
@@ -166,19 +167,19 @@ def test_no_stage_survives_a_signal(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     started = tmp_path / "started"
     os.mkfifo(started)
     script = f"{'trap : TERM;' if stubborn else ''} echo $$ > '{started}'; while :; do read line; done"
-    wait = subprocess.Popen.wait
+    await_one = zfs_replicate.await_one
     pids: list[int] = []
 
-    def wait_until_stopped(process: subprocess.Popen[bytes], timeout: float | None = None) -> int:
-        if not pids:
-            pids.append(int(started.read_text()))  # the stage has set its trap
-            signal.setitimer(signal.ITIMER_REAL, 0.02)
-        return wait(process, None if timeout is None else 0.05)
+    def await_signal(stage: zfs_replicate.Stage, seconds: float) -> None:
+        pids.append(int(started.read_text()))  # the stage has set its trap
+        signal.setitimer(signal.ITIMER_REAL, 0.02)
+        await_one(stage, seconds)
 
     def stop(number: int, frame: Any) -> None:
         raise Stopped(number)
 
-    monkeypatch.setattr(subprocess.Popen, "wait", wait_until_stopped)
+    monkeypatch.setattr("zfs_replicate.await_one", await_signal)
+    monkeypatch.setattr("zfs_replicate.END_SECONDS", 0.05)
     signal.signal(signal.SIGALRM, stop)
     with pytest.raises(Stopped):
         stream([("sleep", "60"), ("sh", "-c", script), ("cat",)])
