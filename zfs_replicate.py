@@ -65,6 +65,7 @@ import signal
 import socket
 import subprocess
 import sys
+import syslog
 import tempfile
 import threading
 import time
@@ -439,6 +440,27 @@ class Expiry:
     kept: tuple[tuple[Snapshot, str], ...] = ()
 
 
+@dataclass(frozen=True)
+class Standing:
+    """How far a mirror has come: its newest common snapshot, and what it lacks.
+
+    `source` "" says that there is nothing at the source (any more), None that the source was not asked: then `common`
+    is what we hold here, and of the rest nothing is known. `behind` snapshots are newer there, of `lacking` bytes.
+    `pinned` are the bytes at the source that only the common snapshot needs, `partial` those here of an interrupted
+    receive.
+    """
+
+    name: str
+    source: str | None
+    common: Snapshot | None = None
+    held_here: bool = False
+    held_there: bool | None = None
+    behind: int | None = None
+    lacking: int | None = None
+    pinned: int | None = None
+    partial: int | None = None
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Room 3: Parse
 # ---------------------------------------------------------------------------------------------------------------------
@@ -556,6 +578,18 @@ def parse_estimate(text: str) -> int:
     if not found:
         raise Failure(f"zfs printed no size of a stream: {text[-200:]!r}")
     return int(found[1])
+
+
+def parse_usage(text: str) -> dict[str, tuple[int, int]]:
+    """By snapshot, bytes that only it needs and bytes written until it, from `zfs list -Hp -o name,used,written`."""
+    return {name: (int(used), int(written)) for name, used, written in fields(text, 3)}
+
+
+def parse_mark(value: str, root: str) -> int | None:
+    """Since when the runs of a tree fail, from our property of its local root; None if it says nothing of that: a value
+    that is inherited, or was received along a chain, names another root."""
+    since, _, of = value.partition(" ")
+    return int(since) if of == root and since.isdecimal() else None
 
 
 def count_objects(text: str) -> int:
@@ -954,6 +988,35 @@ def moves(dataset: Dataset | None, tag: str, wanted: set[int]) -> tuple[tuple[st
     return place, release
 
 
+def standing(source: Dataset, local: Dataset | None, name: str, policy: Policy, usage: Usage) -> Standing:
+    """Where the local dataset `name` stands beside its source."""
+    mutual = newest_mutual(source, local) if local else None
+    later = [it for it in source.snapshots if mutual is None or it.createtxg > mutual.source.createtxg]
+    newer = policy.selection.of_snapshots(later)
+    return Standing(
+        name,
+        source.name,
+        mutual.local if mutual else None,
+        held_here=mutual is not None and policy.received_tag in (mutual.local.tags or ()),
+        held_there=mutual is not None and policy.tag in (mutual.source.tags or ()),
+        behind=len(newer),
+        lacking=sum(usage.get(it.name, (0, 0))[1] for it in later),
+        pinned=usage.get(mutual.source.name, (0, 0))[0] if mutual else 0,
+        partial=local.partial.bytes if local and local.partial else None,
+    )
+
+
+def standing_alone(local: Dataset, policy: Policy, source: str | None = None) -> Standing:
+    """Where a local dataset stands by what is here: what we hold is what both sides had when a run last got there."""
+    held = [snapshot for snapshot in local.snapshots if policy.received_tag in (snapshot.tags or ())]
+    partial = local.partial.bytes if local.partial else None
+    return Standing(local.name, source, held[-1] if held else None, held_here=bool(held), partial=partial)
+
+
+Usage = dict[str, tuple[int, int]]
+"""Bytes that only a snapshot needs, and bytes written until it, by its name."""
+
+
 def held_after(dataset: Dataset, tag: str, place: Sequence[str], release: Sequence[str]) -> Dataset:
     """The dataset once `tag` was placed on those of its snapshots, and released from these."""
 
@@ -1043,9 +1106,26 @@ def batches(names: Iterable[str]) -> Iterator[list[str]]:
         yield batch
 
 
+FAILING = "zfs_replicate:failing"
+"""The property of a local root that says since when runs fail: there is no state outside ZFS. Set by the first run that
+fails, gone with the first that does not."""
+
+
 def list_existing(names: Iterable[str]) -> Command:
-    """Prints those of `names` that exist; exits 1 if one does not."""
-    return ("zfs", "list", "-H", "-o", "name", "-t", "filesystem,volume", *names)
+    """Prints those of `names` that exist, with their mark; exits 1 if one does not."""
+    return ("zfs", "list", "-H", "-o", f"name,{FAILING}", "-t", "filesystem,volume", *names)
+
+
+def set_mark(root: str, since: int) -> Command:
+    return ("zfs", "set", f"{FAILING}={since} {root}", root)
+
+
+def clear_mark(root: str) -> Command:
+    return ("zfs", "inherit", FAILING, root)
+
+
+def list_usage(root: str) -> Command:
+    return ("zfs", "list", "-Hp", "-r", "-t", "snapshot", "-o", "name,used,written", root)
 
 
 def list_tree(root: str, depth: int | None = None) -> Command:
@@ -2106,6 +2186,16 @@ class Lock:
         os.utime(self.file.fileno())
 
 
+def lock_name(tree: str) -> str:
+    return f"zfs_replicate-{hashlib.sha256(tree.encode()).hexdigest()[:16]}.lock"
+
+
+def last_moved(tree: str) -> float | None:
+    """When a run of this tree last moved something, or began; None if none did since the machine came up."""
+    paths = [os.path.join(directory, lock_name(tree)) for directory in ("/run", "/tmp")]  # noqa: S108
+    return max((os.stat(path).st_mtime for path in paths if os.path.exists(path)), default=None)
+
+
 @contextlib.contextmanager
 def lock(tree: str, patience: float) -> Iterator[Lock | None]:
     """Hold the lock of a local tree; yields None if another run has it and something has moved there lately.
@@ -2114,7 +2204,7 @@ def lock(tree: str, patience: float) -> Iterator[Lock | None]:
     lives on.
     """
     directory = "/run" if os.access("/run", os.W_OK) else "/tmp"  # noqa: S108 -- not $TMPDIR: cron and a shell must agree
-    path = os.path.join(directory, f"zfs_replicate-{hashlib.sha256(tree.encode()).hexdigest()[:16]}.lock")
+    path = os.path.join(directory, lock_name(tree))
     try:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
     except OSError as error:
@@ -2241,6 +2331,7 @@ class Run:
         self.target: Tree = {}
         self.strays: Tree = {}  # what is here of datasets that were renamed, or are gone at the source
         self.existing: list[str] = []  # of the lineage of the local root
+        self.failing: int | None = None  # since when, if the runs before this one did
         self.features: list[str] | None = None  # of the local pool
         self.order: list[str] = []  # of the datasets of the source
         self.held: set[str] = set()  # source snapshots that we have placed our tag on
@@ -2278,7 +2369,9 @@ class Run:
         """List the local tree, and what there is of its ancestors."""
         names = lineage(self.policy.target_root)
         answer = self.target_host.ask(list_existing(names))
-        self.existing = answer.stdout.splitlines()
+        marks = dict(fields(answer.stdout, 2))
+        self.existing = list(marks)
+        self.failing = parse_mark(marks.get(names[-1], ""), names[-1])
         for name in names:
             if name not in self.existing and (name == names[0] or not says_absent(answer, name)):
                 hint = suspended(answer.stderr) or f"is the pool imported? zpool import {names[0]}"
@@ -2677,6 +2770,79 @@ def facts(step: Receive) -> dict[str, Any]:
     }
 
 
+def mark_failing(target: Host, root: str, now: int) -> int:
+    """Remember at the local root that its runs fail. Returns since when they do."""
+    marks = dict(fields(target.ask(list_existing([root])).stdout, 2))
+    since = parse_mark(marks.get(root, ""), root)
+    if since is None and marks:
+        target.ask(set_mark(root, now))  # whoever may not do so has his mirror all the same
+    return since or now
+
+
+def standings(it: Run) -> Iterator[Standing]:
+    """Where all datasets of the source stand, then what is here alone."""
+    usage = parse_usage(run(it.source_host, list_usage(it.policy.source_root)))
+    for key in sorted(it.source, key=lambda key: key.split("/")):
+        yield standing(it.source[key], it.target.get(key), it.local_name(key), it.policy, usage)
+    for key in sorted(it.target.keys() - it.source.keys(), key=lambda key: key.split("/")):
+        yield standing_alone(it.target[key], it.policy, "")
+
+
+def standings_here(target: Host, policy: Policy) -> Iterator[Standing]:
+    """Where all local datasets stand that ever were in step, by what is here. Raises Failure if that is unknown."""
+    tree, failure = read_tree(target, policy.target_root, policy.selection)
+    if failure:
+        raise failure
+    for key in sorted(tree, key=lambda key: key.split("/")):
+        found = standing_alone(tree[key], policy)
+        if ASIDE not in key and found.common:
+            yield found
+
+
+def retire(source: Host, target: Host, policy: Policy, report: Report) -> None:
+    """Release all our holds on both sides, and destroy our bookmarks. Nothing else goes. What is gone of either side is
+    passed over. Raises Failure if one cannot be listed."""
+    for mark in release_all(source, policy.source_root, policy.tag, report):
+        if mark.short == policy.mark(mark.guid):
+            try:
+                run(source, destroy_bookmark(mark.name))
+            except CommandFailed as failure:
+                report.failure(mark.name, failure)
+            else:
+                report.event("unmark", mark.name.partition("#")[0], f"{mark.name}: destroyed", bookmark=mark.short)
+    release_all(target, policy.target_root, policy.received_tag, report)
+    target.ask(clear_mark(policy.target_root))
+
+
+def release_all(host: Host, root: str, tag: str, report: Report) -> list[Snapshot]:
+    """Release `tag` in all of a tree, and tell what was done. Returns the tree's bookmarks."""
+    answer = host.ask(list_existing([root]))
+    if says_absent(answer, root):
+        report.step(f"{root}: not there (any more)")
+        return []
+    tree = whole(host, root)
+    ours = [s for dataset in tree.values() for s in dataset.snapshots if tag in (s.tags or ())]
+    said = "".join(host.ask(release(tag, batch)).stderr for batch in batches(snapshot.name for snapshot in ours))
+    after = whole(host, root) if ours else {}
+    still = {s.name for dataset in after.values() for s in dataset.snapshots if tag in (s.tags or ())}
+    for snapshot in ours:
+        if snapshot.name in still:
+            hint = permit(host, release(tag, [snapshot.name]), said) or "see who may release it"
+            report.failure(snapshot.name, Failure(f"still held by {tag}: {said.strip()}", hint))
+        else:
+            dataset = snapshot.name.partition("@")[0]
+            report.event("release", dataset, f"{snapshot.name}: released {tag}", snapshot=snapshot.short, tag=tag)
+    return [mark for dataset in tree.values() for mark in dataset.bookmarks]
+
+
+def whole(host: Host, root: str) -> Tree:
+    """All of a tree, with its holds. Raises Failure if they cannot be read."""
+    tree, failure = read_tree(host, root, Selection())
+    if failure:
+        raise failure
+    return tree
+
+
 class Rehearsal:
     """Tells what a run would do, and does nothing of it. Each dataset is taken for what its plan will make of it: from
     that follow the holds to move, and what expires."""
@@ -2942,6 +3108,7 @@ class Report:
         self.steps = steps or (sys.stderr if verbosity else None)
         self.meter = meter
         self.failures: list[str] = []
+        self.overlapped = False  # another run was at work, and this one none
         self.events: list[dict[str, Any]] = []
         self.tallies: dict[str, Tally] = {}
 
@@ -2999,6 +3166,126 @@ class Report:
             self.tally(subject).failures += 1
             self.events.append({"event": "failure", "dataset": subject, "what": failure.what, "hint": failure.hint})
             self.say(text)
+
+
+STATUS_HEAD = ("DATASET", "NEWEST COMMON", "AGE", "BEHIND", "LACKING", "HELD", "PARTIAL", "PINNED")
+
+
+def status_table(found: Sequence[Standing], now: float) -> list[str]:
+    """The lines of --status."""
+    rows = [STATUS_HEAD, *(status_row(it, now) for it in found)]
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    pads = "<<>>><>>"
+    return ["  ".join(f"{cell:{pad}{width}}" for cell, pad, width in zip(row, pads, widths)).rstrip() for row in rows]
+
+
+def status_row(it: Standing, now: float) -> tuple[str, ...]:
+    """The cells of a line of the table; ? is what cannot be known without the source."""
+    common = it.common.short if it.common else "none"
+    held = {(True, True): "both", (True, False): "here only", (False, True): "there only", (False, False): "no"}
+    sides = "here" if it.held_here else "no"
+    return (
+        it.name,
+        common if it.source != "" else f"{common} (gone at the source)",
+        span(now - it.common.creation) if it.common else "-",
+        "?" if it.behind is None else str(it.behind),
+        "?" if it.lacking is None else human(it.lacking),
+        sides if it.held_there is None else held[it.held_here, it.held_there],
+        "-" if it.partial is None else human(it.partial),
+        "?" if it.pinned is None else human(it.pinned),
+    )
+
+
+def status_data(it: Standing) -> dict[str, Any]:
+    """A row of --status as data."""
+    return {
+        "dataset": it.name,
+        "source": it.source,
+        "common": it.common and it.common.short,
+        "common_guid": it.common and str(it.common.guid),
+        "common_creation": it.common and it.common.creation,
+        "held_here": it.held_here,
+        "held_there": it.held_there,
+        "behind": it.behind,
+        "lacking_bytes": it.lacking,
+        "partial_bytes": it.partial,
+        "pinned_bytes": it.pinned,
+    }
+
+
+def span(seconds: float) -> str:
+    """An age at a glance: `45m`, `30h`, `12d`."""
+    for unit, size, most in (("m", 60, 120), ("h", 3600, 72)):
+        if seconds < size * most:
+            return f"{max(seconds, 0) // size:.0f}{unit}"
+    return f"{seconds // DAY:.0f}d"
+
+
+def verdict(
+    found: Sequence[Standing], failing: int | None, ran: float | None, max_age: float, now: float
+) -> tuple[int, str]:
+    """The exit code and the line of --check, as monitoring plugins have them
+    (https://www.monitoring-plugins.org/doc/guidelines.html).
+
+    `failing` says since when runs fail, `ran` when there last was one. A mirror that is late is so for one of three
+    reasons: nothing runs, or runs fail, or they do not and the source has nothing newer.
+    """
+    if not found:
+        return 3, "ZFS_REPLICATE UNKNOWN - nothing here was ever in step"
+    ages = {it.name: now - it.common.creation for it in found if it.common}
+    late = [name for name, age in ages.items() if age > max_age]
+    worst = max(ages, key=lambda name: ages[name])
+    oldest = f"{worst} is of {span(ages[worst])} ago"
+    fails = f"runs fail since {clock(failing)}" if failing else ""
+    figures = f"age={max(ages[worst], 0):.0f}s;;{max_age:.0f};0 datasets={len(ages)};;;0 late={len(late)};;;0"
+    if late:
+        idle = ran is None or now - ran > max_age
+        none = f"no run since {clock(ran)}" if ran else "no run since this machine came up"
+        why = fails or (none if idle else "runs succeed: the source makes no snapshots")
+        return 2, f"ZFS_REPLICATE CRITICAL - {len(late)} of {len(ages)} late, {oldest}; {why} | {figures}"
+    if failing:
+        return 1, f"ZFS_REPLICATE WARNING - {fails}; none late yet, {oldest} | {figures}"
+    return 0, f"ZFS_REPLICATE OK - none of {len(ages)} late, {oldest} | {figures}"
+
+
+METRICS = (
+    ("last_run_timestamp_seconds", "When the last run ended."),
+    ("last_success_timestamp_seconds", "When a run last ended in step."),
+    ("last_run_duration_seconds", "How long the last run took."),
+    ("last_run_exit_code", "Exit code of the last run: 0 is success."),
+    ("last_run_failures", "What failed in the last run."),
+    ("dataset_common_timestamp_seconds", "When the newest common snapshot was made."),
+    ("dataset_last_run_received_bytes", "Bytes received by the last run."),
+    ("dataset_last_run_receive_seconds", "Seconds that the streams of the last run took."),
+    ("dataset_last_run_expired_snapshots", "Snapshots that the last run expired."),
+    ("dataset_last_run_failures", "What failed of this dataset in the last run."),
+)
+"""Gauges, as the textfile collector of node_exporter takes them."""
+
+
+def metrics(tree: str, report: Report, found: Sequence[Standing], ending: Ending, succeeded: float) -> str:
+    """A run in the text format of Prometheus. `succeeded` is when one last did; 0: nobody knows."""
+    of_run = (ending.at, succeeded, ending.seconds, ending.status, len(report.failures))
+    values = {name: {"": value} for (name, _), value in zip(METRICS, of_run)}
+    for it in found:
+        tally = report.tallies.get(it.name, Tally())
+        common = it.common.creation if it.common else 0
+        figures = (common, tally.bytes, tally.seconds, tally.expired, tally.failures)
+        for (name, _), value in zip(METRICS[len(of_run) :], figures):
+            values.setdefault(name, {})[it.name] = value
+    lines = []
+    for name, meaning in METRICS:
+        lines += [f"# HELP zfs_replicate_{name} {meaning}", f"# TYPE zfs_replicate_{name} gauge"]
+        for dataset, value in values.get(name, {}).items():
+            labels = f'tree="{tree}"' + (f',dataset="{dataset}"' if dataset else "")
+            lines.append(f"zfs_replicate_{name}{{{labels}}} {value:.15g}")
+    return "\n".join(lines) + "\n"
+
+
+def success_in(text: str) -> float:
+    """When a run last succeeded, by the metrics of the one before; 0: they do not say."""
+    found = re.search(r"^zfs_replicate_last_success_timestamp_seconds\{.*\} (\S+)$", text, re.MULTILINE)
+    return float(found[1]) if found else 0
 
 
 def pace(arrived: int, seconds: float) -> str:
@@ -3060,7 +3347,20 @@ RATE_LOOKS = 10
 """Over how many looks at a stream, one a second, its rate is taken."""
 
 
-def document(options: argparse.Namespace, report: Report, began: float, seconds: float, status: int) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Ending:
+    """When a run began and how long it took, in seconds; its exit code."""
+
+    began: float
+    seconds: float
+    status: int
+
+    @property
+    def at(self) -> float:
+        return self.began + self.seconds
+
+
+def document(options: argparse.Namespace, report: Report, ending: Ending) -> dict[str, Any]:
     """A run as data, for --json; the README tells the fields."""
     return {
         "version": __version__,
@@ -3069,21 +3369,35 @@ def document(options: argparse.Namespace, report: Report, began: float, seconds:
         "local": options.local_fs,
         "tag": options.tag,
         "dry_run": options.dry_run,
-        "began": int(began),
-        "seconds": round(seconds, 3),
-        "exit": status,
+        "began": int(ending.began),
+        "seconds": round(ending.seconds, 3),
+        "exit": ending.status,
         "events": report.events,
     }
 
 
-def summary(options: argparse.Namespace, report: Report, seconds: float) -> str:
-    """One line on a whole run."""
+def totals(report: Report) -> tuple[int, int, int]:
+    """Streams, bytes and expired snapshots of a whole run."""
     tallies = report.tallies.values()
+    return sum(it.streams for it in tallies), sum(it.bytes for it in tallies), sum(it.expired for it in tallies)
+
+
+def summary(options: argparse.Namespace, report: Report, ending: Ending) -> str:
+    """One line on a whole run, for a person."""
+    streams, arrived, expired = totals(report)
     in_step = sum(event["event"] == "in step" for event in report.events)
-    streams, arrived, expired = (sum(getattr(it, name) for it in tallies) for name in ("streams", "bytes", "expired"))
     what = [f"{in_step} in step before", f"{streams} pulled ({human(arrived)})", f"{expired} expired"]
     what += [f"{len(report.failures)} failed"] if report.failures else []
-    return f"zfs_replicate: {options.local_fs}: {', '.join(what)}, in {minutes(seconds)}"
+    return f"zfs_replicate: {options.local_fs}: {', '.join(what)}, in {minutes(ending.seconds)}"
+
+
+def log_line(options: argparse.Namespace, report: Report, ending: Ending) -> str:
+    """One line on a whole run, for the system's log; programs may rely on its form."""
+    streams, arrived, expired = totals(report)
+    return (
+        f"{options.remote_host}:{options.remote_fs} -> {options.local_fs}: exit={ending.status} streams={streams} "
+        f"bytes={arrived} expired={expired} failures={len(report.failures)} seconds={ending.seconds:.0f}"
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -3162,6 +3476,13 @@ def count(text: str) -> int:
     if not re.fullmatch("[0-9]{1,4}", text):
         raise argparse.ArgumentTypeError(f"not a number: {text!r}")
     return int(text)
+
+
+def age_limit(text: str) -> float:
+    """Hours."""
+    if not re.fullmatch(r"[0-9]{1,5}(\.[0-9]{1,3})?", text) or float(text) == 0:
+        raise argparse.ArgumentTypeError(f"not a number of hours: {text!r}")
+    return float(text)
 
 
 def name_glob(text: str) -> str:
@@ -3256,15 +3577,30 @@ def parser() -> argparse.ArgumentParser:
     ways.add_argument("--quarantine", action="store_true",
         help="rename aside a local dataset that cannot be brought up to date, children and all, and pull it "
         "afresh")  # fmt: skip
-    add("--dry-run", action="store_true",
-        help="tell what a run would send, hold, release and expire, and change nothing")  # fmt: skip
+    add("--syslog", action="store_true", help="tell the system's log how the run ended")
+    add("--metrics", metavar="FILE",
+        help="write figures of the run to FILE, for the textfile collector of Prometheus")  # fmt: skip
     add("--json", action="store_true",
-        help="print one JSON document at the end: what was done, or with --dry-run would be")  # fmt: skip
+        help="print one JSON document at the end: what was done, or with --dry-run and --status what they "
+        "tell")  # fmt: skip
     add("--progress", action="store_true",
         help="show the progress of each stream and a summary, also where stderr is no terminal")  # fmt: skip
     add("-q", "--quiet", action="store_true", help="show neither, also at a terminal")
-    add("--doctor", action="store_true",
-        help="look at all that a run needs, change nothing; exit 1 if anything is not as it should be")  # fmt: skip
+    instead = it.add_mutually_exclusive_group()
+    instead.add_argument("--dry-run", action="store_true",
+        help="no run: tell what one would send, hold, release and expire, and change nothing")  # fmt: skip
+    instead.add_argument("--status", action="store_true",
+        help="no run: tell for each dataset how far the mirror has come, and what it lacks")  # fmt: skip
+    instead.add_argument("--check", action="store_true",
+        help="no run: one line and an exit code for a monitoring system, by what is here alone")  # fmt: skip
+    add("--max-age", type=age_limit, default=30, metavar="HOURS",
+        help="with --check: from what age on a newest common snapshot is too old (default: %(default)s)")  # fmt: skip
+    instead.add_argument("--doctor", action="store_true",
+        help="no run: look at all that one needs, change nothing; exit 1 if anything is not as it should "
+        "be")  # fmt: skip
+    instead.add_argument("--retire", action="store_true",
+        help="no run, and none to follow: release all our holds on both sides, destroy our bookmarks, and nothing "
+        "else")  # fmt: skip
     add("-v", "--verbose", action="count", default=0, help="tell each step; twice: each command")
     add("--version", action="version", version=f"%(prog)s {__version__}")
     add("--help", action="help", help="show this help")
@@ -3277,6 +3613,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     options = it.parse_args(argv)
     if options.remote_host == "localhost" and overlap(options.remote_fs, options.local_fs):
         it.error(f"{options.local_fs} and {options.remote_fs} overlap: a tree cannot be mirrored into itself")
+    if options.json and (options.doctor or options.check):
+        it.error("--json goes with a run, --dry-run, --status and --retire")
     return options
 
 
@@ -3310,6 +3648,21 @@ def pauses(retries: int, draw: Callable[[float, float], float] = random.uniform)
 
 
 def replicate(options: argparse.Namespace, report: Report, alone: Lock) -> int:
+    """Run, and remember, or tell, since when the runs of this tree fail."""
+    now = int(time.time())
+    try:
+        status = attempt(options, report, alone)
+    except Failure as failure:
+        report.failure(options.local_fs, failure)
+        status = 3
+    if status:
+        since = mark_failing(here(options), options.local_fs, now)
+        if since < now:
+            report.notice("failing", options.local_fs, f"{options.local_fs}: runs fail since {clock(since)}")
+    return status
+
+
+def attempt(options: argparse.Namespace, report: Report, alone: Lock) -> int:
     """Run, and run anew when the link was lost. Raises Failure if it could not even start."""
     started = False
     lost: tuple[str, Failure] | None = None
@@ -3324,6 +3677,8 @@ def replicate(options: argparse.Namespace, report: Report, alone: Lock) -> int:
                 started = True
                 it.execute(int(time.time()))
                 lost = it.lost
+                if it.failing and not lost and not report.failures:
+                    it.target_host.ask(clear_mark(options.local_fs))
         except LinkLost as failure:
             lost = (options.local_fs, failure)
         except Failure as failure:
@@ -3361,6 +3716,51 @@ def rehearse(options: argparse.Namespace, report: Report) -> int:
     return 1 if report.failures else 0
 
 
+def tell_status(options: argparse.Namespace, report: Report) -> int:
+    """What --status does. Without the source it tells what is known here."""
+    try:
+        with logged_in(options, report, None) as it:
+            it.begin()
+            found = list(standings(it))
+    except Failure as failure:
+        report.failure(f"{options.remote_host}, so what follows is known here alone", failure)
+        found = list(standings_here(here(options), policy_of(options)))
+    if options.json:
+        report.events = [status_data(it) for it in found]
+    else:
+        print("\n".join(status_table(found, time.time())))
+    return 3 if report.failures else 0
+
+
+def check(options: argparse.Namespace) -> int:
+    """What --check does."""
+    host = here(options)
+    try:
+        found = list(standings_here(host, policy_of(options)))
+        marks = dict(fields(host.ask(list_existing([options.local_fs])).stdout, 2))
+    except Failure as failure:
+        print(f"ZFS_REPLICATE UNKNOWN - {failure.what}".replace("\n", " ").replace("|", "/"))
+        return 3
+    failing = parse_mark(marks.get(options.local_fs, ""), options.local_fs)
+    hours = 3600
+    status, line = verdict(found, failing, last_moved(options.local_fs), options.max_age * hours, time.time())
+    print(line)
+    return status
+
+
+def end_mirror(options: argparse.Namespace, report: Report) -> int:
+    """What --retire does."""
+    with logged_in(options, report, None) as it:
+        retire(it.source_host, it.target_host, it.policy, report)
+    return 1 if report.failures else 0
+
+
+def here(options: argparse.Namespace, note: Callable[[str], None] = tell_nobody) -> Host:
+    """This host, as the options want it."""
+    host = LocalHost("this host", note, options.stall_timeout, options.local_fs)
+    return SudoHost(host) if options.sudo in ("local", "both") else host
+
+
 @contextlib.contextmanager
 def logged_in(options: argparse.Namespace, report: Report, alone: Lock | None) -> Iterator[Run]:
     """Log in; yields a run that is to begin. Raises Failure if that does not work. Without the lock, only to look."""
@@ -3371,15 +3771,13 @@ def logged_in(options: argparse.Namespace, report: Report, alone: Lock | None) -
         moved()
         report.command(line)
 
-    target: Host = LocalHost("this host", note, options.stall_timeout, options.local_fs)
+    target = here(options, note)
     source: Host = LocalHost("localhost", note, options.stall_timeout, options.remote_fs)
     if options.remote_host != "localhost":
         connection = Connection.resolve(options.remote_host, options.port, options.identity)
         source = SshHost(connection, note, options.stall_timeout, options.remote_fs)
     if options.sudo in ("remote", "both"):
         source = SudoHost(source)
-    if options.sudo in ("local", "both"):
-        target = SudoHost(target)
 
     def carry(sending: Command, receiving: Command) -> int:
         buffer = buffer_stage(options.mbuffer)
@@ -3417,42 +3815,83 @@ def signals_stop_us() -> Iterator[None]:
             signal.signal(number, handler)
 
 
+def is_run(options: argparse.Namespace) -> bool:
+    """Whether they ask for a run, and not only to look at something, or to end it all."""
+    return not (options.dry_run or options.status or options.check or options.doctor or options.retire)
+
+
 def report_for(options: argparse.Namespace) -> Report:
     """Who looks on? A terminal, cron, or a program that reads JSON."""
-    steps = sys.stdout if options.dry_run and not options.json else None
-    shown = options.progress or (sys.stderr.isatty() and not options.quiet)
-    meter = Meter(sys.stderr, lambda: shutil.get_terminal_size().columns) if shown and not options.dry_run else None
-    return Report(options.verbose, steps, meter)
+    told = options.dry_run or options.retire
+    shown = is_run(options) and (options.progress or (sys.stderr.isatty() and not options.quiet))
+    meter = Meter(sys.stderr, lambda: shutil.get_terminal_size().columns) if shown else None
+    return Report(options.verbose, sys.stdout if told and not options.json else None, meter)
 
 
-def conclude(options: argparse.Namespace, report: Report, began: float, status: int) -> None:
-    """What is to be said at the end of a run."""
-    seconds = time.time() - began
+def conclude(options: argparse.Namespace, report: Report, ending: Ending) -> int:
+    """Tell how it ended, to whoever was to be told. Returns the exit code."""
     if report.meter:
-        report.say(summary(options, report, seconds))
+        report.say(summary(options, report, ending))
     if options.json:
-        print(json.dumps(document(options, report, began, seconds, status), indent=1))
+        print(json.dumps(document(options, report, ending), indent=1))
+    if options.syslog and is_run(options):
+        write_log(options, report, ending)
+    if options.metrics and is_run(options) and not report.overlapped:
+        try:
+            write_metrics(options, report, ending)
+        except OSError as error:
+            report.failure(options.metrics, Failure(f"cannot write it: {error.strerror}", "see --metrics"))
+            return ending.status or 1
+    return ending.status
+
+
+def write_log(options: argparse.Namespace, report: Report, ending: Ending) -> None:
+    """Tell the system's log each failure, and how the run ended."""
+    syslog.openlog("zfs_replicate", syslog.LOG_PID, syslog.LOG_DAEMON)
+    for failure in report.failures:
+        syslog.syslog(syslog.LOG_ERR, " ".join(failure.removeprefix("zfs_replicate: ").split()))
+    syslog.syslog(syslog.LOG_ERR if ending.status else syslog.LOG_INFO, log_line(options, report, ending))
+
+
+def write_metrics(options: argparse.Namespace, report: Report, ending: Ending) -> None:
+    """Replace the file at once, so that nobody ever reads half of it. Raises OSError."""
+    found: list[Standing] = []
+    with contextlib.suppress(Failure):  # which has been told
+        found = list(standings_here(here(options), policy_of(options)))
+    succeeded = ending.at
+    if ending.status:
+        with contextlib.suppress(FileNotFoundError), open(options.metrics, encoding="utf-8") as file:
+            succeeded = success_in(file.read())
+    directory, name = os.path.split(options.metrics)
+    with tempfile.NamedTemporaryFile("w", dir=directory or ".", prefix=f".{name}.", delete=False) as file:
+        try:
+            file.write(metrics(options.local_fs, report, found, ending, succeeded))
+            file.flush()
+            os.fchmod(file.fileno(), 0o644)  # the collector is another user
+            os.replace(file.name, options.metrics)
+        except BaseException:
+            os.unlink(file.name)
+            raise
 
 
 def act(options: argparse.Namespace, report: Report) -> int:
     """What the options ask for. Returns the exit code."""
-    try:
-        with contextlib.ExitStack() as stack:
-            stack.enter_context(signals_stop_us())
-            if options.doctor:
-                return look_after(options, report)
-            if options.dry_run:
-                return rehearse(options, report)
-            alone = stack.enter_context(lock(options.local_fs, options.stall_timeout))
-            if alone is None:
-                report.event("overlap", options.local_fs, f"{options.local_fs}: another run is at work")
-                return 0
-            return replicate(options, report, alone)
-    except Stopped as stopped:
-        return 128 + stopped.number
-    except Failure as failure:
-        report.failure(options.local_fs, failure)
-        return 3
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(signals_stop_us())
+        if options.doctor:
+            return look_after(options, report)
+        if options.check:
+            return check(options)
+        if options.status:
+            return tell_status(options, report)
+        if options.dry_run:
+            return rehearse(options, report)
+        alone = stack.enter_context(lock(options.local_fs, options.stall_timeout))
+        if alone is None:
+            report.overlapped = True
+            report.event("overlap", options.local_fs, f"{options.local_fs}: another run is at work")
+            return 0
+        return end_mirror(options, report) if options.retire else replicate(options, report, alone)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -3460,9 +3899,14 @@ def main(argv: list[str] | None = None) -> int:
     options = parse(argv)
     report = report_for(options)
     began = time.time()
-    status = act(options, report)
-    conclude(options, report, began, status)
-    return status
+    try:
+        status = act(options, report)
+    except Stopped as stopped:
+        status = 128 + stopped.number
+    except Failure as failure:
+        report.failure(options.local_fs, failure)
+        status = 3
+    return conclude(options, report, Ending(began, time.time() - began, status))
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Callable
 
 from zfs_replicate import (
     DAY,
+    FAILING,
     LEFT_OUT,
     LIST_COLUMNS,
     LIST_KINDS,
@@ -41,6 +42,8 @@ GUID_STEP = 0x9E3779B97F4A7C15
 
 
 SEGMENT_BYTES = 2**20
+USED, WRITTEN = 2**12, 2**16
+"""Sizes are made up."""
 
 
 class Refused(Exception):
@@ -103,6 +106,7 @@ class Store:
     bookmarks: dict[str, Point] = field(default_factory=dict)
     files: bool = False
     readonly: bool = False
+    mark: str = "-"
     content: int = 0
     partial: Segment | None = None
     pinned: int | None = None
@@ -151,7 +155,7 @@ class Machine:
     def __init__(self, world: World, label: str, pool: str, txg: int = 100) -> None:
         self.world = world
         self.label = label
-        self.account = None
+        self.account: Account | None = None
         self.txg = txg
         self.datasets = {pool: Store()}
 
@@ -334,10 +338,17 @@ class Machine:
 
     def zfs_list(self, words: list[str]) -> Answer:
         if words[0] == "-H":
-            assert words[:5] == ["-H", "-o", "name", "-t", "filesystem,volume"], words
+            assert words[:5] == ["-H", "-o", f"name,{FAILING}", "-t", "filesystem,volume"], words
             lines: list[str] = []
-            answer = self.each(words[5:], lambda name: lines.append(f"{name}\n" * bool(self.store(name))))
+            answer = self.each(words[5:], lambda name: lines.append(f"{name}\t{self.store(name).mark}\n"))
             return replace(answer, stdout="".join(lines))
+        if words[:5] == ["-Hp", "-r", "-t", "snapshot", "-o"]:
+            assert words[5] == "name,used,written", words
+            self.store(words[6])
+            rows = [
+                row for name in self.below(words[6]) for row in self.rows(name, points=True) if row[1] == "snapshot"
+            ]
+            return Answer(0, "".join(f"{row[0]}\t{USED}\t{WRITTEN}\n" for row in rows), "")
         assert words.pop(0) == "-Hp", words
         depth = words.pop(0)
         assert depth == "-r" or (depth == "-d" and words.pop(0) == "1"), words
@@ -347,8 +358,8 @@ class Machine:
         self.store(root)
         names = [name for name in self.below(root) if depth == "-r" or "/" not in name[len(root) + 1 :]]
         with_points = names if depth == "-r" else [root]
-        rows = [row for name in names for row in self.rows(name, points=name in with_points)]
-        return Answer(0, "".join("\t".join(map(str, row)) + "\n" for row in rows), "")
+        listed = [row for name in names for row in self.rows(name, points=name in with_points)]
+        return Answer(0, "".join("\t".join(map(str, row)) + "\n" for row in listed), "")
 
     def rows(self, name: str, *, points: bool) -> Iterator[tuple[str | int, ...]]:
         """A dataset and its points, as LIST_COLUMNS has them; in no order that anybody should rely on."""
@@ -411,8 +422,18 @@ class Machine:
 
     def zfs_set(self, words: list[str]) -> Answer:
         value, name = words
+        if value.startswith(f"{FAILING}="):
+            self.store(name).mark = value.partition("=")[2]
+            return Answer(0, "", "")
         assert value == "readonly=on", words
         self.store(name).readonly = True
+        return Answer(0, "", "")
+
+    def zfs_inherit(self, words: list[str]) -> Answer:
+        """A mark is not handed down here: nothing of the program asks for it below."""
+        prop, name = words
+        assert prop == FAILING, words
+        self.store(name).mark = "-"
         return Answer(0, "", "")
 
     def zfs_get(self, words: list[str]) -> Answer:

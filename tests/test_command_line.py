@@ -75,6 +75,12 @@ def test_the_line_of_the_crontab_parses_word_for_word() -> None:
         "decrypt": False,
         "doctor": False,
         "dry_run": False,
+        "status": False,
+        "check": False,
+        "retire": False,
+        "max_age": 30,
+        "syslog": False,
+        "metrics": None,
         "json": False,
         "progress": False,
         "quiet": False,
@@ -255,6 +261,7 @@ class Attempts:
     def __init__(self, monkeypatch: pytest.MonkeyPatch, *words: str) -> None:
         self.words = list(words)
         self.slept: list[float] = []
+        self.failing = None
         monkeypatch.setattr("zfs_replicate.logged_in", self.logged_in)
         monkeypatch.setattr("time.sleep", self.slept.append)
 

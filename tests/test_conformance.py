@@ -43,6 +43,7 @@ from zfs_replicate import (
     Receive,
     Snapshot,
     abandon,
+    clear_mark,
     count_files,
     count_objects,
     create_parent,
@@ -54,12 +55,15 @@ from zfs_replicate import (
     list_existing,
     list_holds,
     list_tree,
+    list_usage,
     parse_estimate,
     parse_token,
     parse_tree,
+    parse_usage,
     receive,
     release,
     send,
+    set_mark,
 )
 
 if TYPE_CHECKING:
@@ -68,6 +72,21 @@ if TYPE_CHECKING:
     import lab as laboratory
 
 SCENES = {
+    "marking a root": """
+        create there
+        existing there => there
+        mark there
+        existing there => there (1700000000 there)
+        unmark there
+        unmark there
+        existing there => there
+        mark there/no => ! dataset does not exist
+        unmark there/no => ! dataset does not exist
+        snapshot there@a
+        snapshot there@b
+        usage there => there@a of some bytes; there@b of some bytes
+        usage there/no => ! dataset does not exist
+    """,
     "weighing streams": """
         create there
         snapshot there@a
@@ -587,6 +606,9 @@ COMMANDS: dict[str, Callable[..., Command]] = {
     "abandon": abandon,
     "token": lambda name: decode_token(TOKEN_OF + name),
     "decode": decode_token,
+    "mark": lambda name: set_mark(name, 1700000000),
+    "unmark": clear_mark,
+    "usage": list_usage,
     "weigh": lambda *words: estimate(pull([*words, "nowhere"], set())[0]),
     "weigh-rest": lambda name: estimate(("zfs", "send", "-t", TOKEN_OF + name)),
 }
@@ -677,6 +699,10 @@ class Teller:
     def output(self, line: Line, text: str) -> str:
         if line.operation in ("tree", "one") and text:
             return "; ".join(self.tree(line.words[0], text))
+        if line.operation == "existing":
+            return "; ".join(name if mark == "-" else f"{name} ({mark})" for name, mark in fields(text, 2))
+        if line.operation == "usage":
+            return "; ".join(f"{name} of some bytes" for name in sorted(parse_usage(text)))
         if line.operation == "files" and text:
             return "none" if count_objects(text) == 1 else "some"
         if line.operation in ("token", "decode") and text:

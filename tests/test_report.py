@@ -3,11 +3,34 @@
 from __future__ import annotations
 
 import io
+import re
 
 import pytest
-from histories import LOCAL
+from histories import LOCAL, SOURCE
+from prometheus_client.parser import text_string_to_metric_families
 
-from zfs_replicate import Failure, Meter, Receive, Report, Snapshot, document, human, minutes, pace, parse, summary
+from zfs_replicate import (
+    Ending,
+    Failure,
+    Meter,
+    Receive,
+    Report,
+    Snapshot,
+    Standing,
+    document,
+    human,
+    log_line,
+    metrics,
+    minutes,
+    pace,
+    parse,
+    span,
+    status_data,
+    status_table,
+    success_in,
+    summary,
+    verdict,
+)  # fmt: skip
 
 STEP = Receive(Snapshot(f"{LOCAL}@b", 2**64 - 1, 9, 9), Snapshot(f"{LOCAL}@a", 7, 1, 1))
 LINE = ["-h", "HOST", "-r", "backuppool/virt/machines", "-l", LOCAL, "-t", "offsite"]
@@ -104,16 +127,16 @@ def test_other_lines_wipe_the_progress_line_first(capsys: pytest.CaptureFixture[
 
 def test_the_summary_and_the_document_of_a_run(capsys: pytest.CaptureFixture[str]) -> None:
     report = Report(meter=Terminal())
-    options = parse(LINE)
+    options, ending = parse(LINE), Ending(1_700_000_000.9, 3.00049, 1)
     report.pulled(LOCAL, STEP, 2**20, 2.0)
     report.event("in step", f"{LOCAL}/www", "")
     report.event("expire", LOCAL, "", snapshot="@old")
     assert capsys.readouterr().err == f"{LOCAL}: @a -> @b: 1.00M in 0:02, 512K/s\n"
-    said = summary(options, report, 3)
+    said = summary(options, report, ending)
     assert said == f"zfs_replicate: {LOCAL}: 1 in step before, 1 pulled (1.00M), 1 expired, in 0:03"
     report.failure(f"{LOCAL}/mail", Failure("no", "way"))
-    assert "1 expired, 1 failed, in" in summary(options, report, 3)
-    assert document(options, report, 1_700_000_000.9, 3.00049, 1) == {
+    assert "1 expired, 1 failed, in" in summary(options, report, ending)
+    assert document(options, report, ending) == {
         "version": "0.1.0",
         "host": "HOST",
         "source": "backuppool/virt/machines",
@@ -141,3 +164,119 @@ def test_the_summary_and_the_document_of_a_run(capsys: pytest.CaptureFixture[str
             {"event": "failure", "dataset": f"{LOCAL}/mail", "what": "no", "hint": "way"},
         ],
     }
+
+
+# --- --status, --check, --metrics ---------------------------------------------------------------------------------------
+
+NOW = 1_700_000_000
+HOUR = 3600
+
+
+def common(name: str = "@monday", hours: float = 2) -> Snapshot:
+    return Snapshot(f"{LOCAL}{name}", 42, 1, int(NOW - hours * HOUR))
+
+
+def test_the_table_of_the_status() -> None:
+    found = [
+        Standing(LOCAL, SOURCE, common(), True, True, 3, 5 * 2**30, 12288),
+        Standing(f"{LOCAL}/www", f"{SOURCE}/www", common(hours=100), False, True, 0, 0, 0, partial=2**20),
+        Standing(f"{LOCAL}/new", f"{SOURCE}/new", None, behind=1, held_there=False, lacking=0, pinned=0),
+        Standing(f"{LOCAL}/old", "", common(hours=2000), True),
+        Standing(f"{LOCAL}/alone", None, common(hours=0.5), True),
+    ]
+    assert status_table(found, NOW) == [
+        "DATASET                      NEWEST COMMON                 AGE  BEHIND  LACKING  HELD        PARTIAL  PINNED",
+        "offsite/virt/machines        @monday                        2h       3    5.00G  both              -   12.0K",
+        "offsite/virt/machines/www    @monday                        4d       0       0B  there only    1.00M      0B",
+        "offsite/virt/machines/new    none                            -       1       0B  no                -      0B",
+        "offsite/virt/machines/old    @monday (gone at the source)  83d       ?        ?  here              -       ?",
+        "offsite/virt/machines/alone  @monday                       30m       ?        ?  here              -       ?",
+    ]
+    assert status_data(found[1]) == {
+        "dataset": f"{LOCAL}/www",
+        "source": f"{SOURCE}/www",
+        "common": "@monday",
+        "common_guid": "42",
+        "common_creation": NOW - 100 * HOUR,
+        "held_here": False,
+        "held_there": True,
+        "behind": 0,
+        "lacking_bytes": 0,
+        "partial_bytes": 2**20,
+        "pinned_bytes": 0,
+    }
+
+
+FRESH, LATE = Standing(LOCAL, None, common()), Standing(f"{LOCAL}/www", None, common(hours=50))
+LIMIT = 30 * HOUR
+
+
+@pytest.mark.parametrize(
+    ("found", "failing", "ran", "status", "text"),
+    [
+        ([FRESH], None, NOW - 60, 0, "OK - none of 1 late, offsite/virt/machines is of 2h ago"),
+        ([FRESH], NOW - 600, NOW - 60, 1, "WARNING - runs fail since .*; none late yet, offsite/virt/machines is of"),
+        (
+            [FRESH, LATE],
+            None,
+            NOW - 60,
+            2,
+            "CRITICAL - 1 of 2 late, .*/www is of 50h ago; runs succeed: the source makes",
+        ),
+        ([FRESH, LATE], NOW - 99, NOW - 60, 2, "CRITICAL - 1 of 2 late, .*/www is of 50h ago; runs fail since "),
+        ([FRESH, LATE], None, NOW - 2 * LIMIT, 2, "CRITICAL - 1 of 2 late, .*; no run since 20"),
+        ([FRESH, LATE], None, None, 2, "CRITICAL - 1 of 2 late, .*; no run since this machine came up"),
+        ([], None, None, 3, "UNKNOWN - nothing here was ever in step"),
+    ],
+)
+def test_the_verdict_for_monitoring(
+    found: list[Standing], failing: int | None, ran: float | None, status: int, text: str
+) -> None:
+    ended, line = verdict(found, failing, ran, LIMIT, NOW)
+    assert ended == status
+    assert re.match(f"ZFS_REPLICATE {text}", line)
+    assert "\n" not in line
+    if found:
+        said, figures = line.split(" | ")
+        assert "=" not in said
+        label = r"[a-z]+=[0-9.]+s?;[0-9.]*;[0-9.]*;[0-9.]*(;[0-9.]*)?"
+        assert re.fullmatch(f"{label}( {label})*", figures)
+
+
+def test_ages() -> None:
+    assert [span(it) for it in (-5, 59, 119 * 60, 120 * 60, 71 * HOUR, 72 * HOUR)] == [
+        "0m", "0m", "119m", "2h", "71h", "3d",
+    ]  # fmt: skip
+
+
+def test_metrics_are_read_by_the_client_library_of_prometheus() -> None:
+    report = Report()
+    report.pulled(LOCAL, STEP, 2**20, 2.5)
+    report.event("expire", LOCAL, "", snapshot="@old")
+    text = metrics(LOCAL, report, [FRESH, LATE], Ending(NOW, 12.5, 0), NOW + 12.5)
+    families = {family.name: family for family in text_string_to_metric_families(text)}
+    assert len(families) == 10
+    assert all(family.type == "gauge" and family.documentation for family in families.values())
+    found = {
+        (sample.name.removeprefix("zfs_replicate_"), sample.labels.get("dataset")): sample.value
+        for family in families.values()
+        for sample in family.samples
+    }
+    assert {sample.labels["tree"] for family in families.values() for sample in family.samples} == {LOCAL}
+    assert found["last_run_timestamp_seconds", None] == NOW + 12.5
+    assert found["last_success_timestamp_seconds", None] == NOW + 12.5
+    assert found["dataset_last_run_received_bytes", LOCAL] == 2**20
+    assert found["dataset_last_run_received_bytes", f"{LOCAL}/www"] == 0
+    assert found["dataset_last_run_receive_seconds", LOCAL] == 2.5
+    assert found["dataset_last_run_expired_snapshots", LOCAL] == 1
+    assert found["dataset_common_timestamp_seconds", f"{LOCAL}/www"] == NOW - 50 * HOUR
+    assert success_in(text) == NOW + 12.5
+    assert success_in("") == 0
+
+
+def test_the_line_for_the_log() -> None:
+    report = Report()
+    report.pulled(LOCAL, STEP, 2**20, 2.5)
+    assert log_line(parse(LINE), report, Ending(NOW, 12.4, 0)) == (
+        f"HOST:{SOURCE} -> {LOCAL}: exit=0 streams=1 bytes=1048576 expired=0 failures=0 seconds=12"
+    )

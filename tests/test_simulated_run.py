@@ -8,7 +8,7 @@ from typing import Callable
 
 import pytest
 from histories import LOCAL, RECEIVED, SOURCE, TAG
-from simulated import SEGMENT_BYTES, Machine, Near, Refused, Wire, World, days
+from simulated import SEGMENT_BYTES, USED, WRITTEN, Machine, Near, Refused, Wire, World, days
 
 from zfs_replicate import (
     Answer,
@@ -20,8 +20,13 @@ from zfs_replicate import (
     Report,
     Run,
     Selection,
+    Standing,
     Stuck,
     human,
+    mark_failing,
+    retire,
+    standings,
+    standings_here,
 )
 
 Disturbance = Callable[[Machine, Command, str], "Answer | None"]
@@ -854,3 +859,98 @@ def test_a_chain_of_placeholders(job: Job) -> None:
         f"{LOCAL}/deep",
     ]
     assert other.here("/deep/deeper") == f"a!{RECEIVED}"
+
+
+# --- Looking on, and the end --------------------------------------------------------------------------------------------
+
+
+def looked_at(job: Job) -> list[Standing]:
+    run = Run(
+        Policy(SOURCE, LOCAL, TAG), Near(job.wire, job.source), Near(job.wire, job.backup), job.wire.carry, Report()
+    )
+    run.begin()
+    return list(standings(run))
+
+
+def test_where_each_dataset_stands(mirrored: Job) -> None:
+    mirrored.snapshot("b", "")
+    mirrored.snapshot("c", "", "/disk")
+    mirrored.source.create(f"{SOURCE}/new")
+    mirrored.source.release(TAG, f"{SOURCE}/disk@a")
+    mirrored.source.release(TAG, f"{SOURCE}/www/logs@a")
+    mirrored.source.destroy_dataset(f"{SOURCE}/www/logs")
+    found = {it.name[len(LOCAL) :]: it for it in looked_at(mirrored)}
+    assert list(found) == ["", "/disk", "/new", "/www", "/www/logs"]
+    told = {
+        key: (it.common and it.common.short, it.source, it.held_here, it.held_there, it.behind, it.lacking)
+        for key, it in found.items()
+    }
+    assert told == {
+        "": ("@a", SOURCE, True, True, 2, 2 * WRITTEN),
+        "/disk": ("@a", f"{SOURCE}/disk", True, False, 1, WRITTEN),
+        "/new": (None, f"{SOURCE}/new", False, False, 0, 0),
+        "/www": ("@a", f"{SOURCE}/www", True, True, 0, 0),
+        "/www/logs": ("@a", "", True, None, None, None),
+    }
+    assert [found[key].pinned for key in ("", "/new", "/www/logs")] == [USED, 0, None]
+    here = list(standings_here(mirrored.backup, Policy(SOURCE, LOCAL, TAG)))
+    assert [(it.name[len(LOCAL) :], it.common and it.common.short) for it in here] == [
+        (key, "@a") for key in ("", "/disk", "/www", "/www/logs")
+    ]
+
+
+def retired(job: Job) -> list[str]:
+    report = Report(steps=io.StringIO())
+    job.wire.done.clear()
+    retire(Near(job.wire, job.source), Near(job.wire, job.backup), Policy(SOURCE, LOCAL, TAG), report)
+    assert not report.failures
+    assert {command[1] for command in job.wire.writes()} <= {"release", "destroy", "inherit"}
+    assert isinstance(report.steps, io.StringIO)
+    return report.steps.getvalue().splitlines()
+
+
+def test_the_end_of_a_mirror_takes_our_holds_and_bookmarks_and_nothing_else(mirrored: Job) -> None:
+    point = mirrored.source.datasets[SOURCE].snapshots["a"]
+    mark = Policy(SOURCE, LOCAL, TAG).mark(point.guid)[1:]
+    mirrored.source.bookmark(f"{SOURCE}@a", mark)
+    mirrored.source.bookmark(f"{SOURCE}@a", "mine")
+    mirrored.source.hold("other", f"{SOURCE}@a")
+    mirrored.backup.hold(TAG, f"{LOCAL}@a")  # of the next host of a chain
+    said = retired(mirrored)
+    assert len(said) == 2 * len(EACH) + 1
+    assert f"{SOURCE}@a: released {TAG}" in said
+    assert f"{LOCAL}/www@a: released {RECEIVED}" in said
+    assert f"{SOURCE}#{mark}: destroyed" in said
+    assert mirrored.there() == "a!other"
+    assert mirrored.here() == f"a!{TAG}"
+    assert list(mirrored.source.datasets[SOURCE].bookmarks) == ["mine"]
+    assert retired(mirrored) == []
+
+
+def test_a_mirror_whose_local_side_is_gone_can_be_ended(mirrored: Job) -> None:
+    for name in mirrored.backup.below(LOCAL):
+        del mirrored.backup.datasets[name]
+    assert retired(mirrored)[-1] == f"{LOCAL}: not there (any more)"
+    assert mirrored.there() == "a"
+
+
+def test_a_hold_that_stays_is_no_success(mirrored: Job) -> None:
+    mirrored.wire.at = refusing("^zfs release", "source")
+    report = Report()
+    retire(
+        Near(mirrored.wire, mirrored.source), Near(mirrored.wire, mirrored.backup), Policy(SOURCE, LOCAL, TAG), report
+    )
+    assert f"{SOURCE}@a: still held by {TAG}: permission denied" in "\n".join(report.failures)
+    assert mirrored.here() == "a"
+
+
+def test_since_when_runs_fail_is_kept_at_the_local_root_and_there_alone(mirrored: Job) -> None:
+    assert mark_failing(mirrored.backup, LOCAL, 5) == 5
+    assert mark_failing(mirrored.backup, LOCAL, 9) == 5
+    assert mirrored.backup.datasets[LOCAL].mark == f"5 {LOCAL}"
+    run = Run(Policy(SOURCE, LOCAL, TAG), mirrored.source, mirrored.backup, mirrored.wire.carry, Report())
+    run.begin()
+    assert run.failing == 5
+    mirrored.backup.datasets[LOCAL].mark = "5 offsite/virt"  # handed down, or received along a chain
+    assert mark_failing(mirrored.backup, LOCAL, 9) == 9
+    assert mark_failing(mirrored.backup, "offsite/none", 9) == 9
