@@ -179,10 +179,10 @@ class Partial:
 class Dataset:
     """A filesystem or volume and its history. Snapshots and bookmarks are kept oldest first, however they came in.
 
-    `origin` names the snapshot of which it is a clone. `inherited` are the snapshots of other datasets of its tree that
-    are part of its history: its origin, and what came before that. `vacant` says of a local filesystem without
-    snapshots that it is known to hold no file, so that a first receive may take its place; `changed` of a local
-    dataset that zfs found it changed since its newest snapshot.
+    `compressed` says that what is written is stored so. `origin` names the snapshot of which it is a clone. `inherited`
+    are the snapshots of other datasets of its tree that are part of its history: its origin, and what came before that.
+    `vacant` says of a local filesystem without snapshots that it is known to hold no file, so that a first receive may
+    take its place; `changed` of a local dataset that zfs found it changed since its newest snapshot.
     """
 
     name: str
@@ -191,6 +191,7 @@ class Dataset:
     bookmarks: tuple[Snapshot, ...] = ()
     partial: Partial | None = None
     encrypted: bool = False
+    compressed: bool = False
     origin: str = ""
     inherited: tuple[Snapshot, ...] = ()
     vacant: bool = False
@@ -468,7 +469,7 @@ class Standing:
 LIST_KINDS = "filesystem,volume,snapshot,bookmark"
 LIST_COLUMNS = (
     "name", "type", "guid", "createtxg", "creation", "userrefs", "receive_resume_token", "encryption", "origin",
-    "ivsetguid",
+    "ivsetguid", "compression",
 )  # fmt: skip
 
 
@@ -501,12 +502,15 @@ def parse_tree(text: str, root: str) -> tuple[Tree, list[str]]:
     points: dict[str, list[Snapshot]] = {}
     held = []
     for row in fields(text, len(LIST_COLUMNS)):
-        name, kind, guid, createtxg, creation, userrefs, token, encryption, origin, ivset = row
+        name, kind, guid, createtxg, creation, userrefs, token, encryption, origin, ivset, compression = row
         if kind in ("filesystem", "volume"):
             partial = None if token in ("-", "") else Partial(token, None, None)
             encrypted = encryption not in ("off", "-")
             origin = "" if origin == "-" else origin
-            datasets[name] = Dataset(name, kind, partial=partial, encrypted=encrypted, origin=origin)
+            compressed = compression != "off"
+            datasets[name] = Dataset(
+                name, kind, partial=partial, encrypted=encrypted, compressed=compressed, origin=origin
+            )
             continue
         unheld = userrefs in ("-", "0")
         tags = NO_TAGS if unheld else None
@@ -1085,11 +1089,28 @@ BATCH_BYTES = 64 * 1024
 """Names per command: Linux takes at most 128 KiB in one word, and a remote command travels as one word."""
 
 
-def remote_line(command: Command) -> str:
+def remote_line(command: Command, then: Command = (), look_for: Iterable[str] = ()) -> str:
     """`command` as a line for the login shell of the other side, which may be csh or fish: these agree with sh on
-    single quotes if there is neither a newline nor `!` nor a backslash within, and we let no such name in."""
-    words = " ".join(map(shlex.quote, command))
-    return f"sh -c {shlex.quote(f'PATH=$PATH:{SBIN} LC_ALL=C; export PATH LC_ALL; exec {words}')}"
+    single quotes if there is neither a newline nor `!` nor a backslash within, and we let no such name in.
+
+    With `then`, what it prints goes through that one as well; the line's exit status is that of the first that failed,
+    which a pipe of sh would not tell. Where programs to `look_for` are told on stderr, one by line, before it begins.
+    """
+    words = f"exec {shlex.join(command)}"
+    if then:
+        first, second = f"{shlex.join(command)} 3>&- 4>&-", f"{shlex.join(then)} >&3 3>&- 4>&-"
+        statuses = f"$( ( ( {first} || echo $? >&4 ) | ( {second} || echo $? >&4 ) ) 4>&1 )"
+        words = f"exec 3>&1; set -- {statuses}; exit ${{1:-0}}"
+    look = f"for it in {' '.join(look_for)}; do command -v $it; done >&2; " if look_for else ""
+    return f"sh -c {shlex.quote(f'PATH=$PATH:{SBIN} LC_ALL=C; export PATH LC_ALL; {look}{words}')}"
+
+
+PACKERS: dict[str, tuple[Command, Command]] = {
+    "zstd": (("zstd", "-q", "-c", "-T0"), ("zstd", "-q", "-d", "-c")),
+    "lz4": (("lz4", "-q", "-c"), ("lz4", "-q", "-d", "-c")),
+    "pigz": (("pigz", "-c"), ("pigz", "-d", "-c")),
+}
+"""What compresses a stream for the wire, and what undoes it."""
 
 
 def batches(names: Iterable[str]) -> Iterator[list[str]]:
@@ -1441,8 +1462,11 @@ class Host(Protocol):
     def ask(self, command: Command) -> Answer:
         """Run `command` to its end. Any exit status is an answer; raises LinkLost or Stuck where there was none."""
 
-    def piped(self, command: Command) -> Command:
-        """The local command whose standard input and output are those of `command` on this host."""
+    def has(self, program: str) -> bool:
+        """Whether one of the PACKERS is installed there; to be asked after some command was."""
+
+    def piped(self, command: Command, then: Command = ()) -> Command:
+        """The local command whose standard input and output are those of `command` on this host, `then` of that one."""
 
     def connected(self) -> bool:
         """Whether the connection of the `piped` commands stands, after one of them has failed."""
@@ -1547,7 +1571,11 @@ class LocalHost:
                 raise stuck(self, command, self.patience) from None
         return Answer.of(process.returncode, stdout, stderr)
 
-    def piped(self, command: Command) -> Command:
+    def has(self, program: str) -> bool:
+        return installed(program)
+
+    def piped(self, command: Command, then: Command = ()) -> Command:
+        assert not then, "there is no wire to this host"
         return command
 
     def connected(self) -> bool:
@@ -1565,6 +1593,7 @@ class SudoHost:
         self.label = host.label
         self.account: Account | None = None
         self.connected = host.connected
+        self.has = host.has
         self.close = host.close
 
     def ask(self, command: Command) -> Answer:
@@ -1575,14 +1604,19 @@ class SudoHost:
             return Answer(1, "", "sudo is not installed\n")
         return answer
 
-    def piped(self, command: Command) -> Command:
-        return self.host.piped(("sudo", "-n", *command))
+    def piped(self, command: Command, then: Command = ()) -> Command:
+        return self.host.piped(("sudo", "-n", *command), then)
 
 
 def environment() -> dict[str, str]:
     """Ours, with untranslated messages, and the sbin directories that cron leaves out of PATH."""
     path = ":".join(filter(None, (os.environ.get("PATH"), SBIN)))  # an empty entry would be the current directory
     return {**os.environ, "LC_ALL": "C", "PATH": path}
+
+
+def installed(program: str) -> bool:
+    """Whether this host has it."""
+    return shutil.which(program, path=environment()["PATH"]) is not None
 
 
 def duration(seconds: float) -> str:
@@ -1620,12 +1654,13 @@ class Connection:
     config: dict[str, tuple[str, ...]]
 
     @classmethod
-    def resolve(cls, destination: str, port: int | None, identity: str | None) -> Connection:
-        """Ask OpenSSH itself, so that Include, Match and everything else in ssh_config counts.
+    def resolve(cls, destination: str, port: int | None, identity: str | None, more: Command = ()) -> Connection:
+        """Ask OpenSSH itself, so that Include, Match and everything else in ssh_config counts. `more` are options of
+        ssh.
 
         Raises CommandFailed if there is no ssh client, or its configuration makes no sense to it.
         """
-        options: list[str] = []
+        options = list(more)
         if port is not None:
             options += ["-p", str(port)]
         if identity is not None:
@@ -1750,6 +1785,7 @@ class SshHost:
         self.account = account_of(connection.get("user"), self.label.rpartition("@")[2], tree)
         self.note = note
         self.patience = max(patience, 2 * LINK_SECONDS)  # by then a lost link has shown, and it is the command
+        self.programs: set[str] | None = None  # which of the PACKERS are there, told with the first answer
         self.streams: tempfile.TemporaryDirectory[str] | None = None
         self.ssh: Command = ()
         self.client = log_in(connection)
@@ -1760,7 +1796,12 @@ class SshHost:
 
         self.note(f"{self.label}: {shlex.join(command)}")
         try:
-            return self.exchange(remote_line(command))
+            if self.programs is not None:
+                return self.exchange(remote_line(command))
+            answer = self.exchange(remote_line(command, look_for=PACKERS))
+            found = f"^/.*/({'|'.join(PACKERS)})\n"
+            self.programs = set(re.findall(found, answer.stderr, re.MULTILINE))
+            return replace(answer, stderr=re.sub(found, "", answer.stderr, flags=re.MULTILINE))
         except (OSError, EOFError, paramiko.SSHException) as error:
             if isinstance(error, socket.timeout) and error.errno is None:  # ours; the kernel's own has ETIMEDOUT
                 raise stuck(self, command, self.patience) from None
@@ -1784,14 +1825,17 @@ class SshHost:
                 raise OSError("the command ended without an exit status")  # a dead link looks like a clean end
         return Answer.of(channel.exit_status, output, complaints)
 
-    def piped(self, command: Command) -> Command:
+    def has(self, program: str) -> bool:
+        return program in (self.programs or ())
+
+    def piped(self, command: Command, then: Command = ()) -> Command:
         if self.streams is None:
             try:
                 self.streams = tempfile.TemporaryDirectory(prefix="zfs_replicate-")
             except OSError as error:
                 raise StreamFailed(f"cannot make a private directory for ssh: {error}", "is there space?") from None
             self.ssh = ssh_client(self.connection, self.streams.name + "/master")
-        return (*self.ssh, "--", self.connection.destination, remote_line(command))
+        return (*self.ssh, "--", self.connection.destination, remote_line(command, then))
 
     def connected(self) -> bool:
         return self.control("check")
@@ -1946,11 +1990,10 @@ def fast_cipher(connection: Connection) -> list[str]:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def buffer_stage(size: str) -> tuple[Command, ...]:
-    """mbuffer, where it is installed, to even out the bursts of both ends."""
-    if shutil.which("mbuffer", path=environment()["PATH"]) is None:
-        return ()
-    return (("mbuffer", "-q", "-m", size),)
+def buffer_stage(size: str, rate: str | None = None) -> tuple[Command, ...]:
+    """mbuffer, where it is installed, to even out the bursts of both ends; it reads no more than `rate` a second."""
+    limit = ("-r", rate) if rate else ()
+    return (("mbuffer", "-q", "-m", size, *limit),) if installed("mbuffer") else ()
 
 
 @dataclass(frozen=True)
@@ -1983,7 +2026,8 @@ class Stage:
 
 @dataclass(frozen=True)
 class Transport:
-    """How streams are carried: through what `buffer`, and what is done about one while it runs.
+    """How streams are carried: through what `buffer`, by which of the PACKERS ("": none), and what is done about one
+    while it runs.
 
     A pipeline through which no byte has moved for `patience` seconds is ended; `moved` is called when one has. `show`
     is told every second how many bytes have arrived, and how many more are in the buffer. `inherit` are open files that
@@ -1995,6 +2039,7 @@ class Transport:
     moved: Callable[[], None] = lambda: None
     show: Callable[[int, int], None] | None = None
     inherit: tuple[int, ...] = ()
+    packer: str = ""
 
 
 WATCH_SECONDS = 5.0
@@ -2058,8 +2103,7 @@ def await_end(stages: Sequence[Stage], transport: Transport) -> int:
     while True:
         running = [stage for stage in stages if not stage.has_ended()]
         counts = [stage.moved() for stage in stages]
-        # The last one may be root's, by sudo, and its counts a secret.
-        arrived = max(arrived, counts[-1][0] or max(read for read, _ in counts[1:] or counts))
+        arrived = max(arrived, reached_last(stages, counts))
         if not running:
             break
         now = sum(map(sum, counts))
@@ -2071,11 +2115,20 @@ def await_end(stages: Sequence[Stage], transport: Transport) -> int:
         elif now and time.monotonic() - since >= patience:
             raise stalled(patience, arrived, [stage.program for stage in running])
         if transport.show:
-            transport.show(arrived, sum(read - written for read, written in counts[1:-1]))
+            waiting = [read - written for stage, (read, written) in zip(stages, counts) if stage.program == "mbuffer"]
+            transport.show(arrived, sum(waiting))
         await_one(running[0], look)
     for stage in stages:
         stage.process.wait()
     return arrived
+
+
+def reached_last(stages: Sequence[Stage], counts: Sequence[tuple[int, int]]) -> int:
+    """Bytes of the stream that the last stage was given. What it has read itself is some thousands more, for programs
+    read other things as well; and may be secret, if it is root's by sudo."""
+    if len(stages) > 1 and stages[-2].program in ("mbuffer", *PACKERS):
+        return counts[-2][1]
+    return counts[-1][0]
 
 
 def await_one(stage: Stage, seconds: float) -> None:
@@ -2128,7 +2181,10 @@ def pull(source: Host, sending: Command, target: Host, receiving: Command, trans
     otherwise, for it ends by itself while a receive is still busy with the last of a stream.
     """
     try:
-        arrived, said = stream((source.piped(sending), *transport.buffer, target.piped(receiving)), transport)
+        pack, unpack = PACKERS.get(transport.packer, ((), ()))
+        unpacking = (unpack,) if unpack else ()
+        commands = (source.piped(sending, pack), *transport.buffer, *unpacking, target.piped(receiving))
+        arrived, said = stream(commands, transport)
     except StreamFailed as failure:
         if failure.link_held or source.connected():
             for host, command, verb in ((source, sending, "send"), (target, receiving, "receive")):
@@ -2163,9 +2219,9 @@ def check_properties(target: Host, receiving: Command, said: str) -> None:
 MOST_STEPS = 6
 """Steps that one dataset may need in one run beyond those of its first plan: ways out, what is found only meanwhile."""
 
-Carry = Callable[[Command, Command], int]
+Carry = Callable[[Command, Command, bool], int]
 """Carries the stream of a sending command on the source to a receiving command here, and returns the bytes that came;
-raises as `stream` does."""
+raises as `stream` does. With True the stream is worth compressing."""
 
 
 class Lock:
@@ -2587,7 +2643,7 @@ class Run:
             return
         began = time.monotonic()
         try:
-            arrived = self.carry(*self.ends(key, step))
+            arrived = self.carry(*self.ends(key, step), self.compressible(key))
         except StreamFailed as failure:
             now = self.look_again(key)
             if now and "has been modified" in failure.what:
@@ -2640,6 +2696,12 @@ class Run:
         born = birth(source, parent, step, policy)
         receiving = receive(source, self.target.get(key), self.local_name(key), policy.properties, born)
         return send(source, step, policy.raw(source), self.flags()), receiving
+
+    def compressible(self, key: str) -> bool:
+        """Whether a stream has in full what a packer could make less of."""
+        source = self.source[key]
+        as_stored = source.compressed and "-c" in self.flags()
+        return not as_stored and not self.policy.raw(source)
 
     def flags(self) -> Command:
         """What streams may use, asked when the first of them is due."""
@@ -3464,6 +3526,18 @@ def memory_size(text: str) -> str:
     return found[1] + {"k": "k", "m": "M", "g": "G"}[found[2].lower()]
 
 
+def cipher_names(text: str) -> str:
+    if not re.fullmatch("[A-Za-z0-9@.,+^-]+", text):
+        raise argparse.ArgumentTypeError(f"not a list of ciphers (see ssh -Q cipher): {text!r}")
+    return text
+
+
+def ssh_setting(text: str) -> str:
+    if not re.fullmatch("[A-Za-z0-9]+[= ][^\n]+", text):
+        raise argparse.ArgumentTypeError(f"not a KEY=VALUE of ssh_config: {text!r}")
+    return text
+
+
 def time_span(text: str) -> float:
     """A duration in seconds, from `90s`, `30m` or `2h`."""
     found = re.fullmatch("([1-9][0-9]{0,5})([smh])", text)
@@ -3543,8 +3617,16 @@ def parser() -> argparse.ArgumentParser:
         metavar="FILE",
         help="log in with this private key, and with none of the agent's",
     )
-    add("-n", "--no-pigz", action="store_true",
-        help="no compression on the wire; so far there is none, the option is kept for old crontabs")  # fmt: skip
+    add("--compress", choices=("auto", "none", *PACKERS), default="auto", metavar="PROGRAM",
+        help="compress streams on the wire by zstd, lz4 or pigz, where both ends have it; none; or auto: by zstd those "
+        "of datasets that are not compressed already (default: %(default)s)")  # fmt: skip
+    add("-n", "--no-pigz", action="store_const", dest="compress", const="none",
+        help="the same as --compress none, for old crontabs")  # fmt: skip
+    add("--rate-limit", type=memory_size, metavar="SIZE",
+        help="let streams take no more than SIZE of the line a second; by mbuffer")  # fmt: skip
+    add("--cipher", type=cipher_names, metavar="NAMES", help="ciphers for streams, as ssh -c takes them")
+    add("--ssh-option", type=ssh_setting, action="append", default=[], metavar="KEY=VALUE",
+        help="a setting of ssh_config, for both connections; may be repeated")  # fmt: skip
     add("--no-recursive", action="store_true", help="only the dataset itself, without its children")
     add("--exclude", type=name_glob, action="append", default=[], metavar="GLOB",
         help="leave out datasets, with their children, whose names below the tree's root match; may be repeated, as "
@@ -3723,7 +3805,8 @@ def tell_status(options: argparse.Namespace, report: Report) -> int:
             it.begin()
             found = list(standings(it))
     except Failure as failure:
-        report.failure(f"{options.remote_host}, so what follows is known here alone", failure)
+        report.failure(options.local_fs, failure)
+        report.say("zfs_replicate: so what follows is what is known here alone")
         found = list(standings_here(here(options), policy_of(options)))
     if options.json:
         report.events = [status_data(it) for it in found]
@@ -3755,6 +3838,21 @@ def end_mirror(options: argparse.Namespace, report: Report) -> int:
     return 1 if report.failures else 0
 
 
+def choose_packer(options: argparse.Namespace, source: Host, compressible: bool, report: Report) -> str:
+    """Which of the PACKERS a stream goes through; "" if none: there is no wire, it is no use, or an end has it not."""
+    if options.remote_host == "localhost" or options.compress == "none":
+        return ""
+    if options.compress == "auto" and not compressible:
+        return ""
+    packer = "zstd" if options.compress == "auto" else str(options.compress)
+    lacking = [
+        where for where, has in ((source.label, source.has(packer)), ("this host", installed(packer))) if not has
+    ]
+    if lacking:
+        report.step(f"{packer} is not installed on {' and '.join(lacking)}: the stream goes without it")
+    return "" if lacking else packer
+
+
 def here(options: argparse.Namespace, note: Callable[[str], None] = tell_nobody) -> Host:
     """This host, as the options want it."""
     host = LocalHost("this host", note, options.stall_timeout, options.local_fs)
@@ -3774,22 +3872,26 @@ def logged_in(options: argparse.Namespace, report: Report, alone: Lock | None) -
     target = here(options, note)
     source: Host = LocalHost("localhost", note, options.stall_timeout, options.remote_fs)
     if options.remote_host != "localhost":
-        connection = Connection.resolve(options.remote_host, options.port, options.identity)
+        more = settings(options.ssh_option) + (("-c", options.cipher) if options.cipher else ())
+        connection = Connection.resolve(options.remote_host, options.port, options.identity, more)
         source = SshHost(connection, note, options.stall_timeout, options.remote_fs)
     if options.sudo in ("remote", "both"):
         source = SudoHost(source)
 
-    def carry(sending: Command, receiving: Command) -> int:
-        buffer = buffer_stage(options.mbuffer)
+    def carry(sending: Command, receiving: Command, compressible: bool) -> int:
+        buffer = buffer_stage(options.mbuffer, options.rate_limit)
+        if not buffer and options.rate_limit:
+            raise StreamFailed("mbuffer is not installed here, and it is what limits the rate", "apt install mbuffer")
         if not buffer:
             report.step("mbuffer is not installed here: the stream goes without it")
+        packer = choose_packer(options, source, compressible, report)
         note(f"{source.label}: {shlex.join(sending)} | {target.label}: {shlex.join(receiving)}")
         if report.meter:
             foretold = source.ask(estimate(sending))
             size = parse_estimate(foretold.stdout) if foretold.status == 0 else None
             report.meter.begin(receiving[-1], size, parse_token("", foretold.stdout).bytes)
         show = report.meter.show if report.meter else None
-        transport = Transport(buffer, options.stall_timeout, moved, show, inherit)
+        transport = Transport(buffer, options.stall_timeout, moved, show, inherit, packer)
         return pull(source, sending, target, receiving, transport)
 
     with contextlib.closing(source):
@@ -3820,11 +3922,19 @@ def is_run(options: argparse.Namespace) -> bool:
     return not (options.dry_run or options.status or options.check or options.doctor or options.retire)
 
 
+def columns() -> int:
+    """How wide the terminal is by now."""
+    try:
+        return os.get_terminal_size(sys.stderr.fileno()).columns
+    except OSError:
+        return 80
+
+
 def report_for(options: argparse.Namespace) -> Report:
     """Who looks on? A terminal, cron, or a program that reads JSON."""
     told = options.dry_run or options.retire
     shown = is_run(options) and (options.progress or (sys.stderr.isatty() and not options.quiet))
-    meter = Meter(sys.stderr, lambda: shutil.get_terminal_size().columns) if shown else None
+    meter = Meter(sys.stderr, columns) if shown else None
     return Report(options.verbose, sys.stdout if told and not options.json else None, meter)
 
 

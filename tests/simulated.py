@@ -316,7 +316,10 @@ class Machine:
         except Refused as refused:
             return Answer(refused.status, "", f"{refused}\n")
 
-    def piped(self, command: Command) -> Command:
+    def has(self, program: str) -> bool:
+        return True
+
+    def piped(self, command: Command, then: Command = ()) -> Command:
         return command
 
     def connected(self) -> bool:
@@ -365,11 +368,11 @@ class Machine:
         """A dataset and its points, as LIST_COLUMNS has them; in no order that anybody should rely on."""
         store = self.datasets[name]
         token = store.partial.token if store.partial else "-"
-        yield name, store.kind, 1, 1, 1, "-", token, "off", "-", "-"
+        yield name, store.kind, 1, 1, 1, "-", token, "off", "-", "-", "lz4"
         for kind, mark, found in (("snapshot", "@", store.snapshots), ("bookmark", "#", store.bookmarks)):
             for short, point in sorted(found.items(), key=lambda item: item[1].guid) if points else ():
                 userrefs = len(point.tags) if mark == "@" else "-"
-                yield name + mark + short, kind, point.guid, point.createtxg, point.creation, userrefs, *"----"
+                yield name + mark + short, kind, point.guid, point.createtxg, point.creation, userrefs, *"-----"
 
     def zfs_holds(self, words: list[str]) -> Answer:
         assert words.pop(0) == "-H", words
@@ -562,7 +565,7 @@ class Machine:
         """The rest of an interrupted stream: both ends are looked up by guid in all of the pool, whatever they and
         their dataset are called by now."""
         own = split(waiting.name)[0]
-        places = [name for name in sorted(self.datasets, key=lambda name: name != own) if self.has(name, waiting.guid)]
+        places = [name for name in sorted(self.datasets, key=lambda name: name != own) if self.owns(name, waiting.guid)]
         if not places:
             raise Refused(f"cannot resume send: '{waiting.name}' used in the initial send no longer exists", 255)
         store = self.datasets[places[0]]
@@ -572,7 +575,7 @@ class Machine:
             raise Refused(f"cannot resume send: incremental source {waiting.base:#x} no longer exists", 255)
         return replace(waiting, kind=store.kind, name=f"{places[0]}@{short}", creation=point.creation)
 
-    def has(self, name: str, guid: int) -> bool:
+    def owns(self, name: str, guid: int) -> bool:
         return self.datasets[name].point(guid) is not None
 
     def receive(self, command: Command, segment: Segment) -> Iterator[None]:
@@ -693,8 +696,11 @@ class Near:
             answer = self.wire.at(self.machine, command, "after") or answer
         return answer
 
-    def piped(self, command: Command) -> Command:
-        return self.machine.piped(command)
+    def has(self, program: str) -> bool:
+        return True
+
+    def piped(self, command: Command, then: Command = ()) -> Command:
+        return self.machine.piped(command, then)
 
     def connected(self) -> bool:
         return True
@@ -720,7 +726,8 @@ class Wire:
     at: Callable[[Machine, Command, str], Answer | None] = undisturbed
     done: list[tuple[str, ...]] = field(default_factory=list)
 
-    def carry(self, sending: Command, receiving: Command) -> int:
+    def carry(self, sending: Command, receiving: Command, compressible: bool) -> int:
+        assert not compressible, "all is compressed here"
         self.disturbed(sending, "before")
         try:
             for segment in self.source.send(sending):

@@ -147,6 +147,36 @@ def test_the_exit_status_is_that_of_the_command() -> None:
     assert subprocess.run(["sh", "-c", remote_line(("sh", "-c", "exit 7"))], check=False).returncode == 7
 
 
+@pytest.mark.parametrize("shell", SHELLS)
+@pytest.mark.parametrize(
+    ("first", "second", "status", "output"),
+    [
+        (("printf", "it's %s", "all"), ("tr", "a-z", "A-Z"), 0, b"IT'S ALL"),
+        (("sh", "-c", "echo some; exit 7"), ("cat",), 7, b"some\n"),
+        (("echo", "some"), ("sh", "-c", "cat; exit 8"), 8, b"some\n"),
+        (("sh", "-c", "exit 7"), ("sh", "-c", "cat; exit 8"), 7, b""),
+        (("no-such-program",), ("cat",), 127, b""),
+        (("echo", "some"), ("no-such-program",), 127, b""),
+        (("sh", "-c", "cat /dev/zero; exit 9"), ("sh", "-c", "exit 8"), 8, b""),
+    ],
+)
+def test_what_goes_through_a_second_program_tells_of_both(
+    shell: str, first: Command, second: Command, status: int, output: bytes
+) -> None:
+    """A pipe of sh would tell of the second alone."""
+    done = subprocess.run([shell, "-c", remote_line(first, second)], capture_output=True, check=False, timeout=60)
+    assert done.stdout == output
+    assert done.returncode == status or {done.returncode, status} <= {8, 141}  # SIGPIPE may come first
+
+
+@pytest.mark.parametrize("shell", SHELLS)
+def test_programs_are_looked_for_on_the_way(shell: str) -> None:
+    line = remote_line(("sh", "-c", "echo out; echo err >&2; exit 7"), look_for=("cat", "no-such-program", "env"))
+    done = subprocess.run([shell, "-c", line], capture_output=True, check=False, text=True)
+    assert (done.returncode, done.stdout) == (7, "out\n")
+    assert [line.rpartition("/")[2] for line in done.stderr.splitlines()] == ["cat", "env", "err"]
+
+
 def test_sbin_comes_last_in_the_path_and_messages_are_untranslated() -> None:
     line = remote_line(("env",))
     done = subprocess.run(["sh", "-c", line], capture_output=True, env={"PATH": "/bin", "LC_ALL": "de_DE"}, text=True)

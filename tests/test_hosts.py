@@ -27,6 +27,7 @@ import zfs_replicate
 from zfs_replicate import (
     KEEPALIVE_SECONDS,
     LINK_SECONDS,
+    PACKERS,
     SBIN,
     Answer,
     Command,
@@ -274,6 +275,12 @@ def test_output_comes_byte_for_byte(host: Host) -> None:
 
 def test_standard_input_is_empty(host: Host) -> None:
     assert host.ask(shell("cat; echo done")) == Answer(0, "done\n", "")
+
+
+def test_programs_that_compress_are_known_after_the_first_command(host: Host) -> None:
+    assert host.ask(("sh", "-c", "echo /usr/bin/false >&2")).stderr == "/usr/bin/false\n"
+    assert {name: host.has(name) for name in PACKERS} == {name: shutil.which(name) is not None for name in PACKERS}
+    assert not host.has("no-such-program")
 
 
 def test_much_on_both_outputs_does_not_block(host: Host) -> None:
@@ -568,6 +575,7 @@ def test_without_paramiko_it_says_what_to_install(monkeypatch: pytest.MonkeyPatc
 
 
 def test_flood_of_complaints_does_not_block(source: SshHost, server: Server) -> None:
+    source.ask(("true",))  # which brings along what programs are there
     server.fault = Fault.FLOOD
     answer = source.ask(("echo", "done"))
     assert answer == Answer(0, "y" * FLOOD_BYTES + "done\n", "x" * FLOOD_BYTES)

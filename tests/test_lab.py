@@ -30,6 +30,7 @@ def machines(request: pytest.FixtureRequest, free_lab: Lab) -> Iterator[list[Mac
         machine.close()
 
 
+@pytest.mark.either
 def test_copies_of_one_template_draw_different_guids(machines: list[Machine]) -> None:
     command = "hostid; zpool get -H -o value guid tank; zfs snapshot tank@guid; zfs get -H -o value guid tank@guid"
     ours, theirs = (machine.run(command).stdout.split() for machine in machines)
@@ -105,6 +106,7 @@ def test_netem_delays_the_lab_network(machines: list[Machine]) -> None:
     assert fast < 0.4 <= slow
 
 
+@pytest.mark.either
 def test_the_clock_moves_with_us_and_survives_a_power_loss_as_pools_do(machines: list[Machine]) -> None:
     source = machines[0]
     guid = source.run("zpool get -H -o value guid tank").stdout
@@ -121,6 +123,7 @@ def test_the_clock_moves_with_us_and_survives_a_power_loss_as_pools_do(machines:
     assert float(source.run("date +%s").stdout) == pytest.approx(time.time(), abs=5)
 
 
+@pytest.mark.either
 def test_a_reboot_keeps_the_machine_what_it_was(machines: list[Machine]) -> None:
     source = machines[0]
     before = source.run("hostname; hostid; zpool list -H -o name,guid").stdout

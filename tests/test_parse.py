@@ -45,7 +45,7 @@ def row(
     if kind in ("filesystem", "volume", "bookmark"):
         refs = "-"
     encryption = "-" if kind == "bookmark" else key
-    words = (name, kind, str(guid), str(txg), "1700000000", refs, token, encryption, origin, ivset)
+    words = (name, kind, str(guid), str(txg), "1700000000", refs, token, encryption, origin, ivset, "off")
     return "\t".join(words) + "\n"
 
 
@@ -64,6 +64,7 @@ def test_columns_are_those_the_rows_here_have() -> None:
         "encryption",
         "origin",
         "ivsetguid",
+        "compression",
     )
 
 
@@ -138,7 +139,7 @@ def test_encryption(key: str) -> None:
 @pytest.mark.parametrize(
     "text",
     [
-        pytest.param(row("tank", "filesystem")[:-3] + "\n", id="too-few"),
+        pytest.param(row("tank", "filesystem").rpartition("\t")[0] + "\n", id="too-few"),
         pytest.param(row("tank", "filesystem")[:-1] + "\tmore\n", id="too-many"),
         pytest.param(row("tank", "filesystem") + "\n", id="an-empty-line"),
         pytest.param("no datasets available\n", id="a-message"),
@@ -146,7 +147,7 @@ def test_encryption(key: str) -> None:
     ],
 )
 def test_a_line_of_another_width_is_refused(text: str) -> None:
-    with pytest.raises(Failure, match="columns where 10 were asked for"):
+    with pytest.raises(Failure, match="columns where 11 were asked for"):
         parse_tree(text, "tank")
 
 

@@ -187,11 +187,13 @@ def test_the_table_of_the_readme_names_defaults_and_what_is_required() -> None:
 
 def test_the_readme_speaks_of_no_option_that_is_not() -> None:
     """Whatever it writes as `--option` in code of its own, or on a command line of ours."""
-    spans = re.findall(r"(?<!`)`(--[a-z][a-z-]*)", readme())
-    lines = [line for line in readme().splitlines() if re.search(r"\bzfs_replicate(\.py)? -", line)]
-    words = [
-        word for line in lines for word in re.findall(r"(?<=\s)--?[A-Za-z][a-z-]*", line.split("zfs_replicate", 1)[1])
-    ]
+    before, heading, rest = readme().partition("## Coming from another tool")
+    others, end, after = rest.partition("\n## ")
+    ours = re.sub(r"^\|.*\|(.*)\|$", r"\1", others, flags=re.MULTILINE)  # of the table, our column
+    text = before + heading + ours + end + after
+    spans = re.findall(r"(?<!`)`(--[a-z][a-z-]*)", text)
+    lines = re.findall(r"\bzfs_replicate(?:\.py)?( -[^|\n]*)", text)
+    words = [word for line in lines for word in re.findall(r"(?<=\s)--?[A-Za-z][a-z-]*", line)]
     assert [word for word in spans + words if word not in options()] == []
 
 

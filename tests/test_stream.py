@@ -16,6 +16,7 @@ from test_hosts import MEBIBYTE, SshConfig, executable, shell
 
 import zfs_replicate
 from zfs_replicate import (
+    PACKERS,
     Account,
     Command,
     Connection,
@@ -220,6 +221,21 @@ def test_stream_over_ssh_arrives_whole(tmp_path: Path, monkeypatch: pytest.Monke
     assert (tmp_path / "out").read_bytes() == data
 
 
+@pytest.mark.parametrize("packer", [name for name in PACKERS if shutil.which(name)])
+def test_stream_is_compressed_on_the_wire_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, packer: str) -> None:
+    with source_host(tmp_path, monkeypatch) as (host, _):
+        there, here, wire = tmp_path / "there", tmp_path / "here", tmp_path / "wire"
+        there.write_bytes(b"much of the same " * 100_000)
+        transport = Transport((("tee", str(wire)),), packer=packer)
+        sending, receiving = ("cat", str(there)), shell(f"cat > '{here}'")
+        assert pull(host, sending, LocalHost(), receiving, transport) == there.stat().st_size
+        assert 0 <= pull(host, sending, LocalHost(), receiving, Transport()) - there.stat().st_size < 50_000
+        assert here.read_bytes() == there.read_bytes()
+        assert wire.stat().st_size < there.stat().st_size / 10
+        with pytest.raises(StreamFailed, match="No such file"):
+            pull(host, ("cat", str(there) + ".gone"), LocalHost(), receiving, transport)
+
+
 def test_failure_at_the_far_end_is_no_lost_link(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     script = shell("echo some data; echo 'cannot open: no such dataset' >&2; exit 1")
     with (
@@ -312,7 +328,7 @@ def told(sender: str, receiver: str) -> StreamFailed:
             super().__init__()
             self.script, self.account = script, account
 
-        def piped(self, command: Command) -> Command:
+        def piped(self, command: Command, then: Command = ()) -> Command:
             return shell(self.script)
 
     source = Scripted(sender, Account("puller", "source", "tank/vm"))

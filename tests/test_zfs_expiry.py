@@ -30,6 +30,7 @@ def aged(site: Site) -> Site:
     return site
 
 
+@pytest.mark.either
 def test_expired_local_snapshots_go_and_the_source_loses_none(aged: Site) -> None:
     aged.replicate_silently("-k", "30")
     for child in ("", "/www"):
@@ -102,6 +103,7 @@ def test_nothing_goes_while_holds_cannot_be_read_or_released(aged: Site, word: s
     aged.assert_in_step()
 
 
+@pytest.mark.either
 def test_one_snapshot_that_cannot_be_destroyed_does_not_keep_the_others(aged: Site) -> None:
     aged.backup.run(f"zfs clone -o canmount=off {MIRROR}/www@tuesday offsite/clone")
     done = aged.replicate("-k", "30", status=1)

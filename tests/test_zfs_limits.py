@@ -51,6 +51,7 @@ def test_names_too_long_or_too_deep_here_and_odd_ones(site: Site) -> None:
     site.source.run(f"! zfs snapshot {TREE}@a%b 2>&1 && ! zfs create {TREE}/a%b 2>&1 && ! zfs create {TREE}/ä 2>&1")
 
 
+@pytest.mark.either
 def test_datasets_without_snapshots_and_such_that_are_another_one_now(site: Site) -> None:
     site.source.run(f"zfs create -p {TREE}")
     site.replicate_silently()

@@ -124,6 +124,7 @@ def test_run_that_stands_still_is_named(site: Site) -> None:
     site.assert_in_step()
 
 
+@pytest.mark.either
 def test_bookmark_of_our_own_carries_the_chain_on(site: Site) -> None:
     site.plant("www")
     site.snapshot("monday")

@@ -107,6 +107,7 @@ def test_new_child_later_and_child_gone_at_the_source(site: Site) -> None:
     site.assert_in_step()
 
 
+@pytest.mark.either
 def test_parent_without_snapshot_becomes_a_placeholder_and_later_a_mirror(site: Site) -> None:
     site.plant("www/logs")
     site.snapshot("monday", f"{TREE}/www/logs")
@@ -126,6 +127,7 @@ def test_tree_without_any_snapshot_creates_nothing(site: Site) -> None:
     assert site.backup.run("zfs list -H -r -o name offsite").stdout == "offsite\n"
 
 
+@pytest.mark.either
 def test_existing_empty_target_is_accepted(site: Site) -> None:
     site.plant("www")
     site.snapshot("monday")

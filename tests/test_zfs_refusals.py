@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.zfs
 
 
+@pytest.mark.either
 def test_target_with_data_is_refused_and_the_rest_is_done(site: Site) -> None:
     site.plant("www", "mail")
     site.snapshot("monday")
@@ -49,6 +50,7 @@ def test_same_name_with_other_guid_is_refused(site: Site) -> None:
     assert names(site.backup, f"{MIRROR}/www") == ["monday"]
 
 
+@pytest.mark.either
 def test_newer_local_snapshot_is_refused(site: Site) -> None:
     site.plant("www")
     site.snapshot("monday")
