@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
-from site_pair import JOB, MIRROR, TAG, TREE, held, history, names
+from site_pair import JOB, MIRROR, PROGRAM, TAG, TREE, held, history, names
 
 if TYPE_CHECKING:
     from site_pair import Site
@@ -217,3 +217,32 @@ def test_the_end_of_a_mirror(site: Site) -> None:
         f"{TREE}@monday: released {TAG}",
         f"{MIRROR}: not there (any more)",
     ]
+
+
+README = (PROGRAM.parent / "README.md").read_text(encoding="utf-8")
+
+
+def test_lines_of_the_readme_word_for_word(site: Site) -> None:
+    """The line of the crontab, run by the systemd timer's service; where our holds are."""
+    site.plant("www")
+    site.snapshot("monday")
+    block = re.findall(r"(?:^    .*\n|^\n(?=    ))+", README.partition("A systemd timer")[2], re.MULTILINE)[0]
+    unit, _, timer = "\n".join(line[4:] for line in block.splitlines()).partition("[Timer]")
+    assert f"ExecStart=/usr/local/bin/{JOB} -k 30".replace("source", "HOST") in unit
+    assert f"    0 */6 * * *  {JOB} -k 30".replace("source", "HOST") in README
+    directory = "/etc/systemd/system/mirror-machines"
+    site.backup.write(f"{directory}.service", unit.replace("HOST", "source"))
+    site.backup.write(f"{directory}.timer", f"[Timer]{timer}")
+    try:
+        site.backup.run(f"systemd-analyze verify {directory}.service {directory}.timer")
+        site.backup.run("systemctl daemon-reload && systemctl start mirror-machines.timer mirror-machines.service")
+        assert "mirror-machines.service" in site.backup.run("systemctl list-timers --no-pager").stdout
+    finally:
+        site.backup.run(f"systemctl stop mirror-machines.timer; rm {directory}.*; systemctl daemon-reload")
+    site.assert_in_step()
+    (line,) = re.findall("^    (zfs list .* zfs holds)$", README, re.MULTILINE)
+    assert site.source.run(line).stdout.count(f"  {TAG}  ") == 3
+    (line,) = re.findall("`(complete .*)` completes", README)
+    words = line.partition('"')[2].rpartition('"')[0]
+    completed = site.backup.run("bash", input=f'{line}\ncompgen -W "{words}" -- --ret').stdout
+    assert completed.split() == ["--retries", "--retire"]
