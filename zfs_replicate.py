@@ -40,7 +40,7 @@ Rooms of this file, in reading order; a room uses only rooms above it
     5  Commands      every command as a value; the one place that quotes for a remote shell
     6  Hosts         run commands here (subprocess) and on the source (paramiko)
     7  Stream        the pipeline of processes; every exit status read
-    8  Run           the seven steps above; what --doctor looks at
+    8  Run           the seven steps above; those that only look (--dry-run, --status, --doctor); the end (--retire)
     9  Report        what the user sees
     10 Command line  options and main()
 Rooms 1 to 5 touch nothing outside this process; time comes in as an argument.
