@@ -157,7 +157,8 @@ def test_a_gibibyte_cut_five_times_costs_little_more_than_one(
     plant_big(site, "1G")
     total = 2**30
     seed = random.randrange(2**32)
-    cuts = sorted(random.Random(seed).uniform(0.05, 0.95) * total for _ in range(5))
+    points = random.Random(seed)
+    cuts = sorted(points.uniform(0.05, 0.95) * total for _ in range(5))
     print(f"seed {seed}: cuts after {', '.join(f'{cut / total:.0%}' for cut in cuts)}")
     sent_before = sent(site)
     arrived = 0.0
