@@ -3481,101 +3481,62 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {message} (see --help)\n")
 
 
-def host_name(text: str) -> str:
-    if not re.fullmatch(r"[^\s@-][^\s@]*(@[^\s@-][^\s@]*)?", text):
-        raise argparse.ArgumentTypeError(f"not a [USER@]HOST: {text!r}")
-    return text
+def matching(pattern: str, what: str, convert: Callable[[str], Any] = str) -> Callable[[str], Any]:
+    """A converter for argparse: takes what matches `pattern`, and refuses the rest as not `what`."""
+
+    def converter(text: str) -> Any:
+        if not re.fullmatch(pattern, text):
+            raise argparse.ArgumentTypeError(f"not {what}: {text!r}")
+        return convert(text)
+
+    return converter
 
 
 def dataset_name(text: str) -> str:
     component = "[A-Za-z0-9_.: -]+"
-    if not re.fullmatch(f"(?=[A-Za-z]){component}(/{component})*", text):
-        raise argparse.ArgumentTypeError(f"not a dataset name (letters, digits, '-_.: ' between slashes): {text!r}")
     if len(text) > NAME_LIMIT:
         raise argparse.ArgumentTypeError(f"longer than the {NAME_LIMIT} bytes ZFS allows: {text!r}")
-    return text
+    what = "a dataset name (letters, digits, '-_.: ' between slashes)"
+    return str(matching(f"(?=[A-Za-z]){component}(/{component})*", what)(text))
 
 
-def hold_tag(text: str) -> str:
-    longest = NAME_LIMIT - len(":received")
-    if not re.fullmatch(r"(?![.-])[A-Za-z0-9_.:/+=@,-]+(?<!:received)", text) or len(text) > longest:
-        raise argparse.ArgumentTypeError(
-            f"not a hold tag (letters, digits, '-_.:/+=@,', at most {longest}, not starting with '.' or '-', "
-            f"not ending with ':received'): {text!r}"
-        )
-    return text
+def seconds_of(text: str) -> float:
+    return float(text[:-1]) * {"s": 1, "m": 60, "h": 3600}[text[-1]]
 
 
-def day_count(text: str) -> int:
-    if not re.fullmatch("[0-9]{1,6}", text) or int(text) == 0:
-        raise argparse.ArgumentTypeError(f"not a number of days, 1 or more: {text!r} (leave -k out to expire nothing)")
-    return int(text)
+def for_mbuffer(text: str) -> str:
+    """A size with its unit as mbuffer wants it."""
+    return text[:-1] + {"k": "k", "m": "M", "g": "G"}[text[-1].lower()]
+
+
+LONGEST_TAG = NAME_LIMIT - len(":received")
+
+host_name = matching(r"[^\s@-][^\s@]*(@[^\s@-][^\s@]*)?", "a [USER@]HOST")
+hold_tag = matching(
+    rf"(?=.{{1,{LONGEST_TAG}}}$)(?![.-])[A-Za-z0-9_.:/+=@,-]+(?<!:received)",
+    f"a hold tag (letters, digits, '-_.:/+=@,', at most {LONGEST_TAG}, not starting with '.' or '-', not ending with "
+    "':received')",
+)
+count = matching("[0-9]{1,4}", "a number", int)
+day_count = matching(
+    "(?=[0-9]{1,6}$)0*[1-9][0-9]*", "a number of days, 1 or more (leave -k out to expire nothing)", int
+)
+hour_count = matching(r"(?=.*[1-9])[0-9]{1,5}(\.[0-9]{1,3})?", "a number of hours", float)
+memory_size = matching("[1-9][0-9]*[kKmMgG]", "a size like 256M or 1G", for_mbuffer)
+time_span = matching("[1-9][0-9]{0,5}[smh]", "a duration like 90s, 30m or 2h", seconds_of)
+cipher_names = matching("[A-Za-z0-9@.,+^-]+", "a list of ciphers (see ssh -Q cipher)")
+ssh_setting = matching("[A-Za-z0-9]+[= ][^\n]+", "a KEY=VALUE of ssh_config")
+name_glob = matching(r"[A-Za-z0-9_.:/ *?!\[\]-]+", "a glob of names (their characters, '*', '?', '[...]')")
+PROPERTY = "([a-z][a-z0-9_]*|[a-z0-9:._-]*:[a-z0-9:._-]*)"
+property_name = matching(PROPERTY, "the name of a property")
+property_value = matching(f"(?s:{PROPERTY}=.+)", "a PROPERTY=VALUE")
 
 
 def port_number(text: str) -> int:
-    if not re.fullmatch("[0-9]{1,5}", text) or not 0 < int(text) < 65536:
+    number = int(matching("[0-9]{1,5}", "a port")(text))
+    if not 0 < number < 65536:
         raise argparse.ArgumentTypeError(f"not a port: {text!r}")
-    return int(text)
-
-
-def memory_size(text: str) -> str:
-    """A size as mbuffer takes it."""
-    found = re.fullmatch("([1-9][0-9]*)([kKmMgG])", text)
-    if not found:
-        raise argparse.ArgumentTypeError(f"not a size like 256M or 1G: {text!r}")
-    return found[1] + {"k": "k", "m": "M", "g": "G"}[found[2].lower()]
-
-
-def cipher_names(text: str) -> str:
-    if not re.fullmatch("[A-Za-z0-9@.,+^-]+", text):
-        raise argparse.ArgumentTypeError(f"not a list of ciphers (see ssh -Q cipher): {text!r}")
-    return text
-
-
-def ssh_setting(text: str) -> str:
-    if not re.fullmatch("[A-Za-z0-9]+[= ][^\n]+", text):
-        raise argparse.ArgumentTypeError(f"not a KEY=VALUE of ssh_config: {text!r}")
-    return text
-
-
-def time_span(text: str) -> float:
-    """A duration in seconds, from `90s`, `30m` or `2h`."""
-    found = re.fullmatch("([1-9][0-9]{0,5})([smh])", text)
-    if not found:
-        raise argparse.ArgumentTypeError(f"not a duration like 90s, 30m or 2h: {text!r}")
-    return float(found[1]) * {"s": 1, "m": 60, "h": 3600}[found[2]]
-
-
-def count(text: str) -> int:
-    if not re.fullmatch("[0-9]{1,4}", text):
-        raise argparse.ArgumentTypeError(f"not a number: {text!r}")
-    return int(text)
-
-
-def age_limit(text: str) -> float:
-    """Hours."""
-    if not re.fullmatch(r"[0-9]{1,5}(\.[0-9]{1,3})?", text) or float(text) == 0:
-        raise argparse.ArgumentTypeError(f"not a number of hours: {text!r}")
-    return float(text)
-
-
-def name_glob(text: str) -> str:
-    if not re.fullmatch(r"[A-Za-z0-9_.:/ *?!\[\]-]+", text):
-        raise argparse.ArgumentTypeError(f"not a glob of names (their characters, '*', '?', '[...]'): {text!r}")
-    return text
-
-
-def property_name(text: str) -> str:
-    if not re.fullmatch("[a-z][a-z0-9_]*|[a-z0-9:._-]*:[a-z0-9:._-]*", text):
-        raise argparse.ArgumentTypeError(f"not the name of a property: {text!r}")
-    return text
-
-
-def property_value(text: str) -> str:
-    name, _, value = text.partition("=")
-    if not value:
-        raise argparse.ArgumentTypeError(f"not a PROPERTY=VALUE: {text!r}")
-    return f"{property_name(name)}={value}"
+    return number
 
 
 def readable_file(text: str) -> str:
@@ -3675,7 +3636,7 @@ def parser() -> argparse.ArgumentParser:
         help="no run: tell for each dataset how far the mirror has come, and what it lacks")  # fmt: skip
     instead.add_argument("--check", action="store_true",
         help="no run: one line and an exit code for a monitoring system, by what is here alone")  # fmt: skip
-    add("--max-age", type=age_limit, default=30, metavar="HOURS",
+    add("--max-age", type=hour_count, default=30, metavar="HOURS",
         help="with --check: from what age on a newest common snapshot is too old (default: %(default)s)")  # fmt: skip
     instead.add_argument("--doctor", action="store_true",
         help="no run: look at all that one needs, change nothing; exit 1 if anything is not as it should "
