@@ -3958,6 +3958,8 @@ def act(options: argparse.Namespace, report: Report) -> int:
         if options.dry_run:
             return rehearse(options, report)
         alone = stack.enter_context(lock(options.local_fs, options.stall_timeout))
+        if alone is None and options.retire:
+            raise Failure("a run is at work", "retire it when that has ended")
         if alone is None:
             report.overlapped = True
             report.event("overlap", options.local_fs, f"{options.local_fs}: another run is at work")
