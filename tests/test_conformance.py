@@ -89,6 +89,7 @@ SCENES = {
     """,
     "weighing streams": """
         create there
+        write there
         snapshot there@a
         snapshot there@b
         snapshot there@c
@@ -98,7 +99,6 @@ SCENES = {
         weigh -i there#a there@c => incremental of some bytes
         weigh -I there@a there@c => incremental; incremental of some bytes
         weigh there@d => ! dataset does not exist
-        weigh -i there#d there@c => ! incremental source (there#d) does not exist
         half pull there@a here => ! incomplete stream
         weigh-rest here => full of some bytes
     """,
