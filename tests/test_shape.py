@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import ast
 import dis
+import functools
 import re
 import subprocess
 import sys
@@ -56,6 +57,7 @@ def defined(node: ast.stmt) -> set[str]:
     return {name.id for target in targets for name in ast.walk(target) if isinstance(name, ast.Name)}
 
 
+@functools.cache  # it takes long, and two tests ask
 def used(node: ast.stmt) -> set[str]:
     """The global names a statement of the module needs when it runs; annotations do not run."""
 
