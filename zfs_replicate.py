@@ -2852,9 +2852,7 @@ def standings(it: Run) -> Iterator[Standing]:
 
 def standings_here(target: Host, policy: Policy) -> Iterator[Standing]:
     """Where all local datasets stand that ever were in step, by what is here. Raises Failure if that is unknown."""
-    tree, failure = read_tree(target, policy.target_root, policy.selection)
-    if failure:
-        raise failure
+    tree = whole(target, policy.target_root, policy.selection)
     for key in sorted(tree, key=lambda key: key.split("/")):
         found = standing_alone(tree[key], policy)
         if ASIDE not in key and found.common:
@@ -2882,10 +2880,10 @@ def release_all(host: Host, root: str, tag: str, report: Report) -> list[Snapsho
     if says_absent(answer, root):
         report.step(f"{root}: not there (any more)")
         return []
-    tree = whole(host, root)
+    tree = whole(host, root, Selection())
     ours = [s for dataset in tree.values() for s in dataset.snapshots if tag in (s.tags or ())]
     said = "".join(host.ask(release(tag, batch)).stderr for batch in batches(snapshot.name for snapshot in ours))
-    after = whole(host, root) if ours else {}
+    after = whole(host, root, Selection()) if ours else {}
     still = {s.name for dataset in after.values() for s in dataset.snapshots if tag in (s.tags or ())}
     for snapshot in ours:
         if snapshot.name in still:
@@ -2897,9 +2895,9 @@ def release_all(host: Host, root: str, tag: str, report: Report) -> list[Snapsho
     return [mark for dataset in tree.values() for mark in dataset.bookmarks]
 
 
-def whole(host: Host, root: str) -> Tree:
-    """All of a tree, with its holds. Raises Failure if they cannot be read."""
-    tree, failure = read_tree(host, root, Selection())
+def whole(host: Host, root: str, selection: Selection) -> Tree:
+    """What is selected of a tree, with its holds. Raises Failure if they cannot be read."""
+    tree, failure = read_tree(host, root, selection)
     if failure:
         raise failure
     return tree
@@ -3911,7 +3909,7 @@ def conclude(options: argparse.Namespace, report: Report, ending: Ending) -> int
         try:
             write_metrics(options, report, ending)
         except OSError as error:
-            report.failure(options.metrics, Failure(f"cannot write it: {error.strerror}", "see --metrics"))
+            report.failure(options.metrics, Failure(f"cannot write it: {error.strerror}", "may this user write there?"))
             return ending.status or 1
     return ending.status
 
@@ -3929,7 +3927,7 @@ def write_metrics(options: argparse.Namespace, report: Report, ending: Ending) -
     found: list[Standing] = []
     with contextlib.suppress(Failure):  # which has been told
         found = list(standings_here(here(options), policy_of(options)))
-    succeeded = ending.at
+    succeeded = 0.0 if ending.status else ending.at
     if ending.status:
         with contextlib.suppress(FileNotFoundError), open(options.metrics, encoding="utf-8") as file:
             succeeded = success_in(file.read())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import re
+from typing import TYPE_CHECKING
 
 import pytest
 from histories import LOCAL, SOURCE
@@ -30,7 +31,11 @@ from zfs_replicate import (
     success_in,
     summary,
     verdict,
+    write_metrics,
 )  # fmt: skip
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 STEP = Receive(Snapshot(f"{LOCAL}@b", 2**64 - 1, 9, 9), Snapshot(f"{LOCAL}@a", 7, 1, 1))
 LINE = ["-h", "HOST", "-r", "backuppool/virt/machines", "-l", LOCAL, "-t", "offsite"]
@@ -272,6 +277,16 @@ def test_metrics_are_read_by_the_client_library_of_prometheus() -> None:
     assert found["dataset_common_timestamp_seconds", f"{LOCAL}/www"] == NOW - 50 * HOUR
     assert success_in(text) == NOW + 12.5
     assert success_in("") == 0
+
+
+def test_a_first_run_that_fails_is_no_success(tmp_path: Path) -> None:
+    target = tmp_path / "job.prom"
+    options = parse([*LINE, "--metrics", str(target)])
+    write_metrics(options, Report(), Ending(NOW, 1, 3))
+    assert success_in(target.read_text(encoding="utf-8")) == 0
+    write_metrics(options, Report(), Ending(NOW, 1, 0))
+    write_metrics(options, Report(), Ending(NOW + 60, 1, 3))
+    assert success_in(target.read_text(encoding="utf-8")) == NOW + 1
 
 
 def test_the_line_for_the_log() -> None:
