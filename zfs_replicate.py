@@ -2246,10 +2246,14 @@ def lock_name(tree: str) -> str:
     return f"zfs_replicate-{hashlib.sha256(tree.encode()).hexdigest()[:16]}.lock"
 
 
-def last_moved(tree: str) -> float | None:
-    """When a run of this tree last moved something, or began; None if none did since the machine came up."""
+def last_moved(tree: str, now: float) -> float | None:
+    """When a run of this tree last moved something, or began; None if none did since the machine came up.
+
+    What lies ahead of `now` says nothing: the clock was put back since, and another user's lock may be of before.
+    """
     paths = [os.path.join(directory, lock_name(tree)) for directory in ("/run", "/tmp")]  # noqa: S108
-    return max((os.stat(path).st_mtime for path in paths if os.path.exists(path)), default=None)
+    times = [os.stat(path).st_mtime for path in paths if os.path.exists(path)]
+    return max((moved for moved in times if moved <= now), default=None)
 
 
 @contextlib.contextmanager
@@ -3784,8 +3788,8 @@ def check(options: argparse.Namespace) -> int:
         print(f"ZFS_REPLICATE UNKNOWN - {failure.what}".replace("\n", " ").replace("|", "/"))
         return 3
     failing = parse_mark(marks.get(options.local_fs, ""), options.local_fs)
-    hours = 3600
-    status, line = verdict(found, failing, last_moved(options.local_fs), options.max_age * hours, time.time())
+    now = time.time()
+    status, line = verdict(found, failing, last_moved(options.local_fs, now), options.max_age * 3600, now)
     print(line)
     return status
 

@@ -89,7 +89,8 @@ def renew(machine: Machine, pool: str) -> None:
     """
     machine.put(PROGRAM, "/usr/local/bin/zfs_replicate", 0o755)
     machine.run(
-        "tc qdisc del dev lab0 root 2>/dev/null; for pool in $(zpool list -H -o name); do zpool destroy -f $pool; done; "
+        "tc qdisc del dev lab0 root 2>/dev/null; rm -f /run/zfs_replicate-*.lock /tmp/zfs_replicate-*.lock; "
+        "for pool in $(zpool list -H -o name); do zpool destroy -f $pool; done; "
         f"disk={DISK}; [ -e $disk-part1 ] && disk=$disk-part1; "
         f"zpool create -f -O compression=lz4 {pool} $disk && udevadm settle",
     )

@@ -329,6 +329,15 @@ def test_lock_that_outlives_an_orderly_end_is_told(tmp_path: Path) -> None:
         assert ours
 
 
+def test_when_a_run_last_moved_is_not_in_the_future() -> None:
+    """The clock may have been put back since."""
+    with lock(MINE, 60) as ours:
+        assert ours
+        os.utime(ours.file.fileno(), (1_700_000_000, 1_700_000_000))
+        assert zfs_replicate.last_moved(MINE, 1_700_000_000) == 1_700_000_000
+        assert zfs_replicate.last_moved(MINE, 1_699_999_999) is None
+
+
 def ended_process() -> int:
     process = subprocess.Popen(["true"])
     process.wait()
@@ -345,8 +354,8 @@ def test_a_stream_that_stands_still_is_ended_and_told() -> None:
 
 def test_the_last_process_may_be_quiet_for_longer() -> None:
     """All bytes are in its hands; it has some writing to do."""
-    transport = zfs_replicate.Transport(patience=0.3)
-    zfs_replicate.stream([("echo", "some"), ("sh", "-c", "cat > /dev/null; sleep 0.8")], transport)
+    transport = zfs_replicate.Transport(patience=0.15)
+    zfs_replicate.stream([("echo", "some"), ("sh", "-c", "cat > /dev/null; sleep 0.3")], transport)
     with pytest.raises(StreamFailed, match="no byte"):
         zfs_replicate.stream([("echo", "some"), ("sh", "-c", "cat > /dev/null; sleep 60")], transport)
 

@@ -35,6 +35,7 @@ WORLD = {
 Definition = Union[ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef]
 
 
+@functools.cache
 def banners() -> list[tuple[int, str, int]]:
     """Number, name and line of each room."""
     return [(int(found[1]), found[2], TEXT.count("\n", 0, found.start()) + 1) for found in BANNER.finditer(TEXT)]
