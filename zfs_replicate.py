@@ -2794,11 +2794,10 @@ class Run:
 
     def expire(self, now: int) -> None:
         for key in self.target:
-            due = self.tell_due(key, now)
-            self.destroy_all({snapshot.name: snapshot for snapshot in due})
+            self.destroy_all({snapshot.name: snapshot for snapshot in self.due(key, now)})
 
-    def tell_due(self, key: str, now: int) -> tuple[Snapshot, ...]:
-        """What is due to be destroyed of a local dataset, and why the rest stays."""
+    def due(self, key: str, now: int) -> tuple[Snapshot, ...]:
+        """What is due to be destroyed of a local dataset; why the rest stays is told."""
         local = self.target[key]
         if key not in self.source:
             self.report.event("gone", local.name, f"{local.name}: not at the source (any more); left as it is")
@@ -2806,19 +2805,18 @@ class Run:
         for snapshot, why in expiry.kept:
             line = f"{snapshot.name}: past its time, but kept: {why}"
             self.report.event("keep", local.name, line, snapshot=snapshot.short, why=why)
-        for snapshot in expiry.destroy:
-            self.report.event("expire", local.name, f"{snapshot.name}: expires", snapshot=snapshot.short)
         return expiry.destroy
 
     def destroy_all(self, snapshots: dict[str, Snapshot]) -> None:
         """Destroy in few commands; but zfs destroys none of a list if it cannot destroy one: then one by one."""
         for batch in batches(snapshots):
             together = [snapshots[name] for name in batch]
-            if self.target_host.ask(destroy(together)).status == 0:
-                continue
+            done = self.target_host.ask(destroy(together)).status == 0
             for snapshot in together:
                 try:
-                    run(self.target_host, destroy([snapshot]))
+                    if not done:
+                        run(self.target_host, destroy([snapshot]))
+                    self.report.expired(snapshot, "expired")
                 except CommandFailed as failure:
                     self.report.failure(snapshot.name, failure)
 
@@ -2931,7 +2929,8 @@ class Rehearsal:
             if key in self.run.target:
                 self.run.target[key] = held_after(self.run.target[key], here, moves.place_local, moves.release_local)
         for key in self.run.target:
-            self.run.tell_due(key, now)
+            for snapshot in self.run.due(key, now):
+                self.report.expired(snapshot, "expires")
 
     def foresee(self, key: str, now: int) -> None:
         """One dataset. Raises Failure if it would be blocked, or skipped."""
@@ -3192,8 +3191,13 @@ class Report:
     def event(self, kind: str, dataset: str, line: str, **facts: Any) -> None:
         """A step, told in `line`, of which more is known than its text."""
         self.events.append({"event": kind, "dataset": dataset, **facts})
-        self.tally(dataset).expired += kind == "expire"
         self.step(line)
+
+    def expired(self, snapshot: Snapshot, how: str) -> None:
+        """A local snapshot is gone, or is to go."""
+        dataset = snapshot.name.partition("@")[0]
+        self.tally(dataset).expired += 1
+        self.event("expire", dataset, f"{snapshot.name}: {how}", snapshot=snapshot.short)
 
     def pulled(self, dataset: str, step: Receive, arrived: int, seconds: float) -> None:
         """A stream of so many bytes has arrived whole."""

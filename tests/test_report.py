@@ -135,7 +135,7 @@ def test_the_summary_and_the_document_of_a_run(capsys: pytest.CaptureFixture[str
     options, ending = parse(LINE), Ending(1_700_000_000.9, 3.00049, 1)
     report.pulled(LOCAL, STEP, 2**20, 2.0)
     report.event("in step", f"{LOCAL}/www", "")
-    report.event("expire", LOCAL, "", snapshot="@old")
+    report.expired(Snapshot(f"{LOCAL}@old", 1, 1, 1), "expired")
     assert capsys.readouterr().err == f"{LOCAL}: @a -> @b: 1.00M in 0:02, 512K/s\n"
     said = summary(options, report, ending)
     assert said == f"zfs_replicate: {LOCAL}: 1 in step before, 1 pulled (1.00M), 1 expired, in 0:03"
@@ -257,7 +257,7 @@ def test_ages() -> None:
 def test_metrics_are_read_by_the_client_library_of_prometheus() -> None:
     report = Report()
     report.pulled(LOCAL, STEP, 2**20, 2.5)
-    report.event("expire", LOCAL, "", snapshot="@old")
+    report.expired(Snapshot(f"{LOCAL}@old", 1, 1, 1), "expired")
     text = metrics(LOCAL, report, [FRESH, LATE], Ending(NOW, 12.5, 0), NOW + 12.5)
     families = {family.name: family for family in text_string_to_metric_families(text)}
     assert len(families) == 10
