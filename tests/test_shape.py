@@ -7,6 +7,7 @@ import ast
 import dis
 import functools
 import re
+import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -193,7 +194,7 @@ def test_the_readme_speaks_of_no_option_that_is_not() -> None:
     before, heading, rest = readme().partition("## Coming from another tool")
     others, end, after = rest.partition("\n## ")
     ours = re.sub(r"^\|.*\|(.*)\|$", r"\1", others, flags=re.MULTILINE)  # of the table, our column
-    text = before + heading + ours + end + after
+    text = re.sub("^    pipx run argparse-manpage .*", "", before + heading + ours + end + after, flags=re.MULTILINE)
     spans = re.findall(r"(?<!`)`(--[a-z][a-z-]*)", text)
     lines = re.findall(r"\bzfs_replicate(?:\.py)?( -[^|\n]*)", text)
     words = [word for line in lines for word in re.findall(r"(?<=\s)--?[A-Za-z][a-z-]*", line)]
@@ -203,3 +204,13 @@ def test_the_readme_speaks_of_no_option_that_is_not() -> None:
 @pytest.mark.parametrize("words", ["-h, --remote-host", "-k, --keep-days"])
 def test_the_parser_has_what_crontabs_out_there_say(words: str) -> None:
     assert all(word in options() for word in words.split(", "))
+
+
+def test_the_man_page_comes_from_the_parser(tmp_path: Path) -> None:
+    (line,) = re.findall(r"^    pipx run (argparse-manpage .*)$", readme(), re.MULTILINE)
+    tool, *words = shlex.split(line)
+    program = Path(sys.executable).with_name(tool)
+    subprocess.run([program, *words[:1], PATH, *words[2:]], cwd=tmp_path, check=True)
+    page = (tmp_path / words[-1]).read_text(encoding="utf-8")
+    assert words[:2] == ["--pyfile", PATH.name]
+    assert set(re.findall(r"\\fB(\S+)\\fR", page.replace("\\-", "-"))) >= options().keys() - {"--help"}

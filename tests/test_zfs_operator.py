@@ -220,6 +220,48 @@ def test_the_end_of_a_mirror(site: Site) -> None:
     ]
 
 
+def on_the_wire(site: Site, *options: str) -> tuple[int, int, str]:
+    """Bytes that the source sent in a run, those of its streams, and the commands that it ran."""
+    counter = "/sys/class/net/lab0/statistics/tx_bytes"
+    before = int(site.source.read(counter))
+    done = site.replicate("--json", "-vv", *options)
+    site.assert_in_step()
+    arrived = sum(event.get("bytes", 0) for event in json.loads(done.stdout)["events"])
+    return int(site.source.read(counter)) - before, arrived, done.stderr
+
+
+def test_streams_are_compressed_and_limited_between_two_machines(site: Site) -> None:
+    """What lies uncompressed at the source is small on the wire alone, if both ends have what it takes."""
+    site.source.run(f"zfs create -p -o compression=off {TREE}")
+    sizes = {}
+    for number, options in enumerate(
+        (["-n"], [], ["--compress", "lz4"], ["--compress", "pigz"], ["--compress", "auto"])
+    ):
+        site.source.run(f"yes {'words' * 9} | head -c 4M > /{TREE}/file{number}")
+        site.snapshot(f"day{number}")
+        if number == 4:
+            site.backup.run("mv $(command -v zstd) /root/zstd.away")
+        try:
+            sent, arrived, said = on_the_wire(site, *options)
+        finally:
+            site.backup.run("[ ! -e /root/zstd.away ] || mv /root/zstd.away /usr/bin/zstd")
+        assert arrived > 4_000_000
+        sizes[" ".join(options)] = sent
+        assert ("zstd is not installed on this host: the stream goes without it" in said) == (number == 4)
+    assert sizes["-n"] > 4_000_000
+    assert sizes["--compress auto"] > 4_000_000
+    assert max(sizes[packed] for packed in ("", "--compress lz4", "--compress pigz")) < 1_000_000, sizes
+    site.source.run(f"head -c 6M /dev/urandom > /{TREE}/last")
+    site.snapshot("last")
+    assert "no matching cipher found" in site.replicate("--cipher", "3des-cbc", status=1).stderr
+    done = site.replicate(
+        "--json", "--rate-limit", "1M", "--cipher", "aes256-ctr", "--ssh-option", "MACs=hmac-sha2-512"
+    )
+    (pull,) = [event for event in json.loads(done.stdout)["events"] if event["event"] == "pull"]
+    assert pull["seconds"] > 4, "six mebibytes at one a second, less what mbuffer takes at once"
+    site.assert_in_step()
+
+
 README = (PROGRAM.parent / "README.md").read_text(encoding="utf-8")
 
 
