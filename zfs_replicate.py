@@ -52,6 +52,7 @@ import argparse
 import contextlib
 import fcntl
 import fnmatch
+import functools
 import hashlib
 import json
 import logging
@@ -63,16 +64,18 @@ import shlex
 import shutil
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import syslog
 import tempfile
+import termios
 import threading
 import time
 import warnings
 from base64 import b64encode
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import IO, Any, Callable, NoReturn, Protocol, Union
 
@@ -576,12 +579,10 @@ def parse_token(token: str, text: str) -> Partial:
     return Partial(token, number("toguid"), number("fromguid"), raw, corrupt, number("bytes") or 0)
 
 
-def parse_estimate(text: str) -> int:
-    """Bytes of a stream, as `zfs send -nP` foresees them."""
-    found = re.search("^size\t([0-9]+)$", text, re.MULTILINE)
-    if not found:
-        raise Failure(f"zfs printed no size of a stream: {text[-200:]!r}")
-    return int(found[1])
+def parse_estimates(text: str) -> list[tuple[int, int]]:
+    """Of each stream in turn, the bytes that `zfs send -nP` foresees, and those that came of it before."""
+    found = re.findall(r"(.*?)^size\t([0-9]+)$", text, re.MULTILINE | re.DOTALL)
+    return [(int(size), parse_token("", said).bytes) for said, size in found]
 
 
 def parse_usage(text: str) -> dict[str, tuple[int, int]]:
@@ -1089,16 +1090,23 @@ BATCH_BYTES = 64 * 1024
 """Names per command: Linux takes at most 128 KiB in one word, and a remote command travels as one word."""
 
 
-def remote_line(command: Command, then: Command = (), look_for: Iterable[str] = ()) -> str:
-    """`command` as a line for the login shell of the other side, which may be csh or fish: these agree with sh on
-    single quotes if there is neither a newline nor `!` nor a backslash within, and we let no such name in.
+def in_turn(commands: Sequence[Command]) -> str:
+    """Commands as a line for sh that runs them one after another, and ends with the first that fails."""
+    *first, last = map(shlex.join, commands)
+    return " && ".join([*first, f"exec {last}"])
 
-    With `then`, what it prints goes through that one as well; the line's exit status is that of the first that failed,
+
+def remote_line(*commands: Command, then: Command = (), look_for: Iterable[str] = ()) -> str:
+    """`commands`, to be run in turn, as a line for the login shell of the other side, which may be csh or fish: these
+    agree with sh on single quotes if there is neither a newline nor `!` nor a backslash within, and we let no such name
+    in.
+
+    With `then`, what they print goes through that one as well; the line's exit status is that of the first that failed,
     which a pipe of sh would not tell. Where programs to `look_for` are told on stderr, one by line, before it begins.
     """
-    words = f"exec {shlex.join(command)}"
+    words = in_turn(commands)
     if then:
-        first, second = f"{shlex.join(command)} 3>&- 4>&-", f"{shlex.join(then)} >&3 3>&- 4>&-"
+        first, second = f"( {words} ) 3>&- 4>&-", f"{shlex.join(then)} >&3 3>&- 4>&-"
         statuses = f"$( ( ( {first} || echo $? >&4 ) | ( {second} || echo $? >&4 ) ) 4>&1 )"
         words = f"exec 3>&1; set -- {statuses}; exit ${{1:-0}}"
     look = f"for it in {' '.join(look_for)}; do command -v $it; done >&2; " if look_for else ""
@@ -1152,6 +1160,11 @@ def list_usage(root: str) -> Command:
 def list_tree(root: str, depth: int | None = None) -> Command:
     limit = ("-r",) if depth is None else ("-d", str(depth))
     return ("zfs", "list", "-Hp", *limit, "-t", LIST_KINDS, "-o", ",".join(LIST_COLUMNS), root)
+
+
+def list_datasets(names: Iterable[str]) -> Command:
+    """Those datasets and their points, and of their children no more than the names; exits 1 if one does not exist."""
+    return (*list_tree("", depth=1)[:-1], *names)
 
 
 def list_holds(snapshots: Iterable[str]) -> Command:
@@ -1459,14 +1472,16 @@ class Host(Protocol):
     label: str
     account: Account | None
 
-    def ask(self, command: Command) -> Answer:
-        """Run `command` to its end. Any exit status is an answer; raises LinkLost or Stuck where there was none."""
+    def ask(self, *commands: Command) -> Answer:
+        """Run commands in turn, until one fails. Any exit status is an answer; raises LinkLost or Stuck where there was
+        none."""
 
     def has(self, program: str) -> bool:
         """Whether one of the PACKERS is installed there; to be asked after some command was."""
 
-    def piped(self, command: Command, then: Command = ()) -> Command:
-        """The local command whose standard input and output are those of `command` on this host, `then` of that one."""
+    def piped(self, *commands: Command, then: Command = ()) -> Command:
+        """The local command whose standard input and output are those of `commands` in turn on this host; `then` what
+        they print goes through that one."""
 
     def connected(self) -> bool:
         """Whether the connection of the `piped` commands stands, after one of them has failed."""
@@ -1552,7 +1567,8 @@ class LocalHost:
         self.patience = patience
         self.account = account_of(own_name(), label, tree)
 
-    def ask(self, command: Command) -> Answer:
+    def ask(self, *commands: Command) -> Answer:
+        command = self.piped(*commands)
         self.note(f"{self.label}: {shlex.join(command)}")
         pipe = subprocess.PIPE
         try:
@@ -1574,9 +1590,9 @@ class LocalHost:
     def has(self, program: str) -> bool:
         return installed(program)
 
-    def piped(self, command: Command, then: Command = ()) -> Command:
+    def piped(self, *commands: Command, then: Command = ()) -> Command:
         assert not then, "there is no wire to this host"
-        return command
+        return commands[0] if len(commands) == 1 else ("sh", "-c", in_turn(commands))
 
     def connected(self) -> bool:
         return True
@@ -1596,16 +1612,20 @@ class SudoHost:
         self.has = host.has
         self.close = host.close
 
-    def ask(self, command: Command) -> Answer:
-        if command == tell_time():  # for which nobody needs to be root, and sudo may permit zfs alone
-            return self.host.ask(command)
-        answer = self.host.ask(("sudo", "-n", *command))
+    def ask(self, *commands: Command) -> Answer:
+        if commands == (tell_time(),):  # for which nobody needs to be root, and sudo may permit zfs alone
+            return self.host.ask(*commands)
+        answer = self.host.ask(*map(by_sudo, commands))
         if answer.status == 127:
             return Answer(1, "", "sudo is not installed\n")
         return answer
 
-    def piped(self, command: Command, then: Command = ()) -> Command:
-        return self.host.piped(("sudo", "-n", *command), then)
+    def piped(self, *commands: Command, then: Command = ()) -> Command:
+        return self.host.piped(*map(by_sudo, commands), then=then)
+
+
+def by_sudo(command: Command) -> Command:
+    return ("sudo", "-n", *command)
 
 
 def environment() -> dict[str, str]:
@@ -1770,7 +1790,8 @@ def why(error: Exception) -> str:
 
 
 class SshHost:
-    """A host behind one paramiko login; commands run over it one at a time. Streams share a login of the ssh client."""
+    """A host behind one paramiko login, which takes place when something is asked first; commands run over it one at a
+    time. Streams share a login of the ssh client."""
 
     def __init__(
         self,
@@ -1779,7 +1800,6 @@ class SshHost:
         patience: float = STALL_SECONDS,
         tree: str = "",
     ) -> None:
-        """Log in. Raises LinkLost if the host cannot be reached, Failure if it or we are not recognised."""
         self.connection = connection
         self.label = connection.destination
         self.account = account_of(connection.get("user"), self.label.rpartition("@")[2], tree)
@@ -1788,28 +1808,34 @@ class SshHost:
         self.programs: set[str] | None = None  # which of the PACKERS are there, told with the first answer
         self.streams: tempfile.TemporaryDirectory[str] | None = None
         self.ssh: Command = ()
-        self.client = log_in(connection)
-        note(f"{self.label}: logged in as {connection.get('user')} at {connection.get('hostname')}:{connection.port}")
 
-    def ask(self, command: Command) -> Answer:
+    @functools.cached_property
+    def client(self) -> Any:
+        """The login. Raises LinkLost if the host cannot be reached, Failure if it or we are not recognised."""
+        client = log_in(self.connection)
+        get = self.connection.get
+        self.note(f"{self.label}: logged in as {get('user')} at {get('hostname')}:{self.connection.port}")
+        return client
+
+    def ask(self, *commands: Command) -> Answer:
+        transport = self.client.get_transport()
         import paramiko
 
-        self.note(f"{self.label}: {shlex.join(command)}")
+        self.note(f"{self.label}: {' && '.join(map(shlex.join, commands))}")
         try:
             if self.programs is not None:
-                return self.exchange(remote_line(command))
-            answer = self.exchange(remote_line(command, look_for=PACKERS))
+                return self.exchange(transport, remote_line(*commands))
+            answer = self.exchange(transport, remote_line(*commands, look_for=PACKERS))
             found = f"^/.*/({'|'.join(PACKERS)})\n"
             self.programs = set(re.findall(found, answer.stderr, re.MULTILINE))
             return replace(answer, stderr=re.sub(found, "", answer.stderr, flags=re.MULTILINE))
         except (OSError, EOFError, paramiko.SSHException) as error:
             if isinstance(error, socket.timeout) and error.errno is None:  # ours; the kernel's own has ETIMEDOUT
-                raise stuck(self, command, self.patience) from None
-            doing = " ".join(command[:2])
+                raise stuck(self, commands[0], self.patience) from None
+            doing = " ".join(commands[0][:2])
             raise LinkLost(f"lost the connection to {self.label} during {doing}: {why(error)}") from None
 
-    def exchange(self, line: str) -> Answer:
-        transport = self.client.get_transport()
+    def exchange(self, transport: Any, line: str) -> Answer:
         if transport is None or not transport.is_active():
             raise OSError("it is closed")
         channel = transport.open_session(timeout=CONNECT_SECONDS)
@@ -1828,14 +1854,14 @@ class SshHost:
     def has(self, program: str) -> bool:
         return program in (self.programs or ())
 
-    def piped(self, command: Command, then: Command = ()) -> Command:
+    def piped(self, *commands: Command, then: Command = ()) -> Command:
         if self.streams is None:
             try:
                 self.streams = tempfile.TemporaryDirectory(prefix="zfs_replicate-")
             except OSError as error:
                 raise StreamFailed(f"cannot make a private directory for ssh: {error}", "is there space?") from None
             self.ssh = ssh_client(self.connection, self.streams.name + "/master")
-        return (*self.ssh, "--", self.connection.destination, remote_line(command, then))
+        return (*self.ssh, "--", self.connection.destination, remote_line(*commands, then=then))
 
     def connected(self) -> bool:
         return self.control("check")
@@ -1848,7 +1874,8 @@ class SshHost:
         return False
 
     def close(self) -> None:
-        self.client.close()
+        if "client" in vars(self):
+            self.client.close()
         if self.streams is not None:
             self.control("exit")  # or it ends by itself, when nothing has used it for a while
             self.streams.cleanup()
@@ -2023,121 +2050,204 @@ class Stage:
         self.errors.seek(0)
         return "\n".join(self.errors.read().decode(errors="replace").strip().splitlines()[-lines:])
 
+    def ended(self) -> Ended:
+        """How it ended, once it has."""
+        return self.program, self.process.wait(), self.said()
+
+
+Ended = tuple[str, int, str]
+"""A program, its exit status, its last words."""
+
 
 @dataclass(frozen=True)
 class Transport:
-    """How streams are carried: through what `buffer`, by which of the PACKERS ("": none), and what is done about one
-    while it runs.
+    """How streams are carried: through what `buffer`, by which of the PACKERS ("": none), and what is done about them
+    meanwhile.
 
-    A pipeline through which no byte has moved for `patience` seconds is ended; `moved` is called when one has. `show`
-    is told every second how many bytes have arrived, and how many more are in the buffer. `inherit` are open files that
-    its last process keeps open should we be killed.
+    A pipeline through which no byte has moved for `patience` seconds is ended; `moved` is called when one has.
+    `inherit` are open files that what receives keeps open should we be killed.
     """
 
     buffer: tuple[Command, ...] = ()
     patience: float = STALL_SECONDS
     moved: Callable[[], None] = lambda: None
-    show: Callable[[int, int], None] | None = None
     inherit: tuple[int, ...] = ()
     packer: str = ""
+
+
+@dataclass(frozen=True)
+class Arrival:
+    """A stream that arrived whole: its bytes, the seconds it took, and what its receiver said."""
+
+    bytes: int
+    seconds: float
+    said: str = ""
 
 
 WATCH_SECONDS = 5.0
 """How often to look whether bytes move."""
 SHOW_SECONDS = 1.0
-"""How often, if somebody looks on."""
+"""How often to show it, if somebody looks on."""
 TAIL_FACTOR = 4
 """How much longer zfs recv may be quiet when all bytes are in its hands: it still has to write and account for them."""
 
 
-def stream(commands: Sequence[Command], transport: Transport = Transport()) -> tuple[int, str]:
-    """Run `commands` as one pipeline, joined by kernel pipes, until each has ended; returns how many bytes have reached
-    the last one, and its words.
+class Pipeline:
+    """Processes joined by kernel pipes: `feeders`, and at their end one of the `receivers` after the other. Each of
+    these reads its own stream and no byte more, as zfs recv does, so that the line is never idle between two streams.
 
-    A stream that ended is not a stream that arrived: raises StreamFailed unless every exit status is 0, also when no
-    byte moves any more. Whatever ends this early ends the processes too.
+    A stream that ended is not a stream that arrived: `arrived` are those whose receiver ended well. If any process did
+    not, `failure` says so, and what was to follow is lost.
     """
-    with contextlib.ExitStack() as stack:
-        stages = start(commands, stack, transport.inherit)
-        arrived = await_end(stages, transport)
-        blame([(stage.program, stage.process.returncode, stage.said()) for stage in stages])
-        return arrived, stages[-1].said(0)
 
-
-def start(commands: Sequence[Command], stack: contextlib.ExitStack, inherit: tuple[int, ...]) -> list[Stage]:
-    """Start a pipeline; `stack` ends it. Raises StreamFailed if a program cannot be started."""
-    stages: list[Stage] = []
-    upstream: int | IO[bytes] = subprocess.DEVNULL
-    for number, command in enumerate(commands, 1):
-        is_last = number == len(commands)
+    def __init__(self, feeders: Sequence[Command], receivers: Sequence[Command], transport: Transport) -> None:
+        self.waiting = list(receivers)
+        self.transport = transport
+        self.arrived: list[Arrival] = []
+        self.failure: StreamFailed | None = None
+        self.is_over = False
+        self.stack = contextlib.ExitStack()
+        self.feeders: list[Stage] = []
+        self.receiver: Stage | None = None
+        self.broken: list[Ended] = []
+        self.pipe: IO[bytes] | None = None  # the end of it that is still to be read
+        self.before = 0  # bytes of the streams that have arrived
+        self.since = self.moved_at = self.next_look = time.monotonic()
+        self.count = 0
         try:
-            errors = stack.enter_context(tempfile.TemporaryFile())
+            for command in feeders:
+                self.feeders.append(self.start(command, subprocess.PIPE))
+                self.pipe = self.feeders[-1].process.stdout
+            self.receive_next()
+        except StreamFailed as failure:
+            self.give_up(failure)
+        except BaseException:
+            self.stack.close()
+            raise
+
+    def close(self) -> None:
+        """End what still runs."""
+        self.close_pipe()
+        self.stack.close()
+
+    def start(self, command: Command, stdout: int) -> Stage:
+        """Start a process at the open end of the pipe. Raises StreamFailed if that cannot be done."""
+        is_last = stdout == subprocess.DEVNULL
+        try:
+            errors = self.stack.enter_context(tempfile.TemporaryFile())
             process = subprocess.Popen(
                 command,
-                stdin=upstream,
-                stdout=subprocess.DEVNULL if is_last else subprocess.PIPE,
+                stdin=self.pipe or subprocess.DEVNULL,
+                stdout=stdout,
                 stderr=errors,
                 env=environment(),
-                pass_fds=inherit if is_last else (),
+                pass_fds=self.transport.inherit if is_last else (),
             )
         except OSError as error:
             hint = "is it installed, and is there space for temporary files?"
             raise StreamFailed(f"cannot start {command[0]}: {error.strerror}", hint) from None
-        finally:
-            if not isinstance(upstream, int):
-                upstream.close()  # ours would keep the pipe open after the next stage has gone
-        stack.callback(end, process)
-        upstream = process.stdout or subprocess.DEVNULL
-        stages.append(Stage(command[0], process, errors))
-    return stages
+        self.stack.callback(end, process)
+        if not is_last:
+            self.close_pipe()  # ours would keep it open after this process has gone
+        return Stage(command[0], process, errors)
 
+    def close_pipe(self) -> None:
+        if self.pipe:
+            self.pipe.close()
+        self.pipe = None
 
-def await_end(stages: Sequence[Stage], transport: Transport) -> int:
-    """Wait until all stages have ended. Returns how many bytes have reached the last one. Raises StreamFailed if they
-    stand still.
+    def receive_next(self) -> None:
+        self.receiver = self.start(self.waiting.pop(0), subprocess.DEVNULL)
+        self.since = time.monotonic()
 
-    Where the kernel counts no bytes (no /proc), only keepalives guard the link.
-    """
-    look = min(SHOW_SECONDS if transport.show else WATCH_SECONDS, transport.patience)
-    seen, since, arrived = 0, time.monotonic(), 0
-    while True:
+    def give_up(self, failure: StreamFailed) -> None:
+        self.failure = failure
+        self.is_over = True
+        self.close()
+
+    def advance(self) -> bool:
+        """Go on if a process has ended; returns whether one has. Else see to it that bytes move."""
+        if self.receiver and self.receiver.has_ended():
+            self.settle(self.receiver)
+        elif not self.receiver and all(stage.has_ended() for stage in self.feeders):
+            self.conclude()
+        else:
+            self.watch()
+            return False
+        return True
+
+    def settle(self, receiver: Stage) -> None:
+        """A receiver has ended: the next one takes its place, unless it failed."""
+        arrival = Arrival(self.came(receiver), time.monotonic() - self.since, receiver.said(0))
+        ended = receiver.ended()
+        receiver.errors.close()
+        self.receiver = None
+        if ended[1] == 0:
+            self.before += arrival.bytes
+            self.arrived.append(arrival)
+        else:
+            self.broken = [ended]
+        if self.broken or not self.waiting:
+            self.close_pipe()
+            return
+        try:
+            self.receive_next()
+        except StreamFailed as failure:
+            self.give_up(failure)
+
+    def conclude(self) -> None:
+        """All have ended."""
+        self.is_over = True
+        try:
+            blame([stage.ended() for stage in self.feeders] + self.broken)
+        except StreamFailed as failure:
+            self.failure = failure
+
+    def watch(self) -> None:
+        """Give up when no byte has moved for too long. Where the kernel counts none (no /proc), only keepalives guard
+        the link."""
+        now = time.monotonic()
+        if now < self.next_look:
+            return
+        self.next_look = now + min(WATCH_SECONDS, self.transport.patience / 2)
+        stages = [*self.feeders, *([self.receiver] if self.receiver else [])]
+        count = sum(sum(stage.moved()) for stage in stages)
         running = [stage for stage in stages if not stage.has_ended()]
-        counts = [stage.moved() for stage in stages]
-        arrived = max(arrived, reached_last(stages, counts))
-        if not running:
-            break
-        now = sum(map(sum, counts))
-        is_tail = running == [stages[-1]] and len(stages) > 1
-        patience = transport.patience * (TAIL_FACTOR if is_tail else 1)
-        if now != seen:
-            seen, since = now, time.monotonic()
-            transport.moved()
-        elif now and time.monotonic() - since >= patience:
-            raise stalled(patience, arrived, [stage.program for stage in running])
-        if transport.show:
-            waiting = [read - written for stage, (read, written) in zip(stages, counts) if stage.program == "mbuffer"]
-            transport.show(arrived, sum(waiting))
-        await_one(running[0], look)
-    for stage in stages:
-        stage.process.wait()
-    return arrived
+        may_be_tail = self.feeders and (self.waiting or running == [self.receiver])
+        patience = self.transport.patience * (TAIL_FACTOR if may_be_tail else 1)
+        if count != self.count:
+            self.count, self.moved_at = count, now
+            self.transport.moved()
+        elif count and now - self.moved_at >= patience:
+            self.give_up(stalled(patience, self.came(self.receiver), [stage.program for stage in running]))
+
+    def came(self, receiver: Stage | None) -> int:
+        """Bytes of the stream at hand that its receiver has been given. What that has read itself is some thousands
+        more, for programs read other things as well; and may be secret, if it is root's by sudo."""
+        if receiver and self.feeders and self.feeders[-1].program in ("mbuffer", *PACKERS):
+            waiting = struct.unpack("i", fcntl.ioctl(self.pipe, termios.FIONREAD, bytes(4)))[0] if self.pipe else 0
+            return max(self.feeders[-1].moved()[1] - waiting - self.before, 0)
+        return receiver.moved()[0] if receiver else 0
+
+    def buffered(self) -> int:
+        """Bytes that wait in the buffer."""
+        counts = [stage.moved() for stage in self.feeders if stage.program == "mbuffer"]
+        return sum(read - written for read, written in counts)
 
 
-def reached_last(stages: Sequence[Stage], counts: Sequence[tuple[int, int]]) -> int:
-    """Bytes of the stream that the last stage was given. What it has read itself is some thousands more, for programs
-    read other things as well; and may be secret, if it is root's by sudo."""
-    if len(stages) > 1 and stages[-2].program in ("mbuffer", *PACKERS):
-        return counts[-2][1]
-    return counts[-1][0]
-
-
-def await_one(stage: Stage, seconds: float) -> None:
-    """Wait until it has ended, at most so long."""
-    until = time.monotonic() + seconds
-    pause = 0.001
-    while not stage.has_ended() and time.monotonic() < until:
+def convey(pipelines: Sequence[Pipeline], show: Callable[[], None] | None = None) -> None:
+    """Look after pipelines side by side until all are over. `show` is called every second meanwhile."""
+    pause, shown = 0.001, time.monotonic()
+    while not all(it.is_over for it in pipelines):
+        has_ended = [it.advance() for it in pipelines if not it.is_over]
+        if any(has_ended):
+            pause = 0.001
+            continue
+        if show and time.monotonic() - shown >= SHOW_SECONDS:
+            shown = time.monotonic()
+            show()
         time.sleep(pause)
-        pause = min(2 * pause, 0.05)
+        pause = min(2 * pause, 0.02)
 
 
 def stalled(patience: float, moved: int, running: Sequence[str]) -> StreamFailed:
@@ -2159,8 +2269,8 @@ REMEDIES = {
 """What to do when zfs send or zfs recv says so."""
 
 
-def blame(ended: Sequence[tuple[str, int, str]]) -> None:
-    """Raise for the stages that failed, given with exit status and last words: what those say that say something."""
+def blame(ended: Sequence[Ended]) -> None:
+    """Raise for the stages that failed: what those say that say something."""
     failed = [(program, status, text) for program, status, text in ended if status != 0]
     if not failed:
         return
@@ -2174,42 +2284,76 @@ def blame(ended: Sequence[tuple[str, int, str]]) -> None:
     raise StreamFailed(f"the stream failed: {what}", hint, link_held=ended[0][1] != SSH_FAILED)
 
 
-def pull(source: Host, sending: Command, target: Host, receiving: Command, transport: Transport) -> int:
-    """Stream what `sending` sends on the source into `receiving` on the target. Returns the bytes that arrived.
+@dataclass(frozen=True)
+class Train:
+    """Streams that go one after another: for each, what sends it and what receives it. `compressible` says that a
+    packer could make less of them."""
 
-    Raises StreamFailed, or LinkLost if it was the link. Where ssh does not say, the shared connection is asked; not
-    otherwise, for it ends by itself while a receive is still busy with the last of a stream.
+    streams: tuple[tuple[Command, Command], ...]
+    compressible: bool = False
+
+
+@dataclass(frozen=True)
+class Passage:
+    """What became of a train: the streams that arrived, and why the next one did not, if one was lost."""
+
+    arrived: tuple[Arrival, ...] = ()
+    failure: Failure | None = None
+
+
+def pull(
+    source: Host,
+    target: Host,
+    trains: Sequence[tuple[Train, Transport]],
+    show: Callable[[Sequence[Pipeline]], None] | None = None,
+) -> list[Passage]:
+    """Stream trains from the source into the target, side by side. A failure is LinkLost if it was the link.
+
+    Raises StreamFailed if the streams cannot even begin.
     """
-    try:
-        pack, unpack = PACKERS.get(transport.packer, ((), ()))
-        unpacking = (unpack,) if unpack else ()
-        commands = (source.piped(sending, pack), *transport.buffer, *unpacking, target.piped(receiving))
-        arrived, said = stream(commands, transport)
-    except StreamFailed as failure:
-        if failure.link_held or source.connected():
-            for host, command, verb in ((source, sending, "send"), (target, receiving, "receive")):
-                denied = re.search(f"cannot {verb}[^;]*: permission denied", failure.what)
-                failure.hint = failure.hint or (permit(host, command, failure.what) if denied else "")
-            if re.search("out of space|quota exceeded", failure.what):
-                failure.hint = "make space; what arrived is kept, and the next run goes on from there"
-            raise
-        raise LinkLost(
+    with contextlib.ExitStack() as stack:
+        pipelines = []
+        for train, transport in trains:
+            pack, unpack = PACKERS.get(transport.packer, ((), ()))
+            unpacking = (unpack,) if unpack else ()
+            feeders = (source.piped(*(it[0] for it in train.streams), then=pack), *transport.buffer, *unpacking)
+            receivers = [target.piped(receiving) for _, receiving in train.streams]
+            pipelines.append(stack.enter_context(contextlib.closing(Pipeline(feeders, receivers, transport))))
+        convey(pipelines, show and (lambda: show(pipelines)))
+        passages = []
+        for (train, _), pipeline in zip(trains, pipelines):
+            sending, receiving = train.streams[min(len(pipeline.arrived), len(train.streams) - 1)]
+            failure = pipeline.failure and explained(pipeline.failure, source, sending, target, receiving)
+            passages.append(Passage(tuple(pipeline.arrived), failure))
+        return passages
+
+
+def explained(failure: StreamFailed, source: Host, sending: Command, target: Host, receiving: Command) -> Failure:
+    """A failed stream with its way out; LinkLost if it was the link. Where ssh does not say, the shared connection is
+    asked; not otherwise, for it ends by itself while a receive is still busy with the last of a stream."""
+    if not failure.link_held and not source.connected():
+        return LinkLost(
             f"the link to {source.label} broke: {failure.what}", "what arrived is kept; the next run goes on from there"
-        ) from None
-    check_properties(target, receiving, said)
-    return arrived
+        )
+    for host, command, verb in ((source, sending, "send"), (target, receiving, "receive")):
+        denied = re.search(f"cannot {verb}[^;]*: permission denied", failure.what)
+        failure.hint = failure.hint or (permit(host, command, failure.what) if denied else "")
+    if re.search("out of space|quota exceeded", failure.what):
+        failure.hint = "make space; what arrived is kept, and the next run goes on from there"
+    return failure
 
 
-def check_properties(target: Host, receiving: Command, said: str) -> None:
-    """Raise StreamFailed if a property that we set is not set: to zfs recv that is no failure. What merely did not
-    come along from the source is none to us either: an account without the right to set it shall have its mirror."""
+def unset_properties(target: Host, receiving: Command, said: str) -> StreamFailed | None:
+    """What is wrong if a property that we set is not set: to zfs recv that is no failure. What merely did not come
+    along from the source is none to us either: an account without the right to set it shall have its mirror."""
     refused = dict(re.findall(r"cannot receive (\S+) property on .*: (.*)", said))
     unset = [word for word in receiving if "=" in word and word.partition("=")[0] in refused]
-    if unset:
-        reason = refused[unset[0].partition("=")[0]]
-        rights = permit(target, receiving, reason)
-        once = f"for this once, as root: {shlex.join(('zfs', 'set', *unset, receiving[-1]))}"
-        raise StreamFailed(f"it has arrived, but without {', '.join(unset)}: {reason}", ways_out(rights, once))
+    if not unset:
+        return None
+    reason = refused[unset[0].partition("=")[0]]
+    rights = permit(target, receiving, reason)
+    once = f"for this once, as root: {shlex.join(('zfs', 'set', *unset, receiving[-1]))}"
+    return StreamFailed(f"it has arrived, but without {', '.join(unset)}: {reason}", ways_out(rights, once))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -2219,9 +2363,17 @@ def check_properties(target: Host, receiving: Command, said: str) -> None:
 MOST_STEPS = 6
 """Steps that one dataset may need in one run beyond those of its first plan: ways out, what is found only meanwhile."""
 
-Carry = Callable[[Command, Command, bool], int]
-"""Carries the stream of a sending command on the source to a receiving command here, and returns the bytes that came;
-raises as `stream` does. With True the stream is worth compressing."""
+Carry = Callable[[Sequence[Train]], list[Passage]]
+"""Carries trains from the source to here, side by side; see `pull`."""
+
+
+@dataclass(frozen=True)
+class Ride:
+    """A step of one dataset, by its key, with what sends and what receives its stream."""
+
+    key: str
+    step: Receive
+    ends: tuple[Command, Command]
 
 
 class Lock:
@@ -2337,9 +2489,12 @@ def overlap(one: str, other: str) -> bool:
     return f"{one}/".startswith(f"{other}/") or f"{other}/".startswith(f"{one}/")
 
 
-def read_tree(host: Host, root: str, selection: Selection) -> tuple[Tree, Failure | None]:
-    """What is selected of a tree, with its holds. If the holds could not be read, they are unknown (None), and the
-    reason comes along."""
+Reading = tuple[Tree, Union[Failure, None]]
+"""A tree with its holds. If those could not be read they are unknown (None), and the reason comes along."""
+
+
+def read_tree(host: Host, root: str, selection: Selection) -> Reading:
+    """What is selected of a tree. Raises Failure if it cannot be listed."""
     refused: Failure | None = None
     for _ in range(2):  # a snapshot may go between our two questions, and then one more look will do
         tree, held = parse_tree(run(host, list_tree(root, None if selection.recursive else 1)), root)
@@ -2374,19 +2529,62 @@ def place_holds(host: Host, tag: str, names: Iterable[str]) -> dict[str, str]:
     return missing
 
 
+MOST_RIDES = 100
+"""Streams on one train: the commands that send them travel as one word, of which Linux takes 128 KiB."""
+
 PARENT_FIRST = "it follows when its parent's failure is mended"
 ORIGIN_FIRST = "it follows, as a clone, when the failure of its origin's dataset is mended"
+
+
+Both = Callable[[Callable[[], Any], Callable[[], Any]], tuple[Any, Any]]
+"""Calls two functions, and returns what they return."""
+
+
+def both_in_turn(first: Callable[[], Any], second: Callable[[], Any]) -> tuple[Any, Any]:
+    return first(), second()
+
+
+def both_at_once(first: Callable[[], Any], second: Callable[[], Any]) -> tuple[Any, Any]:
+    """The first in a thread, which is left to itself if a signal ends us meanwhile. If both fail, the first counts."""
+    answer: Future[Any] = Future()
+
+    def work() -> None:
+        try:
+            answer.set_result(first())
+        except BaseException as error:  # noqa: BLE001 -- it is raised where the answer is wanted
+            answer.set_exception(error)
+
+    threading.Thread(target=work, daemon=True).start()
+    try:
+        found = second()
+    except Failure:
+        answer.result()
+        raise
+    return answer.result(), found
 
 
 class Run:
     """One run over a tree. The steps are told in "How one run goes" at the top."""
 
-    def __init__(self, policy: Policy, source: Host, target: Host, carry: Carry, report: Report) -> None:
+    def __init__(
+        self,
+        policy: Policy,
+        source: Host,
+        target: Host,
+        carry: Carry,
+        report: Report,
+        *,
+        jobs: int = 1,
+        both: Both = both_in_turn,
+    ) -> None:
+        """`jobs` trains at most go side by side; `both` calls two functions and returns what they return."""
         self.policy = policy
         self.source_host = source
         self.target_host = target
         self.carry = carry
         self.report = report
+        self.jobs = jobs
+        self.both = both
         self.source: Tree = {}
         self.target: Tree = {}
         self.strays: Tree = {}  # what is here of datasets that were renamed, or are gone at the source
@@ -2415,17 +2613,24 @@ class Run:
         self.survey()
 
     def survey(self) -> None:
-        """List both trees. Raises Failure if either cannot be listed."""
+        """List both trees, at the same time. Raises Failure if either cannot be listed."""
+        there, here = self.both(self.list_source, self.list_target)
+        self.source = self.known(self.source_host, there)
+        self.take_target(here)
+
+    def survey_target(self) -> None:
+        self.take_target(self.list_target())
+
+    def list_source(self) -> Reading:
         root = self.policy.source_root
         try:
-            self.source = self.read(self.source_host, root)
+            return read_tree(self.source_host, root, self.policy.selection)
         except CommandFailed as failure:
             if f"'{root}': dataset does not exist" in failure.what:
                 failure.hint = f"check -r; is the pool imported there? zpool import {root.split('/')[0]}"
             raise
-        self.survey_target()
 
-    def survey_target(self) -> None:
+    def list_target(self) -> Reading:
         """List the local tree, and what there is of its ancestors."""
         names = lineage(self.policy.target_root)
         answer = self.target_host.ask(list_existing(names))
@@ -2436,13 +2641,19 @@ class Run:
             if name not in self.existing and (name == names[0] or not says_absent(answer, name)):
                 hint = suspended(answer.stderr) or f"is the pool imported? zpool import {names[0]}"
                 raise Failure(f"cannot list {name} on {self.target_host.label}: {answer.stderr.strip()}", hint)
-        self.target = self.read(self.target_host, names[-1]) if names[-1] in self.existing else {}
+        if names[-1] not in self.existing:
+            return {}, None
+        return read_tree(self.target_host, names[-1], self.policy.selection)
+
+    def take_target(self, reading: Reading) -> None:
+        self.target = self.known(self.target_host, reading)
         for key in self.target:
             self.target[key] = self.examine(key, self.target[key])
         self.strays = strays(self.source, self.target)
 
-    def read(self, host: Host, root: str) -> Tree:
-        tree, failure = read_tree(host, root, self.policy.selection)
+    def known(self, host: Host, reading: Reading) -> Tree:
+        """A tree that was read; what could not be read of it is reported."""
+        tree, failure = reading
         if failure:
             self.report.failure(f"holds on {host.label}", failure)
         return tree
@@ -2467,15 +2678,21 @@ class Run:
 
     def look_again(self, key: str) -> Dataset | None:
         """List one local dataset anew; None if it is not there."""
-        name = self.local_name(key)
-        command = list_tree(name, depth=1)
-        answer = self.target_host.ask(command)
-        if says_absent(answer, name):
-            self.target.pop(key, None)
-            return None
-        found = parse_tree(output(self.target_host, command, answer), name)[0]
-        self.target[key] = self.examine(key, found[""])
-        return self.target[key]
+        self.look_at([key])
+        return self.target.get(key)
+
+    def look_at(self, keys: Iterable[str]) -> None:
+        """List local datasets anew."""
+        for names in batches(self.local_name(key) for key in dict.fromkeys(keys)):
+            command = list_datasets(names)
+            answer = self.target_host.ask(command)
+            absent = [name for name in names if says_absent(answer, name)]
+            text = answer.stdout if absent else output(self.target_host, command, answer)
+            found = parse_tree(text, self.policy.target_root)[0]
+            for key in (name[len(self.policy.target_root) :] for name in names):
+                self.target.pop(key, None)
+                if key in found:
+                    self.target[key] = self.examine(key, found[key])
 
     def selected(self, key: str) -> list[Snapshot]:
         """The snapshots at the source that are meant."""
@@ -2564,19 +2781,110 @@ class Run:
         return next((way for way in plan.ways if allowed[type(way)]), None)
 
     def transfer(self, plans: dict[str, Plan], now: int) -> bool:
-        """Hold, then stream and verify. Returns whether anything may have changed on either side."""
+        """Hold, then stream and verify: by the train what goes by train, the rest one by one. Returns whether anything
+        may have changed on either side."""
         self.hold_targets(plans.values())
-        for key in plans:
+        waiting = [key for key, plan in plans.items() if not isinstance(plan, UpToDate)]
+        to_do = bool(waiting)
+        while waiting and not self.lost:
+            trains = self.board(waiting)
+            if trains:
+                failed = self.depart(trains)
+                waiting = [key for key in waiting if key not in failed and not isinstance(self.decide(key), UpToDate)]
+            else:
+                failed = self.bring_up_alone(waiting.pop(0), now)
+            for key, failure in failed.items():
+                if isinstance(failure, LinkLost):
+                    self.lost = (self.local_name(key), failure)  # the others would only wait for the same link
+                else:
+                    self.report.failure(self.local_name(key), failure)
+        return to_do
+
+    def bring_up_alone(self, key: str, now: int) -> dict[str, Failure]:
+        """As `bring_up`; returns what failed."""
+        try:
+            self.bring_up(key, now)
+        except Stuck:
+            raise
+        except Failure as failure:
+            return {key: failure}
+        return {}
+
+    def board(self, waiting: Sequence[str]) -> list[list[Ride]]:
+        """The trains for those of the waiting datasets that need nothing but streams. On a single train a child may
+        ride behind its parent, a clone behind its origin: what rides is taken for arrived there. Trains that go side by
+        side know nothing of each other, so then it waits for the next ones."""
+        trains: list[list[Ride]] = [[] for _ in range(self.jobs)]
+        truth: Tree = {}
+        left: set[str] = set()
+        for key in waiting:
+            rides: list[Ride] = []
             try:
-                self.bring_up(key, now)
-            except LinkLost as failure:
-                self.lost = (self.local_name(key), failure)
-                break  # the others would only wait for the same link
-            except Stuck:
+                if key == "" or key.rpartition("/")[0] not in left:
+                    rides = self.rides(key, is_first=not any(trains))
+            except (LinkLost, Stuck):
                 raise
-            except Failure as failure:
-                self.report.failure(self.local_name(key), failure)
-        return any(not isinstance(plan, UpToDate) for plan in plans.values())
+            except Failure:
+                pass  # it is told when the dataset is brought up alone
+            free = [train for train in trains if self.has_room(train, rides)]
+            if not rides or not free:
+                left.add(key)
+                continue
+            truth = truth or dict(self.target)
+            min(free, key=len).extend(rides)
+            if self.jobs == 1:
+                steps = tuple(ride.step for ride in rides)
+                self.target[key] = foreseen(
+                    self.source[key], self.target.get(key), self.local_name(key), Transfer(steps)
+                )
+        self.target = truth or self.target
+        return [train for train in trains if train]
+
+    def rides(self, key: str, *, is_first: bool) -> list[Ride]:
+        """What brings a dataset up to date, if that is nothing but streams that are sure to find their place; else
+        nothing. Placeholders above it are made if nothing else rides yet, for their own place may still be to come.
+
+        Raises Failure if a parent or an origin is missing.
+        """
+        plan, source, local = self.decide(key), self.source[key], self.target.get(key)
+        if not isinstance(plan, Transfer) or not self.are_held(plan.targets) or (local and not local.snapshots):
+            return []
+        if local is None and former_key(source, key, self.strays) is not None:
+            return []
+        if local is None and self.missing_above(key):
+            if not is_first:
+                return []
+            self.make_room(key)
+        rides = []
+        for step in plan.steps:
+            if isinstance(step, Abandon) or step.token:
+                return []
+            if local is None:
+                self.check_origin(key, step)
+            rides.append(Ride(key, step, self.ends(key, step, local)))
+            local = foreseen(source, local, self.local_name(key), Transfer((step,)))
+        return rides
+
+    def are_held(self, snapshots: Iterable[Snapshot]) -> bool:
+        return all(it.name in self.held or self.policy.tag in (it.tags or ()) for it in snapshots)
+
+    def has_room(self, train: Sequence[Ride], rides: Sequence[Ride]) -> bool:
+        """Whether more can ride with a train: of one kind, for they go through one packer, and not too many."""
+        if not train or not rides:
+            return True
+        same = self.compressible(train[0].key) == self.compressible(rides[0].key)
+        return same and len(train) + len(rides) <= MOST_RIDES
+
+    def depart(self, trains: Sequence[Sequence[Ride]]) -> dict[str, Failure]:
+        """As `ride`; returns also what kept it from proving anything."""
+        for ride in (ride for train in trains for ride in train):
+            self.report.step(f"{self.local_name(ride.key)}: {ride.step}")
+        try:
+            return self.ride(trains)
+        except Stuck:
+            raise
+        except Failure as failure:
+            return {ride.key: failure for train in trains for ride in train}
 
     def hold_targets(self, plans: Iterable[Plan]) -> dict[str, str]:
         """Hold what these plans send, all in one command. Returns what is not held, with what zfs said."""
@@ -2636,33 +2944,64 @@ class Run:
         self.look_again(key)
 
     def perform(self, key: str, step: Step) -> None:
-        """One step, and the proof that it did what it says. Where ZFS finds what no listing shows, only that is noted
-        in `target`: the plan, made anew, will say what it means."""
-        name = self.local_name(key)
-        self.report.step(f"{name}: {step}")
+        """One step, and the proof that it did what it says."""
+        self.report.step(f"{self.local_name(key)}: {step}")
         if isinstance(step, Abandon):
             self.give_up(key)
-            return
-        if not self.make_ready(key, step):
-            return
-        began = time.monotonic()
+        elif self.make_ready(key, step):
+            failed = self.ride([[Ride(key, step, self.ends(key, step, self.target.get(key)))]])
+            if failed:
+                raise failed[key]
+
+    def ride(self, trains: Sequence[Sequence[Ride]]) -> dict[str, Failure]:
+        """Carry the streams of trains; a listing proves what has arrived. Returns by dataset what failed: of each train
+        one, at most, and what arrived otherwise than it should. What was to follow it is still to be done."""
         try:
-            arrived = self.carry(*self.ends(key, step), self.compressible(key))
+            passages = self.carry(
+                [Train(tuple(ride.ends for ride in train), self.compressible(train[0].key)) for train in trains]
+            )
         except StreamFailed as failure:
-            now = self.look_again(key)
-            if now and "has been modified" in failure.what:
-                self.target[key] = replace(now, changed=True)
-                return
-            missing = " or ".join(lacking(failure.what, self.features or ()))
-            if missing:
-                failure.hint = f"the pool here lacks {missing}: zpool upgrade, with a newer OpenZFS if need be"
-            elif now and now.partial and now.partial.token == step.token and not failure.hint:
-                failure.hint = f"if this rest never comes, give it up, bytes and all: zfs recv -A '{name}'"
-            raise
-        now = self.look_again(key)
-        if now is None or not now.snapshots or now.snapshots[-1].guid != step.snapshot.guid:
-            raise StreamFailed(f"zfs recv reported success, but {name} does not end in {step.snapshot.short}")
-        self.report.pulled(name, step, arrived, time.monotonic() - began)
+            passages = [Passage((), failure)] * len(trains)
+        self.look_at(ride.key for train, passage in zip(trains, passages) for ride in train[: len(passage.arrived) + 1])
+        failed: dict[str, Failure] = {}
+        for train, passage in zip(trains, passages):
+            last = {ride.key: ride.step for ride, _ in zip(train, passage.arrived)}
+            for ride, arrival in zip(train, passage.arrived):
+                wrong = self.disproof(ride.key, last[ride.key]) or unset_properties(
+                    self.target_host, ride.ends[1], arrival.said
+                )
+                if wrong:
+                    failed[ride.key] = wrong
+                else:
+                    self.report.pulled(self.local_name(ride.key), ride.step, arrival)
+            lost = train[min(len(passage.arrived), len(train) - 1)]
+            reason = passage.failure and self.diagnosed(lost, passage.failure)
+            if reason:
+                failed[lost.key] = reason
+        return failed
+
+    def disproof(self, key: str, step: Receive) -> StreamFailed | None:
+        """What is wrong if a dataset does not end in the snapshot that is said to have arrived."""
+        now = self.target.get(key)
+        if now and now.snapshots and now.snapshots[-1].guid == step.snapshot.guid:
+            return None
+        return StreamFailed(
+            f"zfs recv reported success, but {self.local_name(key)} does not end in {step.snapshot.short}"
+        )
+
+    def diagnosed(self, ride: Ride, failure: Failure) -> Failure | None:
+        """A failed stream with the way out that the listing after it suggests. None where ZFS found what no listing
+        shows: it is noted in `target`, and the plan, made anew, will say what it means."""
+        now = self.target.get(ride.key)
+        if now and "has been modified" in failure.what:
+            self.target[ride.key] = replace(now, changed=True)
+            return None
+        missing = " or ".join(lacking(failure.what, self.features or ()))
+        if missing:
+            failure.hint = f"the pool here lacks {missing}: zpool upgrade, with a newer OpenZFS if need be"
+        elif now and now.partial and now.partial.token == ride.step.token and not failure.hint:
+            failure.hint = f"if this rest never comes, give it up, bytes and all: zfs recv -A '{now.name}'"
+        return failure
 
     def give_up(self, key: str) -> None:
         name = self.local_name(key)
@@ -2693,12 +3032,12 @@ class Run:
                 raise Failure(f"skipped, for its origin {origin} is not wholly here", ORIGIN_FIRST)
             self.report.step(f"{self.local_name(key)}: in full, for its origin {origin} is not in this mirror")
 
-    def ends(self, key: str, step: Receive) -> tuple[Command, Command]:
-        """The commands at both ends of the stream of a step."""
+    def ends(self, key: str, step: Receive, local: Dataset | None) -> tuple[Command, Command]:
+        """The commands at both ends of the stream of a step, into a dataset that is like `local` then."""
         source, policy = self.source[key], self.policy
         parent = self.source.get(key.rpartition("/")[0]) if key else None
         born = birth(source, parent, step, policy)
-        receiving = receive(source, self.target.get(key), self.local_name(key), policy.properties, born)
+        receiving = receive(source, local, self.local_name(key), policy.properties, born)
         return send(source, step, policy.raw(source), self.flags()), receiving
 
     def compressible(self, key: str) -> bool:
@@ -2982,9 +3321,9 @@ class Rehearsal:
             return
         if key not in self.run.target:
             self.run.check_origin(key, step)
-        sending, _ = self.run.ends(key, step)
-        answer = self.run.source_host.ask(estimate(sending))
-        size = parse_estimate(answer.stdout) if answer.status == 0 else None
+        sending, _ = self.run.ends(key, step, self.run.target.get(key))
+        foretold = parse_estimates(self.run.source_host.ask(estimate(sending)).stdout)
+        size = foretold[0][0] if foretold else None
         base = f", onto that of guid {step.base.guid}" if step.base else ""
         amount = "size unknown" if size is None else human(size)
         line = f"{name}: pull {step}: {amount} (guid {step.snapshot.guid}{base})"
@@ -3199,17 +3538,16 @@ class Report:
         self.tally(dataset).expired += 1
         self.event("expire", dataset, f"{snapshot.name}: {how}", snapshot=snapshot.short)
 
-    def pulled(self, dataset: str, step: Receive, arrived: int, seconds: float) -> None:
-        """A stream of so many bytes has arrived whole."""
+    def pulled(self, dataset: str, step: Receive, stream: Arrival) -> None:
+        """A stream has arrived whole."""
         tally = self.tally(dataset)
         tally.streams += 1
-        tally.bytes += arrived
-        tally.seconds += seconds
-        self.events.append(
-            {"event": "pull", "dataset": dataset, **facts(step), "bytes": arrived, "seconds": round(seconds, 3)}
-        )
+        tally.bytes += stream.bytes
+        tally.seconds += stream.seconds
+        figures = {"bytes": stream.bytes, "seconds": round(stream.seconds, 3)}
+        self.events.append({"event": "pull", "dataset": dataset, **facts(step), **figures})
         if self.meter:
-            self.say(f"{dataset}: {step}: {pace(arrived, seconds)}")
+            self.say(f"{dataset}: {step}: {pace(stream.bytes, stream.seconds)}")
 
     def notice(self, kind: str, dataset: str, line: str) -> None:
         """What nobody may miss, though nothing failed."""
@@ -3369,38 +3707,45 @@ def minutes(seconds: float) -> str:
     )
 
 
-class Meter:
-    """The progress of a stream, on one line of a terminal that is written over and over."""
+@dataclass(frozen=True)
+class Progress:
+    """How far a stream has come, or several at once: of `size` bytes, None if that is not known, `before` had come
+    already, and `arrived` have in the `seconds` since it began. More wait in the buffer."""
 
-    def __init__(self, out: IO[str], columns: Callable[[], int], seconds: Callable[[], float] = time.monotonic) -> None:
+    name: str
+    size: int | None
+    before: int
+    arrived: int
+    buffered: int
+    seconds: float
+
+
+class Meter:
+    """The progress of streams, on one line of a terminal that is written over and over."""
+
+    def __init__(self, out: IO[str], columns: Callable[[], int]) -> None:
         self.out = out
         self.columns = columns
-        self.seconds = seconds
         self.shown = False
-        self.begin("", None, 0)
+        self.name = ""
+        self.seen: list[tuple[float, int]] = []
 
-    def begin(self, name: str, size: int | None, before: int) -> None:
-        """A stream of `size` bytes is about to begin, if that is known; `before` it, so many have come already."""
-        self.name = name
-        self.size = None if size is None else size + before
-        self.before = before
-        self.seen = [(self.seconds(), 0)]
-
-    def show(self, arrived: int, buffered: int) -> None:
-        """So many bytes of the stream have arrived, so many more wait in the buffer."""
-        self.seen = [*self.seen[-RATE_LOOKS:], (self.seconds(), arrived)]
+    def show(self, it: Progress) -> None:
+        if it.name != self.name:
+            self.name, self.seen = it.name, [(0, 0)]
+        self.seen = [*self.seen[-RATE_LOOKS:], (it.seconds, it.arrived)]
         (then, were), (now, are) = self.seen[0], self.seen[-1]
         rate = (are - were) / max(now - then, 0.001)
-        here = self.before + arrived
+        here = it.before + it.arrived
         figures = f"{human(here):>5} {human(rate):>5}/s"
-        if self.size is not None:
-            percent = min(100 * here // max(self.size, 1), 100)
-            left = minutes(max(self.size - here, 0) / rate) if rate else "-:--"
-            figures = f"{human(here):>5} of {human(self.size):>5} {percent:3}% {human(rate):>5}/s {left:>5} left"
-        figures += f" buf {human(buffered):>5}"
+        if it.size is not None:
+            percent = min(100 * here // max(it.size, 1), 100)
+            left = minutes(max(it.size - here, 0) / rate) if rate else "-:--"
+            figures = f"{human(here):>5} of {human(it.size):>5} {percent:3}% {human(rate):>5}/s {left:>5} left"
+        figures += f" buf {human(it.buffered):>5}"
         space = max(self.columns() - len(figures) - 2, 10)
-        name = self.name if len(self.name) <= space else "..." + self.name[3 - space :]
-        self.out.write(f"\r{name:<{space}} {figures}\x1b[K")
+        shown = it.name if len(it.name) <= space else "..." + it.name[3 - space :]
+        self.out.write(f"\r{shown:<{space}} {figures}\x1b[K")
         self.out.flush()
         self.shown = True
 
@@ -3524,6 +3869,7 @@ hold_tag = matching(
     "':received')",
 )
 count = matching("[0-9]{1,4}", "a number", int)
+job_count = matching("[1-9][0-9]?", "a number from 1 to 99", int)
 day_count = matching(
     "(?=[0-9]{1,6}$)0*[1-9][0-9]*", "a number of days, 1 or more (leave -k out to expire nothing)", int
 )
@@ -3574,6 +3920,8 @@ def parser() -> argparse.ArgumentParser:
         help="never expire the N newest snapshots of a dataset (default: %(default)s)")  # fmt: skip
     add("-I", "--intermediates", action="store_true",
         help="pull every snapshot between, not only the newest")  # fmt: skip
+    add("-j", "--jobs", type=job_count, default=1, metavar="N",
+        help="pull up to N datasets side by side (default: %(default)s)")  # fmt: skip
     add("-b", "--mbuffer", type=memory_size, default="256M", metavar="SIZE",
         help="memory of mbuffer (default: %(default)s)")  # fmt: skip
     add("-p", "--port", type=port_number, metavar="PORT", help="SSH port (default: as in ssh_config, else 22)")
@@ -3845,24 +4193,50 @@ def logged_in(options: argparse.Namespace, report: Report, alone: Lock | None) -
     if options.sudo in ("remote", "both"):
         source = SudoHost(source)
 
-    def carry(sending: Command, receiving: Command, compressible: bool) -> int:
+    def carry(trains: Sequence[Train]) -> list[Passage]:
         buffer = buffer_stage(options.mbuffer, options.rate_limit)
         if not buffer and options.rate_limit:
             raise StreamFailed("mbuffer is not installed here, and it is what limits the rate", "apt install mbuffer")
         if not buffer:
             report.step("mbuffer is not installed here: the stream goes without it")
-        packer = choose_packer(options, source, compressible, report)
-        note(f"{source.label}: {shlex.join(sending)} | {target.label}: {shlex.join(receiving)}")
-        if report.meter:
-            foretold = source.ask(estimate(sending))
-            size = parse_estimate(foretold.stdout) if foretold.status == 0 else None
-            report.meter.begin(receiving[-1], size, parse_token("", foretold.stdout).bytes)
-        show = report.meter.show if report.meter else None
-        transport = Transport(buffer, options.stall_timeout, moved, show, inherit, packer)
-        return pull(source, sending, target, receiving, transport)
+        for sending, receiving in (ends for train in trains for ends in train.streams):
+            note(f"{source.label}: {shlex.join(sending)} | {target.label}: {shlex.join(receiving)}")
+        packers = [choose_packer(options, source, train.compressible, report) for train in trains]
+        plain = Transport(buffer, options.stall_timeout, moved, inherit)
+        show = gauge(report.meter, source, trains) if report.meter else None
+        return pull(source, target, [(it, replace(plain, packer=name)) for it, name in zip(trains, packers)], show)
 
     with contextlib.closing(source):
-        yield Run(policy_of(options), source, target, carry, report)
+        jobs = 1 if options.rate_limit else options.jobs
+        both = both_in_turn if options.remote_host == "localhost" else both_at_once
+        yield Run(policy_of(options), source, target, carry, report, jobs=jobs, both=both)
+
+
+def gauge(meter: Meter, source: Host, trains: Sequence[Train]) -> Callable[[Sequence[Pipeline]], None]:
+    """What shows how far the streams of trains have come. Asks the source for their sizes."""
+    foretold = []
+    for train in trains:
+        found = parse_estimates(source.ask(*(estimate(sending) for sending, _ in train.streams)).stdout)
+        foretold.append([*found, *[(None, 0)] * (len(train.streams) - len(found))])
+
+    def show(pipelines: Sequence[Pipeline]) -> None:
+        at_work = [(number, len(it.arrived), it) for number, it in enumerate(pipelines) if it.receiver]
+        if at_work:
+            names = [trains[number].streams[at][1][-1] for number, at, _ in at_work]
+            sizes = [foretold[number][at][0] for number, at, _ in at_work]
+            before = sum(foretold[number][at][1] for number, at, _ in at_work)
+            meter.show(
+                Progress(
+                    names[0] + (f" and {len(names) - 1} more" if names[1:] else ""),
+                    None if None in sizes else before + sum(filter(None, sizes)),
+                    before,
+                    sum(it.came(it.receiver) for _, _, it in at_work),
+                    sum(it.buffered() for _, _, it in at_work),
+                    time.monotonic() - at_work[0][2].since,
+                )
+            )
+
+    return show
 
 
 @contextlib.contextmanager

@@ -31,7 +31,7 @@ BUGS: dict[str, Edits] = {
     ),
     "what comes along is not held": (("(*step.between, step.snapshot))", "(step.snapshot,))"),),
     "a host mirrored onto itself": (("            if guids[0] == guids[1]:\n", "            if False:\n"),),
-    "a failed sender is taken for a lost link": (("        if failure.link_held or source.connected():\n", "        if source.connected():\n"),),
+    "a failed sender is taken for a lost link": (("    if not failure.link_held and not source.connected():\n", "    if not source.connected():\n"),),
     "release before hold": (
         (
             "        place = sum(wanted.values(), HoldMoves())\n",
@@ -79,7 +79,7 @@ BUGS: dict[str, Edits] = {
         ("    if local.partial and local.partial.from_guid in (snapshot.guid, None) and local.snapshots:\n", "    if False:\n"),
     ),
     "a stream that ended has arrived": (
-        ("now.snapshots[-1].guid != step.snapshot.guid:", "not now.snapshots:"),
+        ("        if now and now.snapshots and now.snapshots[-1].guid == step.snapshot.guid:\n", "        if now and now.snapshots:\n"),
     ),
     "stale token resumed for ever": (
         ("    if target and ends_match and partial.raw == policy.raw(source) and not local.changed:\n", "    if target:\n"),
@@ -98,8 +98,8 @@ BUGS: dict[str, Edits] = {
         ("                if marks.place:\n", "                for name in marks.remove:\n                    run(self.source_host, destroy_bookmark(name))\n                if marks.place:\n"),
     ),
     "blocked without asking for the way out": (("        allowed = {Rollback: self.policy.rollback, Quarantine", "        allowed = {Rollback: True, Quarantine"),),
-    "nobody watches the stream": (("        elif now and time.monotonic() - since >= patience:\n", "        elif False:\n"),),
-    "the lock is not inherited": (("                pass_fds=inherit if is_last else (),\n", ""),),
+    "nobody watches the stream": (("        elif count and now - self.moved_at >= patience:\n", "        elif False:\n"),),
+    "the lock is not inherited": (("                pass_fds=self.transport.inherit if is_last else (),\n", ""),),
     "stuck holder left in peace": (("    if time.time() - moved >= patience * TAIL_FACTOR:\n", "    if False:\n"),),
 }  # fmt: skip
 

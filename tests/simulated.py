@@ -29,13 +29,16 @@ from zfs_replicate import (
     STREAM_FLAGS,
     Account,
     Answer,
+    Arrival,
+    Failure,
+    Passage,
     StreamFailed,
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
-    from zfs_replicate import Command
+    from zfs_replicate import Command, Train
 
 GUID_STEP = 0x9E3779B97F4A7C15
 """Odd, so that all multiples of it differ: guids that neither run with time nor fit in 63 bits."""
@@ -307,8 +310,9 @@ class Machine:
 
     # what the program asks
 
-    def ask(self, command: Command) -> Answer:
+    def ask(self, *commands: Command) -> Answer:
         """The answer of zfs. A command that the program has no business to run is an AssertionError."""
+        (command,) = commands
         action: Callable[[list[str]], Answer] | None = getattr(self, f"{command[0]}_{command[1]}", None)
         assert action, f"not a command of the program: {command}"
         try:
@@ -319,8 +323,8 @@ class Machine:
     def has(self, program: str) -> bool:
         return True
 
-    def piped(self, command: Command, then: Command = ()) -> Command:
-        return command
+    def piped(self, *commands: Command, then: Command = ()) -> Command:
+        return commands[0]
 
     def connected(self) -> bool:
         return True
@@ -357,12 +361,18 @@ class Machine:
         assert depth == "-r" or (depth == "-d" and words.pop(0) == "1"), words
         columns = ",".join(LIST_COLUMNS)
         assert words[:4] == ["-t", LIST_KINDS, "-o", columns], words
-        (root,) = words[4:]
-        self.store(root)
-        names = [name for name in self.below(root) if depth == "-r" or "/" not in name[len(root) + 1 :]]
-        with_points = names if depth == "-r" else [root]
-        listed = [row for name in names for row in self.rows(name, points=name in with_points)]
-        return Answer(0, "".join("\t".join(map(str, row)) + "\n" for row in listed), "")
+        roots = words[4:]
+        shown: dict[str, bool] = {}  # whether with its points
+
+        def show(root: str) -> None:
+            self.store(root)
+            for name in self.below(root):
+                if depth == "-r" or "/" not in name[len(root) + 1 :]:
+                    shown[name] = shown.get(name, False) or depth == "-r" or name == root
+
+        answer = self.each(roots, show)
+        listed = [row for name, points in shown.items() for row in self.rows(name, points=points)]
+        return replace(answer, stdout="".join("\t".join(map(str, row)) + "\n" for row in listed))
 
     def rows(self, name: str, *, points: bool) -> Iterator[tuple[str | int, ...]]:
         """A dataset and its points, as LIST_COLUMNS has them; in no order that anybody should rely on."""
@@ -688,7 +698,17 @@ class Near:
     def __post_init__(self) -> None:
         self.label = self.machine.label
 
-    def ask(self, command: Command) -> Answer:
+    def ask(self, *commands: Command) -> Answer:
+        """A signal of failure ends what was to be done in turn."""
+        done = Answer(0, "", "")
+        for command in commands:
+            answer = self.ask_one(command)
+            done = Answer(answer.status, done.stdout + answer.stdout, done.stderr + answer.stderr)
+            if done.status:
+                break
+        return done
+
+    def ask_one(self, command: Command) -> Answer:
         answer = self.wire.at(self.machine, command, "before")
         if answer is None:
             answer = self.machine.ask(command)
@@ -699,8 +719,8 @@ class Near:
     def has(self, program: str) -> bool:
         return True
 
-    def piped(self, command: Command, then: Command = ()) -> Command:
-        return self.machine.piped(command, then)
+    def piped(self, *commands: Command, then: Command = ()) -> Command:
+        return self.machine.piped(*commands, then=then)
 
     def connected(self) -> bool:
         return True
@@ -726,8 +746,22 @@ class Wire:
     at: Callable[[Machine, Command, str], Answer | None] = undisturbed
     done: list[tuple[str, ...]] = field(default_factory=list)
 
-    def carry(self, sending: Command, receiving: Command, compressible: bool) -> int:
-        assert not compressible, "all is compressed here"
+    def carry(self, trains: Sequence[Train]) -> list[Passage]:
+        """One train after the other: nobody can tell the difference, for none knows of the others."""
+        return [self.passage(train) for train in trains]
+
+    def passage(self, train: Train) -> Passage:
+        assert not train.compressible, "all is compressed here"
+        arrived: list[Arrival] = []
+        try:
+            for sending, receiving in train.streams:
+                self.carry_one(sending, receiving)
+                arrived.append(Arrival(0, 0))
+        except Failure as failure:
+            return Passage(tuple(arrived), failure)
+        return Passage(tuple(arrived))
+
+    def carry_one(self, sending: Command, receiving: Command) -> None:
         self.disturbed(sending, "before")
         try:
             for segment in self.source.send(sending):
@@ -737,7 +771,6 @@ class Wire:
         except Refused as refused:
             raise StreamFailed(f"the stream failed: zfs: {refused}") from None
         self.disturbed(sending, "after")
-        return 0
 
     def disturbed(self, sending: Command, moment: str) -> None:
         answer = self.at(self.source, sending, moment)

@@ -69,6 +69,7 @@ def test_the_line_of_the_crontab_parses_word_for_word() -> None:
         "cipher": None,
         "ssh_option": [],
         "keep_min": 0,
+        "jobs": 1,
         "no_recursive": False,
         "exclude": [],
         "snapshots": None,

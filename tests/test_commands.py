@@ -164,7 +164,7 @@ def test_what_goes_through_a_second_program_tells_of_both(
     shell: str, first: Command, second: Command, status: int, output: bytes
 ) -> None:
     """A pipe of sh would tell of the second alone."""
-    done = subprocess.run([shell, "-c", remote_line(first, second)], capture_output=True, check=False, timeout=60)
+    done = subprocess.run([shell, "-c", remote_line(first, then=second)], capture_output=True, check=False, timeout=60)
     assert done.stdout == output
     assert done.returncode == status or {done.returncode, status} <= {8, 141}  # SIGPIPE may come first
 

@@ -56,7 +56,7 @@ from zfs_replicate import (
     list_holds,
     list_tree,
     list_usage,
-    parse_estimate,
+    parse_estimates,
     parse_token,
     parse_tree,
     parse_usage,
@@ -712,7 +712,7 @@ class Teller:
             return f"of {name and name[1]}{base} to {self.labels.get(partial.to_guid or 0, '?')}"
         if line.operation.startswith("weigh") and "size" in text:
             kinds = re.findall("^(full|incremental)\t", text, re.MULTILINE)
-            return f"{'; '.join(kinds)}{' of some bytes' * (parse_estimate(text) > 0)}"
+            return f"{'; '.join(kinds)}{' of some bytes' * (parse_estimates(text)[0][0] > 0)}"
         if line.operation == "holds":
             return "; ".join(sorted(f"{name} {tag}" for name, tag, _ in fields(text, 3)))
         return "; ".join(text.splitlines())

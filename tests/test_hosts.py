@@ -46,12 +46,20 @@ from zfs_replicate import (
     log_in,
     run,
     ssh_client,
+    tell_nobody,
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
 MEBIBYTE = 1024 * 1024
+
+
+def log_into(connection: Connection, note: Callable[[str], None] = tell_nobody) -> SshHost:
+    """A host that was reached."""
+    host = SshHost(connection, note)
+    assert host.client
+    return host
 
 
 def shell(script: str, *arguments: str) -> Command:
@@ -134,7 +142,7 @@ def connection(server: Server, tmp_path: Path) -> Connection:
 
 @pytest.fixture
 def source(connection: Connection) -> Iterator[SshHost]:
-    with contextlib.closing(SshHost(connection)) as host:
+    with contextlib.closing(log_into(connection)) as host:
         yield host
 
 
@@ -157,7 +165,7 @@ def over_ssh(login_shell: str) -> Callable[[Path, pytest.MonkeyPatch], contextli
         config = SshConfig(directory, monkeypatch)
         with contextlib.closing(Server(directory, login_shell)) as server:
             config.add("source", server)
-            with contextlib.closing(SshHost(Connection.resolve("source", None, None))) as host:
+            with contextlib.closing(log_into(Connection.resolve("source", None, None))) as host:
                 yield host
 
     return open_host
@@ -352,7 +360,7 @@ def test_nothing_of_a_command_remains(source: SshHost) -> None:
 
 def test_each_step_is_noted(connection: Connection) -> None:
     notes: list[str] = []
-    with contextlib.closing(SshHost(connection, notes.append)) as host:
+    with contextlib.closing(log_into(connection, notes.append)) as host:
         host.ask(("echo", "two words"))
     assert notes == [f"source: logged in as puller at 127.0.0.1:{connection.port}", "source: echo 'two words'"]
 
@@ -360,7 +368,7 @@ def test_each_step_is_noted(connection: Connection) -> None:
 def test_unknown_host_key_is_refused_with_its_fingerprint(connection: Connection, server: Server) -> None:
     stranger = but(connection, userknownhostsfile="/nonexistent")
     with pytest.raises(Failure) as caught:
-        SshHost(stranger)
+        log_into(stranger)
     assert not isinstance(caught.value, LinkLost)
     assert f"[127.0.0.1]:{server.port} is not known here (ecdsa-sha2-nistp256 SHA256:" in caught.value.what
     assert fingerprint(server) in caught.value.what
@@ -378,7 +386,7 @@ def fingerprint(server: Server) -> str:
 def test_changed_host_key_is_refused(connection: Connection, server: Server) -> None:
     server.host_key = paramiko.ECDSAKey.generate()
     with pytest.raises(Failure, match="has changed") as caught:
-        SshHost(connection)
+        log_into(connection)
     assert not isinstance(caught.value, LinkLost)
     assert f"ssh-keygen -R '[127.0.0.1]:{server.port}'" in caught.value.hint
     assert server.logins == 0
@@ -387,21 +395,21 @@ def test_changed_host_key_is_refused(connection: Connection, server: Server) -> 
 def test_host_key_is_looked_up_under_its_alias(connection: Connection, server: Server, tmp_path: Path) -> None:
     (tmp_path / "known_hosts").write_text(server.known_hosts_line.replace(f"[127.0.0.1]:{server.port}", "vault"))
     with pytest.raises(Failure, match="is not known here"):
-        SshHost(connection)
-    SshHost(but(connection, hostkeyalias="vault")).close()
+        log_into(connection)
+    log_into(but(connection, hostkeyalias="vault")).close()
 
 
 def test_hashed_host_name_is_found(connection: Connection, tmp_path: Path) -> None:
     subprocess.run(("ssh-keygen", "-q", "-H", "-f", tmp_path / "known_hosts"), capture_output=True, check=True)
     assert "127.0.0.1" not in (tmp_path / "known_hosts").read_text()
-    SshHost(connection).close()
+    log_into(connection).close()
 
 
 def test_second_known_hosts_file_is_read(connection: Connection, tmp_path: Path) -> None:
     (tmp_path / "empty").touch()
     files = f"{tmp_path}/empty {tmp_path}/missing {tmp_path}/known_hosts"
-    SshHost(but(connection, userknownhostsfile=files)).close()
-    SshHost(but(connection, userknownhostsfile="", globalknownhostsfile=files)).close()
+    log_into(but(connection, userknownhostsfile=files)).close()
+    log_into(but(connection, userknownhostsfile="", globalknownhostsfile=files)).close()
 
 
 @pytest.mark.parametrize(
@@ -415,7 +423,7 @@ def test_broken_line_in_known_hosts_is_passed_over_or_named(connection: Connecti
     known_hosts = tmp_path / "known_hosts"
     known_hosts.write_bytes(os.fsencode(line) + b"\n" + known_hosts.read_bytes())
     try:
-        SshHost(connection).close()
+        log_into(connection).close()
     except Failure as failure:
         assert str(known_hosts) in failure.what
 
@@ -428,13 +436,13 @@ def test_key_of_each_kind_logs_in_if_it_is_the_right_one(
     connection = but(connection, identityfile=str(key))
     assert f"({key})" in refused(connection).what
     server.authorized.add(public(key))
-    SshHost(connection).close()
+    log_into(connection).close()
 
 
 def refused(connection: Connection) -> Failure:
     """How a login that must be refused is told."""
     with pytest.raises(Failure) as caught:
-        SshHost(connection)
+        log_into(connection)
     assert not isinstance(caught.value, LinkLost)
     assert f"puller@127.0.0.1 port {connection.port} does not accept our login" in caught.value.what
     assert "ssh-copy-id" in caught.value.hint
@@ -445,7 +453,7 @@ def refused(connection: Connection) -> Failure:
 @pytest.mark.parametrize("kind", ["rsa", "ecdsa", "ed25519"])
 def test_good_key_may_come_second(connection: Connection, server: Server, tmp_path: Path, kind: str) -> None:
     keys = (str(make_key(tmp_path / "first", kind)), str(server.key_file))
-    SshHost(replace(connection, config={**connection.config, "identityfile": keys})).close()
+    log_into(replace(connection, config={**connection.config, "identityfile": keys})).close()
 
 
 def test_login_without_any_key_is_refused(connection: Connection, tmp_path: Path) -> None:
@@ -463,13 +471,13 @@ def test_login_with_a_locked_key_is_refused(connection: Connection, server: Serv
 
 def test_login_as_another_user_is_refused(connection: Connection) -> None:
     with pytest.raises(Failure, match=r"somebody@127.0.0.1 port .* does not accept our login"):
-        SshHost(but(connection, user="somebody"))
+        log_into(but(connection, user="somebody"))
 
 
 def test_failed_login_leaves_nothing_open(connection: Connection, server: Server) -> None:
     server.fault = Fault.KEY_REJECTED
     with pytest.raises(Failure):
-        SshHost(connection)
+        log_into(connection)
     assert eventually(lambda: not server.transports[0].is_active())
 
 
@@ -495,19 +503,19 @@ def dead_port() -> int:
 
 def test_unreachable_port_is_a_lost_link(connection: Connection, dead_port: int) -> None:
     with pytest.raises(LinkLost, match=rf"cannot reach 127.0.0.1 port {dead_port}: .*refused") as caught:
-        SshHost(but(connection, port=str(dead_port)))
+        log_into(but(connection, port=str(dead_port)))
     assert caught.value.hint.startswith("this must work: ssh -p")
 
 
 def test_unknown_name_is_a_lost_link(connection: Connection) -> None:
     with pytest.raises(LinkLost, match="cannot reach"):
-        SshHost(but(connection, hostname="256.0.0.1"))
+        log_into(but(connection, hostname="256.0.0.1"))
 
 
 def test_host_without_a_greeting_is_a_lost_link(connection: Connection, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(zfs_replicate, "CONNECT_SECONDS", 0.1)
     with socket.create_server(("127.0.0.1", 0)) as mute, pytest.raises(LinkLost, match=r"cannot reach .*: .+"):
-        SshHost(but(connection, port=str(mute.getsockname()[1])))
+        log_into(but(connection, port=str(mute.getsockname()[1])))
 
 
 def test_connection_dropped_during_a_command_is_a_lost_link(source: SshHost, server: Server) -> None:
@@ -546,7 +554,7 @@ def test_a_command_that_is_not_even_begun_is_a_lost_link(
 
 
 def test_a_link_that_the_kernel_gives_up_is_a_lost_one(source: SshHost, monkeypatch: pytest.MonkeyPatch) -> None:
-    def exchange(line: str) -> Answer:
+    def exchange(transport: Any, line: str) -> Answer:
         raise TimeoutError(110, "Connection timed out")
 
     monkeypatch.setattr(source, "exchange", exchange)
@@ -775,7 +783,7 @@ def test_both_connections_log_in_alike(ssh_config: SshConfig, server: Server, tm
         f"Host vault\n  HostName 127.0.0.1\n  User {server.user}\n  Port 1\n  IdentityFile {server.key_file}\n"
     )
     connection = resolve("vault", server.port, str(other))
-    with contextlib.closing(SshHost(connection)) as host:
+    with contextlib.closing(log_into(connection)) as host:
         assert host.ask(("echo", "control")).stdout == "control\n"
         assert subprocess.check_output(host.piped(("echo", "bulk")), timeout=PATIENCE) == b"bulk\n"
     assert server.logins == 2
@@ -783,7 +791,7 @@ def test_both_connections_log_in_alike(ssh_config: SshConfig, server: Server, tm
 
 def test_streams_share_one_login_that_ends_with_us(ssh_config: SshConfig, server: Server) -> None:
     ssh_config.add("vault", server)
-    with contextlib.closing(SshHost(resolve("vault"))) as host:
+    with contextlib.closing(log_into(resolve("vault"))) as host:
         for _ in range(3):
             assert subprocess.check_output(host.piped(("echo", "bulk")), timeout=PATIENCE) == b"bulk\n"
         assert server.logins == 2
@@ -805,13 +813,13 @@ def read(path: Path) -> bytes:
 def test_both_connections_refuse_a_changed_key(ssh_config: SshConfig, server: Server) -> None:
     ssh_config.add("vault", server)
     connection = resolve("vault")
-    with contextlib.closing(SshHost(connection)) as host:
+    with contextlib.closing(log_into(connection)) as host:
         server.host_key = paramiko.ECDSAKey.generate()
         done = subprocess.run(host.piped(("true",)), capture_output=True, text=True, timeout=PATIENCE)
         assert done.returncode == 255
         assert "REMOTE HOST IDENTIFICATION HAS CHANGED" in done.stderr
     with pytest.raises(Failure, match="has changed"):
-        SshHost(connection)
+        log_into(connection)
     assert server.logins == 1
 
 
@@ -834,7 +842,7 @@ while data := link.recv(65536):
 def test_login_through_a_proxy_command(ssh_config: SshConfig, server: Server, tmp_path: Path) -> None:
     relay = executable(tmp_path / "relay", RELAY.format(python=f"{sys.executable} -IS"))
     ssh_config.add("vault", server, f"ProxyCommand {relay} %h %p")
-    with contextlib.closing(SshHost(resolve("vault"))) as host:
+    with contextlib.closing(log_into(resolve("vault"))) as host:
         assert host.ask(("echo", "control")).stdout == "control\n"
         assert subprocess.check_output(host.piped(("echo", "bulk")), timeout=PATIENCE) == b"bulk\n"
 
@@ -844,7 +852,7 @@ def test_login_through_a_jump_host(ssh_config: SshConfig, server: Server, tmp_pa
     with contextlib.closing(Server(tmp_path / "gate")) as gate:
         ssh_config.add("gate", gate)
         ssh_config.add("vault", server, "ProxyJump gate")
-        with contextlib.closing(SshHost(resolve("vault"))) as host:
+        with contextlib.closing(log_into(resolve("vault"))) as host:
             assert host.ask(("echo", "control")).stdout == "control\n"
             assert gate.targets == [("127.0.0.1", server.port)]
             assert subprocess.check_output(host.piped(("echo", "bulk")), timeout=PATIENCE) == b"bulk\n"
@@ -854,7 +862,7 @@ def test_login_through_a_jump_host(ssh_config: SshConfig, server: Server, tmp_pa
 @pytest.mark.parametrize("proxy", ["no-such-program %h", "false", "exec false"])
 def test_proxy_that_fails_is_a_lost_link(connection: Connection, proxy: str) -> None:
     with pytest.raises(LinkLost, match=r"cannot reach 127.0.0.1 port"):
-        SshHost(but(connection, proxycommand=proxy))
+        log_into(but(connection, proxycommand=proxy))
 
 
 def test_proxy_ends_with_the_connection(connection: Connection, tmp_path: Path) -> None:

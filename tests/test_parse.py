@@ -14,7 +14,7 @@ from zfs_replicate import (
     Partial,
     Snapshot,
     count_objects,
-    parse_estimate,
+    parse_estimates,
     parse_holds,
     parse_token,
     parse_tree,
@@ -290,13 +290,11 @@ def test_every_token_comes_back(to_guid: int, from_guid: int | None, dataset: st
 def test_the_size_of_a_stream() -> None:
     """As OpenZFS 2.1.11 and 2.3.2 print it."""
     text = "incremental\t1\tp/a@2\t1059376\nincremental\t2\tp/a@3\t534352\nsize\t1593728\n"
-    assert parse_estimate(text) == 1593728
-    assert parse_estimate(INCREMENTAL.rsplit("send from", 1)[0] + "full\tp/a@3\t2637648\nsize\t2637648\n") == 2637648
-
-
-def test_a_size_that_is_not_told_is_no_size() -> None:
-    with pytest.raises(Failure, match="no size of a stream"):
-        parse_estimate(INCREMENTAL)
+    rest = INCREMENTAL.rsplit("send from", 1)[0] + "full\tp/a@3\t2637648\nsize\t2637648\n"
+    came = parse_token("", INCREMENTAL).bytes
+    assert parse_estimates(text) == [(1593728, 0)]
+    assert parse_estimates(text + rest + text) == [(1593728, 0), (2637648, came), (1593728, 0)]
+    assert parse_estimates(text + INCREMENTAL) == [(1593728, 0)]
 
 
 # zfs userspace

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 import pytest
 from histories import LOCAL, POLICY, RECEIVED, SOURCE, TAG, local, partial, source
 from simulated import Machine, Near, Wire, World
+from test_stream import stream
 
 import zfs_replicate
 from zfs_replicate import (
@@ -35,6 +36,7 @@ from zfs_replicate import (
     Rollback,
     Run,
     StreamFailed,
+    Train,
     judge_holder,
     lock,
     plan_dataset,
@@ -136,9 +138,10 @@ class Unplugged(LocalHost):
 
 
 def broken_link() -> Failure:
-    with pytest.raises(LinkLost) as caught:
-        pull(Unplugged("HOST"), ("sh", "-c", "echo 'Connection reset' >&2; exit 255"), LocalHost(), ("cat",), PLAIN)
-    return caught.value
+    train = Train(((("sh", "-c", "echo 'Connection reset' >&2; exit 255"), ("cat",)),))
+    (passage,) = pull(Unplugged("HOST"), LocalHost(), [(train, PLAIN)])
+    assert isinstance(passage.failure, LinkLost)
+    return passage.failure
 
 
 PLAIN = zfs_replicate.Transport()
@@ -305,7 +308,7 @@ def test_lock_outlives_us_in_a_process_that_inherits_it(tmp_path: Path) -> None:
     with lock(MINE, 60) as ours:
         assert ours
         name = os.readlink(f"/proc/self/fd/{ours.file.fileno()}")
-        zfs_replicate.stream(commands, zfs_replicate.Transport(inherit=(ours.file.fileno(),)))
+        stream(commands, transport=zfs_replicate.Transport(inherit=(ours.file.fileno(),)))
     assert name in (tmp_path / "last").read_text()
     assert name not in (tmp_path / "first").read_text()
 
@@ -348,16 +351,16 @@ def test_a_stream_that_stands_still_is_ended_and_told() -> None:
     moved: list[int] = []
     transport = zfs_replicate.Transport(patience=0.3, moved=lambda: moved.append(1))
     with pytest.raises(StreamFailed, match=r"no byte of the stream has moved for 0s: .* with sh, cat still at work"):
-        zfs_replicate.stream([("sh", "-c", "echo some; exec sleep 60"), ("cat",)], transport)
+        stream([("sh", "-c", "echo some; exec sleep 60"), ("cat",)], transport=transport)
     assert moved
 
 
 def test_the_last_process_may_be_quiet_for_longer() -> None:
     """All bytes are in its hands; it has some writing to do."""
     transport = zfs_replicate.Transport(patience=0.15)
-    zfs_replicate.stream([("echo", "some"), ("sh", "-c", "cat > /dev/null; sleep 0.3")], transport)
+    stream([("echo", "some"), ("sh", "-c", "cat > /dev/null; sleep 0.3")], transport=transport)
     with pytest.raises(StreamFailed, match="no byte"):
-        zfs_replicate.stream([("echo", "some"), ("sh", "-c", "cat > /dev/null; sleep 60")], transport)
+        stream([("echo", "some"), ("sh", "-c", "cat > /dev/null; sleep 60")], transport=transport)
 
 
 def test_pauses_grow_and_are_jittered() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import re
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import pytest
@@ -11,9 +12,11 @@ from histories import LOCAL, SOURCE
 from prometheus_client.parser import text_string_to_metric_families
 
 from zfs_replicate import (
+    Arrival,
     Ending,
     Failure,
     Meter,
+    Progress,
     Receive,
     Report,
     Snapshot,
@@ -68,17 +71,20 @@ def test_times() -> None:
 
 
 class Terminal(Meter):
-    """A meter whose clock is ours, and which keeps what it writes."""
+    """A meter that keeps what it writes."""
 
     def __init__(self, columns: int = 80) -> None:
-        self.now = 0.0
         self.paper = io.StringIO()
-        super().__init__(self.paper, lambda: columns, lambda: self.now)
+        super().__init__(self.paper, lambda: columns)
+        self.begin(LOCAL, None, 0)
+
+    def begin(self, dataset: str, size: int | None, before: int) -> None:
+        self.stream = Progress(dataset, size, before, 0, 0, 0)
 
     def line(self, arrived: int, buffered: int = 0) -> str:
         """What stands there a second later."""
-        self.now += 1
-        self.show(arrived, buffered)
+        self.stream = replace(self.stream, arrived=arrived, buffered=buffered, seconds=self.stream.seconds + 1)
+        self.show(self.stream)
         shown = self.paper.getvalue().rpartition("\r")[2]
         assert shown.endswith("\x1b[K")
         return shown[:-3]
@@ -106,7 +112,7 @@ def test_the_progress_line_tells_the_estimate_the_rate_and_the_rest() -> None:
 
 def test_a_resumed_stream_counts_what_is_there() -> None:
     it = Terminal()
-    it.begin("offsite/www", 25 * 2**20, 75 * 2**20)
+    it.begin("offsite/www", 100 * 2**20, 75 * 2**20)
     assert "75.0M of  100M  75% " in it.line(0)
     assert "80.0M of  100M  80% 2.50M/s  0:08 left" in it.line(5 * 2**20)
 
@@ -115,7 +121,7 @@ def test_a_stream_of_nothing_and_one_of_unknown_size() -> None:
     it = Terminal()
     it.begin("offsite/www", 0, 0)
     assert "0B of    0B   0%" in it.line(0)
-    it.begin("offsite/www", None, 0)
+    it.begin("offsite/mail", None, 0)
     assert it.line(1024).endswith("  1.00K 1.00K/s buf    0B")
 
 
@@ -133,7 +139,7 @@ def test_other_lines_wipe_the_progress_line_first(capsys: pytest.CaptureFixture[
 def test_the_summary_and_the_document_of_a_run(capsys: pytest.CaptureFixture[str]) -> None:
     report = Report(meter=Terminal())
     options, ending = parse(LINE), Ending(1_700_000_000.9, 3.00049, 1)
-    report.pulled(LOCAL, STEP, 2**20, 2.0)
+    report.pulled(LOCAL, STEP, Arrival(2**20, 2.0))
     report.event("in step", f"{LOCAL}/www", "")
     report.expired(Snapshot(f"{LOCAL}@old", 1, 1, 1), "expired")
     assert capsys.readouterr().err == f"{LOCAL}: @a -> @b: 1.00M in 0:02, 512K/s\n"
@@ -256,7 +262,7 @@ def test_ages() -> None:
 
 def test_metrics_are_read_by_the_client_library_of_prometheus() -> None:
     report = Report()
-    report.pulled(LOCAL, STEP, 2**20, 2.5)
+    report.pulled(LOCAL, STEP, Arrival(2**20, 2.5))
     report.expired(Snapshot(f"{LOCAL}@old", 1, 1, 1), "expired")
     text = metrics(LOCAL, report, [FRESH, LATE], Ending(NOW, 12.5, 0), NOW + 12.5)
     families = {family.name: family for family in text_string_to_metric_families(text)}
@@ -291,7 +297,7 @@ def test_a_first_run_that_fails_is_no_success(tmp_path: Path) -> None:
 
 def test_the_line_for_the_log() -> None:
     report = Report()
-    report.pulled(LOCAL, STEP, 2**20, 2.5)
+    report.pulled(LOCAL, STEP, Arrival(2**20, 2.5))
     assert log_line(parse(LINE), report, Ending(NOW, 12.4, 0)) == (
         f"HOST:{SOURCE} -> {LOCAL}: exit=0 streams=1 bytes=1048576 expired=0 failures=0 seconds=12"
     )

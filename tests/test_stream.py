@@ -14,28 +14,52 @@ import pytest
 from ssh_server import PATIENCE, Fault, Server
 from test_hosts import MEBIBYTE, SshConfig, executable, shell
 
-import zfs_replicate
 from zfs_replicate import (
     PACKERS,
     Account,
+    Arrival,
     Command,
     Connection,
     Failure,
+    Host,
     LinkLost,
     LocalHost,
+    Pipeline,
     SshHost,
     Stopped,
     StreamFailed,
+    Train,
     Transport,
     blame,
     buffer_stage,
+    convey,
     pull,
-    stream,
+    unset_properties,
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
     from pathlib import Path
+
+
+PLAIN = Transport()
+
+
+def stream(commands: Sequence[Command], *more: Command, transport: Transport = PLAIN) -> list[Arrival]:
+    """Run one pipeline, with more receivers after the last command. Raises its failure."""
+    with contextlib.closing(Pipeline(commands[:-1], [commands[-1], *more], transport)) as pipeline:
+        convey([pipeline])
+        if pipeline.failure:
+            raise pipeline.failure
+        return pipeline.arrived
+
+
+def carried(source: Host, sending: Command, target: Host, receiving: Command, transport: Transport) -> Arrival:
+    """Pull one stream. Raises its failure."""
+    (passage,) = pull(source, target, [(Train(((sending, receiving),)), transport)])
+    if passage.failure:
+        raise passage.failure
+    return passage.arrived[0]
 
 
 def into(path: Path) -> Command:
@@ -159,6 +183,65 @@ def test_only_the_last_lines_are_told() -> None:
     assert caught.value.what == "the stream failed: sh: 97\n98\n99\n100\n\ufffd"
 
 
+# --- Trains -----------------------------------------------------------------------------------------------------------
+
+
+def slice_of(count: int, path: Path, then: str = "exit 0") -> Command:
+    """A receiver that reads its own bytes and no more, as zfs recv does."""
+    return shell(f"dd bs=1 count={count} status=none > '{path}'; {then}")
+
+
+@pytest.mark.parametrize("feeders", [[], [("cat",)], [("mbuffer",)]], ids=["plain", "cat", "mbuffer"])
+def test_receivers_take_turns_on_one_pipe(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, feeders: list[Command]
+) -> None:
+    executable(tmp_path / "mbuffer", "#!/bin/sh\nexec cat\n")
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    sender = shell("printf abc; printf defgh; printf ij")
+    receivers = [slice_of(size, tmp_path / str(size)) for size in (3, 5, 2)]
+    arrived = stream([sender, *feeders, receivers[0]], *receivers[1:])
+    assert [(tmp_path / str(size)).read_text() for size in (3, 5, 2)] == ["abc", "defgh", "ij"]
+    if feeders == [("mbuffer",)]:
+        assert [it.bytes for it in arrived] == [3, 5, 2]
+
+
+def test_what_follows_a_receiver_that_fails_is_lost(tmp_path: Path) -> None:
+    first, second, third = (tmp_path / name for name in ("first", "second", "third"))
+    receivers = [slice_of(3, first), slice_of(2, second, "echo 'out of space' >&2; exit 1"), slice_of(3, third)]
+    with contextlib.closing(Pipeline([("yes",), ("cat",)], receivers, Transport())) as pipeline:
+        convey([pipeline])
+        assert len(pipeline.arrived) == 1
+        assert pipeline.failure
+        assert pipeline.failure.what == "the stream failed: sh: out of space"
+    assert second.exists()
+    assert not third.exists()
+
+
+def test_sender_that_fails_in_the_middle_is_to_blame(tmp_path: Path) -> None:
+    receivers = [slice_of(3, tmp_path / "first"), shell("grep -q x || { echo 'incomplete stream' >&2; exit 1; }")]
+    sender = shell("printf abc; echo 'no such snapshot' >&2; exit 1")
+    with contextlib.closing(Pipeline([sender], receivers, Transport())) as pipeline:
+        convey([pipeline])
+        assert len(pipeline.arrived) == 1
+        assert pipeline.failure
+        assert pipeline.failure.what == "the stream failed: sh: no such snapshot; sh: incomplete stream"
+
+
+def test_trains_go_side_by_side_and_one_that_fails_leaves_the_others_alone(tmp_path: Path) -> None:
+    """Each of the two that arrive waits for the other one."""
+    mine, yours = tmp_path / "mine", tmp_path / "yours"
+    os.mkfifo(mine)
+    os.mkfifo(yours)
+    one = Train(((shell("echo one"), shell(f"cat >/dev/null; echo > '{mine}'; read x < '{yours}'")),))
+    two = Train(((shell("echo two"), shell(f"cat >/dev/null; read x < '{mine}'; echo > '{yours}'")),))
+    bad = Train(((shell("echo bad"), shell("exit 3")), (shell("echo good"), ("cat",))))
+    host = LocalHost()
+    passages = pull(host, host, [(train, Transport()) for train in (one, bad, two)])
+    assert [len(it.arrived) for it in passages] == [1, 0, 1]
+    assert [it.failure is None for it in passages] == [True, False, True]
+    assert "sh ended with status 3" in str(passages[1].failure)
+
+
 # --- Interrupted ------------------------------------------------------------------------------------------------------
 
 
@@ -168,18 +251,19 @@ def test_no_stage_survives_a_signal(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     started = tmp_path / "started"
     os.mkfifo(started)
     script = f"{'trap : TERM;' if stubborn else ''} echo $$ > '{started}'; while :; do read line; done"
-    await_one = zfs_replicate.await_one
+    advance = Pipeline.advance
     pids: list[int] = []
 
-    def await_signal(stage: zfs_replicate.Stage, seconds: float) -> None:
-        pids.append(int(started.read_text()))  # the stage has set its trap
-        signal.setitimer(signal.ITIMER_REAL, 0.02)
-        await_one(stage, seconds)
+    def await_signal(pipeline: Pipeline) -> bool:
+        if not pids:
+            pids.append(int(started.read_text()))  # the stage has set its trap
+            signal.setitimer(signal.ITIMER_REAL, 0.02)
+        return advance(pipeline)
 
     def stop(number: int, frame: Any) -> None:
         raise Stopped(number)
 
-    monkeypatch.setattr("zfs_replicate.await_one", await_signal)
+    monkeypatch.setattr(Pipeline, "advance", await_signal)
     monkeypatch.setattr("zfs_replicate.END_SECONDS", 0.05)
     signal.signal(signal.SIGALRM, stop)
     with pytest.raises(Stopped):
@@ -228,12 +312,12 @@ def test_stream_is_compressed_on_the_wire_alone(tmp_path: Path, monkeypatch: pyt
         there.write_bytes(b"much of the same " * 100_000)
         transport = Transport((("tee", str(wire)),), packer=packer)
         sending, receiving = ("cat", str(there)), shell(f"cat > '{here}'")
-        assert pull(host, sending, LocalHost(), receiving, transport) == there.stat().st_size
-        assert 0 <= pull(host, sending, LocalHost(), receiving, Transport()) - there.stat().st_size < 50_000
+        assert carried(host, sending, LocalHost(), receiving, transport).bytes == there.stat().st_size
+        assert 0 <= carried(host, sending, LocalHost(), receiving, Transport()).bytes - there.stat().st_size < 50_000
         assert here.read_bytes() == there.read_bytes()
         assert wire.stat().st_size < there.stat().st_size / 10
         with pytest.raises(StreamFailed, match="No such file"):
-            pull(host, ("cat", str(there) + ".gone"), LocalHost(), receiving, transport)
+            carried(host, ("cat", str(there) + ".gone"), LocalHost(), receiving, transport)
 
 
 def test_failure_at_the_far_end_is_no_lost_link(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -251,7 +335,7 @@ def test_dropped_connection_is_a_lost_link(tmp_path: Path, monkeypatch: pytest.M
         assert subprocess.check_output(host.piped(("echo", "first")), timeout=PATIENCE) == b"first\n"
         server.fault = Fault.DROPPED
         with pytest.raises(LinkLost, match=r"^the link to source broke: .*incomplete stream\n"):
-            pull(host, ("cat", "/dev/zero"), LocalHost(), receiver, Transport())
+            carried(host, ("cat", "/dev/zero"), LocalHost(), receiver, Transport())
 
 
 @pytest.mark.parametrize("login_shell", [name for name in ("sh", "bash") if shutil.which(name)])
@@ -262,7 +346,7 @@ def test_receiver_that_fails_is_no_lost_link(tmp_path: Path, monkeypatch: pytest
         source_host(tmp_path, monkeypatch, login_shell) as (host, _),
         pytest.raises(StreamFailed, match="out of space"),
     ):
-        pull(host, ("cat", "/dev/zero"), LocalHost(), receiver, Transport((("cat",),)))
+        carried(host, ("cat", "/dev/zero"), LocalHost(), receiver, Transport((("cat",),)))
 
 
 def test_sender_whose_own_status_came_through_is_no_lost_link() -> None:
@@ -274,9 +358,9 @@ def test_sender_whose_own_status_came_through_is_no_lost_link() -> None:
 
     for sender, receiver in (("exit 1", "exit 0"), ("exit 0", "exit 1")):
         with pytest.raises(StreamFailed, match="the stream failed: sh ended with status 1"):
-            pull(Hung(), shell(sender), LocalHost(), shell(f"cat > /dev/null; {receiver}"), Transport())
+            carried(Hung(), shell(sender), LocalHost(), shell(f"cat > /dev/null; {receiver}"), Transport())
     with pytest.raises(LinkLost):
-        pull(Hung(), shell("exit 255"), LocalHost(), shell("cat > /dev/null"), Transport())
+        carried(Hung(), shell("exit 255"), LocalHost(), shell("cat > /dev/null"), Transport())
 
 
 # --- Blame ------------------------------------------------------------------------------------------------------------
@@ -328,12 +412,12 @@ def told(sender: str, receiver: str) -> StreamFailed:
             super().__init__()
             self.script, self.account = script, account
 
-        def piped(self, command: Command, then: Command = ()) -> Command:
+        def piped(self, *commands: Command, then: Command = ()) -> Command:
             return shell(self.script)
 
     source = Scripted(sender, Account("puller", "source", "tank/vm"))
     with pytest.raises(StreamFailed) as caught:
-        pull(source, ("zfs", "send", "tank/vm/a@b"), Scripted(receiver, KEEPER), RECEIVING, Transport())
+        carried(source, ("zfs", "send", "tank/vm/a@b"), Scripted(receiver, KEEPER), RECEIVING, Transport())
     return caught.value
 
 
@@ -356,7 +440,11 @@ def test_lack_of_space_is_told_with_what_comes_next(words: str) -> None:
 def test_our_own_property_that_could_not_be_set_is_a_failure_though_zfs_recv_succeeds() -> None:
     refused = ("com.x:y", "atime", "readonly", "sharenfs", "quota", "a", "b", "c", "d")
     lines = "; ".join(f"echo 'cannot receive {it} property on offsite/vm/a: permission denied' >&2" for it in refused)
-    failure = told("exit 0", f"cat >/dev/null; {lines}")
+    done = carried(LocalHost(), shell("exit 0"), LocalHost(), shell(f"cat >/dev/null; {lines}"), Transport())
+    keeper = LocalHost()
+    keeper.account = KEEPER
+    failure = unset_properties(keeper, RECEIVING, done.said)
+    assert failure
     assert failure.what == "it has arrived, but without readonly=on: permission denied"
     assert failure.hint == (
         "as root on this host: zfs allow keeper receive,create,mount,readonly,canmount offsite/vm; "
@@ -365,8 +453,8 @@ def test_our_own_property_that_could_not_be_set_is_a_failure_though_zfs_recv_suc
 
 
 def test_property_of_the_source_that_could_not_be_set_is_passed_over() -> None:
-    line = "echo 'cannot receive atime property on offsite/vm/a: permission denied' >&2"
-    pull(LocalHost(), shell("exit 0"), LocalHost(), shell(f"cat >/dev/null; {line}"), Transport())
+    line = "cannot receive atime property on offsite/vm/a: permission denied"
+    assert unset_properties(LocalHost(), RECEIVING, line) is None
 
 
 # --- The buffer -------------------------------------------------------------------------------------------------------
