@@ -74,7 +74,7 @@ import threading
 import time
 import warnings
 from base64 import b64encode
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import IO, Any, Callable, NoReturn, Protocol, Union
@@ -1022,7 +1022,7 @@ Usage = dict[str, tuple[int, int]]
 """Bytes that only a snapshot needs, and bytes written until it, by its name."""
 
 
-def held_after(dataset: Dataset, tag: str, place: Sequence[str], release: Sequence[str]) -> Dataset:
+def held_after(dataset: Dataset, tag: str, place: Container[str], release: Container[str] = ()) -> Dataset:
     """The dataset once `tag` was placed on those of its snapshots, and released from these."""
 
     def hold(snapshot: Snapshot) -> Snapshot:
@@ -1133,6 +1133,12 @@ def batches(names: Iterable[str]) -> Iterator[list[str]]:
         size += len(name) + 8
     if batch:
         yield batch
+
+
+def chunks(commands: Sequence[Command], size: int) -> Iterator[Sequence[Command]]:
+    """`commands` in lists of at most that many."""
+    for start in range(0, len(commands), size):
+        yield commands[start : start + size]
 
 
 FAILING = "zfs_replicate:failing"
@@ -2529,8 +2535,8 @@ def place_holds(host: Host, tag: str, names: Iterable[str]) -> dict[str, str]:
     return missing
 
 
-MOST_RIDES = 100
-"""Streams on one train: the commands that send them travel as one word, of which Linux takes 128 KiB."""
+MOST_IN_TURN = 100
+"""Commands in one request, streams on one train: they travel as one word, of which Linux takes 128 KiB."""
 
 PARENT_FIRST = "it follows when its parent's failure is mended"
 ORIGIN_FIRST = "it follows, as a clone, when the failure of its origin's dataset is mended"
@@ -2592,7 +2598,6 @@ class Run:
         self.failing: int | None = None  # since when, if the runs before this one did
         self.features: list[str] | None = None  # of the local pool
         self.order: list[str] = []  # of the datasets of the source
-        self.held: set[str] = set()  # source snapshots that we have placed our tag on
         self.rights: list[str] = []  # what root must run to let us move the holds
         self.lost: tuple[str, LinkLost] | None = None  # what was at work when the link broke
 
@@ -2707,11 +2712,15 @@ class Run:
         """All that follows the first survey. What fails on the way is reported, and the rest goes on; a lost link is
         only noted in `lost`, for it may be worth another try."""
         try:
-            if self.transfer(self.plan(), now):
+            has_changed = self.transfer(self.plan(), now)
+            if has_changed:
+                self.survey_target()
+            for _ in range(2):  # what was renamed at the source meanwhile is found the second time
+                if not self.converge() and not has_changed:
+                    break
                 self.survey()
-            if self.converge():
-                self.survey()
-                self.check_holds()
+                has_changed = False
+            self.check_holds()
             if self.policy.bookmark:
                 self.move_bookmarks()
             self.expire(now)
@@ -2847,7 +2856,9 @@ class Run:
         Raises Failure if a parent or an origin is missing.
         """
         plan, source, local = self.decide(key), self.source[key], self.target.get(key)
-        if not isinstance(plan, Transfer) or not self.are_held(plan.targets) or (local and not local.snapshots):
+        if not isinstance(plan, Transfer) or (local and not local.snapshots):
+            return []
+        if not all(self.policy.tag in (target.tags or ()) for target in plan.targets):
             return []
         if local is None and former_key(source, key, self.strays) is not None:
             return []
@@ -2865,15 +2876,12 @@ class Run:
             local = foreseen(source, local, self.local_name(key), Transfer((step,)))
         return rides
 
-    def are_held(self, snapshots: Iterable[Snapshot]) -> bool:
-        return all(it.name in self.held or self.policy.tag in (it.tags or ()) for it in snapshots)
-
     def has_room(self, train: Sequence[Ride], rides: Sequence[Ride]) -> bool:
         """Whether more can ride with a train: of one kind, for they go through one packer, and not too many."""
         if not train or not rides:
             return True
         same = self.compressible(train[0].key) == self.compressible(rides[0].key)
-        return same and len(train) + len(rides) <= MOST_RIDES
+        return same and len(train) + len(rides) <= MOST_IN_TURN
 
     def depart(self, trains: Sequence[Sequence[Ride]]) -> dict[str, Failure]:
         """As `ride`; returns also what kept it from proving anything."""
@@ -2888,10 +2896,13 @@ class Run:
 
     def hold_targets(self, plans: Iterable[Plan]) -> dict[str, str]:
         """Hold what these plans send, all in one command. Returns what is not held, with what zfs said."""
+        tag = self.policy.tag
         targets = [target for plan in plans if isinstance(plan, Transfer) for target in plan.targets]
-        unheld = {target.name for target in targets if self.policy.tag not in (target.tags or ())} - self.held
-        missing = place_holds(self.source_host, self.policy.tag, sorted(unheld))
-        self.held |= unheld - missing.keys()
+        unheld = sorted({target.name for target in targets if tag not in (target.tags or ())})
+        missing = place_holds(self.source_host, tag, unheld)
+        held = set(unheld) - missing.keys()
+        for key in {name.partition("@")[0][len(self.policy.source_root) :] for name in held}:
+            self.source[key] = held_after(self.source[key], tag, held)
         return missing
 
     def bring_up(self, key: str, now: int) -> None:
@@ -3110,16 +3121,27 @@ class Run:
         return bool(wanted)
 
     def move_bookmarks(self) -> None:
-        """Place our bookmarks, each before its older ones go. One that fails is reported, and the next run repairs."""
+        """Place our bookmarks, each before its older ones go: all together, and where that fails one by one. One that
+        fails is reported, and the next run repairs."""
+        together = [command for commands in self.bookmark_commands().values() for command in commands]
+        if all(self.source_host.ask(*some).status == 0 for some in chunks(together, MOST_IN_TURN)):
+            return
+        self.survey()
+        for name, commands in self.bookmark_commands().items():
+            try:
+                for command in commands:
+                    run(self.source_host, command)
+            except CommandFailed as failure:
+                self.report.failure(name, failure)
+
+    def bookmark_commands(self) -> dict[str, list[Command]]:
+        """What is to be done about our bookmarks, by dataset of the source."""
+        commands: dict[str, list[Command]] = {}
         for key, source in self.source.items():
             marks = converge_bookmarks(source, self.target.get(key), self.policy)
-            try:
-                if marks.place:
-                    run(self.source_host, bookmark(marks.place, self.policy.mark(marks.place.guid)))
-                for name in marks.remove:
-                    run(self.source_host, destroy_bookmark(name))
-            except CommandFailed as failure:
-                self.report.failure(source.name, failure)
+            place = [bookmark(marks.place, self.policy.mark(marks.place.guid))] if marks.place else []
+            commands[source.name] = [*place, *map(destroy_bookmark, marks.remove)]
+        return commands
 
     def check_holds(self) -> None:
         for key, moves in self.wanted_moves().items():
@@ -3251,9 +3273,11 @@ class Rehearsal:
     def __init__(self, run: Run) -> None:
         self.run = run
         self.report = run.report
+        self.sizes: dict[Command, int] = {}  # bytes of streams, as foreseen by the source
 
     def tell(self, now: int) -> None:
         self.run.order = in_order(self.run.source)
+        self.weigh()
         for key in self.run.order:
             try:
                 self.foresee(key, now)
@@ -3270,6 +3294,18 @@ class Rehearsal:
         for key in self.run.target:
             for snapshot in self.run.due(key, now):
                 self.report.expired(snapshot, "expires")
+
+    def weigh(self) -> None:
+        """Ask for the sizes of many streams in one request; what this leaves out is asked for by itself."""
+        sendings = [
+            self.run.ends(key, step, self.run.target.get(key))[0]
+            for key in self.run.order
+            for step in steps_of(self.run.decide(key))
+            if isinstance(step, Receive)
+        ]
+        for some in chunks(sendings, MOST_IN_TURN):
+            found = parse_estimates(self.run.source_host.ask(*map(estimate, some)).stdout)
+            self.sizes.update((sending, size) for sending, (size, _) in zip(some, found))
 
     def foresee(self, key: str, now: int) -> None:
         """One dataset. Raises Failure if it would be blocked, or skipped."""
@@ -3322,8 +3358,10 @@ class Rehearsal:
         if key not in self.run.target:
             self.run.check_origin(key, step)
         sending, _ = self.run.ends(key, step, self.run.target.get(key))
-        foretold = parse_estimates(self.run.source_host.ask(estimate(sending)).stdout)
-        size = foretold[0][0] if foretold else None
+        size = self.sizes.get(sending)
+        if size is None:
+            found = parse_estimates(self.run.source_host.ask(estimate(sending)).stdout)
+            size = found[0][0] if found else None
         base = f", onto that of guid {step.base.guid}" if step.base else ""
         amount = "size unknown" if size is None else human(size)
         line = f"{name}: pull {step}: {amount} (guid {step.snapshot.guid}{base})"
