@@ -2795,18 +2795,18 @@ class Run:
         self.hold_targets(plans.values())
         waiting = [key for key, plan in plans.items() if not isinstance(plan, UpToDate)]
         to_do = bool(waiting)
+        done: set[str] = set()
         while waiting and not self.lost:
             trains = self.board(waiting)
-            if trains:
-                failed = self.depart(trains)
-                waiting = [key for key in waiting if key not in failed and not isinstance(self.decide(key), UpToDate)]
-            else:
-                failed = self.bring_up_alone(waiting.pop(0), now)
+            failed = self.depart(trains) if trains else self.bring_up_alone(waiting[0], now)
             for key, failure in failed.items():
                 if isinstance(failure, LinkLost):
                     self.lost = (self.local_name(key), failure)  # the others would only wait for the same link
                 else:
                     self.report.failure(self.local_name(key), failure)
+            done |= failed.keys() if trains else {waiting[0]}
+            # Of all, for what was in step before may have been renamed aside, with its parent.
+            waiting = [key for key in plans if key not in done and not isinstance(self.decide(key), UpToDate)]
         return to_do
 
     def bring_up_alone(self, key: str, now: int) -> dict[str, Failure]:

@@ -745,9 +745,12 @@ class Wire:
     target: Machine
     at: Callable[[Machine, Command, str], Answer | None] = undisturbed
     done: list[tuple[str, ...]] = field(default_factory=list)
+    trains: list[list[list[str]]] = field(default_factory=list)
+    """Those that went side by side, each with the datasets it brought."""
 
     def carry(self, trains: Sequence[Train]) -> list[Passage]:
         """One train after the other: nobody can tell the difference, for none knows of the others."""
+        self.trains.append([[receiving[-1] for _, receiving in train.streams] for train in trains])
         return [self.passage(train) for train in trains]
 
     def passage(self, train: Train) -> Passage:

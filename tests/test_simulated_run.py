@@ -53,15 +53,21 @@ class Job:
         at: Disturbance | None = None,
         *,
         rollback: bool = False,
+        quarantine: bool = False,
         selection: Selection = EVERYTHING,
+        jobs: int = 1,
     ) -> str:
         """One run, which must exit with `status`. Returns what it told the user."""
         self.wire = Wire(self.source, self.backup)
         if at:
             self.wire.at = at
         report = Report()
-        policy = Policy(self.tree, self.mirror, TAG, keep, every, rollback=rollback, selection=selection)
-        run = Run(policy, Near(self.wire, self.source), Near(self.wire, self.backup), self.wire.carry, report)
+        policy = Policy(
+            self.tree, self.mirror, TAG, keep, every, rollback=rollback, quarantine=quarantine, selection=selection
+        )
+        run = Run(
+            policy, Near(self.wire, self.source), Near(self.wire, self.backup), self.wire.carry, report, jobs=jobs
+        )
         try:
             run.begin()
             run.execute(self.source.world.now)
@@ -619,6 +625,43 @@ def test_a_machine_that_answers_no_more_is_not_asked_for_every_dataset(mirrored:
     assert said == f"zfs_replicate: {LOCAL}: zfs list on backup has not ended after 1h"
     assert len(asked) == 1
     mirrored.replicate()
+
+
+@pytest.mark.parametrize("jobs", [1, 3])
+def test_children_that_were_in_step_are_pulled_afresh_with_their_parent(mirrored: Job, jobs: int) -> None:
+    mirrored.source.release(TAG, f"{SOURCE}@a")
+    mirrored.source.destroy(SOURCE, ["a"])
+    mirrored.snapshot("b", "")
+    mirrored.replicate(quarantine=True, jobs=jobs)
+    assert mirrored.here() == f"b!{RECEIVED}"
+    assert mirrored.here("/www/logs") == mirrored.here("/disk") == f"a!{RECEIVED}"
+
+
+def test_streams_go_by_train_parents_first(job: Job) -> None:
+    """On one train a child rides behind its parent; side by side it waits for it."""
+    root, disk, www, logs = (f"{LOCAL}{key}" for key in ("", "/disk", "/www", "/www/logs"))
+    job.snapshot("a")
+    job.replicate()
+    assert job.wire.trains == [[[root, disk, www, logs]]]
+    job.snapshot("b")
+    job.replicate(jobs=3)
+    assert job.wire.trains == [[[root, logs], [disk], [www]]]
+    for name in list(job.backup.below(LOCAL)):
+        del job.backup.datasets[name]
+    job.replicate(jobs=3)
+    assert job.wire.trains == [[[root]], [[disk], [www]], [[logs]]]
+
+
+def test_a_stream_that_fails_ends_its_train_and_the_rest_goes_by_the_next(mirrored: Job) -> None:
+    mirrored.snapshot("b")
+    said = mirrored.replicate(status=1, at=refusing("^zfs send .*/disk@b", "source"))
+    assert said.startswith(f"zfs_replicate: {LOCAL}/disk: the stream failed: ")
+    assert mirrored.wire.trains == [
+        [[LOCAL, f"{LOCAL}/disk", f"{LOCAL}/www", f"{LOCAL}/www/logs"]],
+        [[f"{LOCAL}/www", f"{LOCAL}/www/logs"]],
+    ]
+    assert mirrored.here("/www/logs") == f"a b!{RECEIVED}"
+    assert mirrored.here("/disk") == f"a!{RECEIVED}"
 
 
 def test_what_is_left_out_stays_as_it_is_on_both_sides(mirrored: Job) -> None:

@@ -102,6 +102,7 @@ class Options:
     bookmark: bool = False
     way: str = ""
     only: str = "*"
+    jobs: int = 1
 
     def policy(self, hop: Hop) -> Policy:
         return Policy(
@@ -438,7 +439,7 @@ class Site:
         watch = Watch(self, hop, options, fault, neighbour)
         wire.at = watch.at
         policy = options.policy(hop)
-        run = Run(policy, Near(wire, hop.source), Near(wire, hop.target), wire.carry, report)
+        run = Run(policy, Near(wire, hop.source), Near(wire, hop.target), wire.carry, report, jobs=options.jobs)
         try:
             run.begin()
             run.execute(self.world.now)
@@ -618,6 +619,7 @@ option_sets = st.builds(
     st.booleans(),
     st.sampled_from(["", "", "rollback", "quarantine"]),
     st.sampled_from(["*", "*", "[!p-r]*"]),
+    st.sampled_from([1, 1, 3]),
 )
 
 
