@@ -319,6 +319,10 @@ class Watch:
         self.site.begin_anew(name)
         if ASIDE not in aside:
             return
+        # What arrived in this run, by the side of a parent that was found to be in the way, was looked at then.
+        here = foreign(self.hop.target, self.hop.target_root, RECEIVED)
+        for new in self.hop.target.below(aside):
+            self.here[new] = {**here[new], **self.here.get(new, {})}
         left = [self.hop.target.datasets[old] for old in self.hop.target.below(aside)]
         self.site.estranged |= {point.guid for store in left for point in store.snapshots.values()}
 
