@@ -3,8 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import resource
+import shutil
+import socket
+import statistics
 import subprocess
 import sys
+import tempfile
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Callable
@@ -151,6 +157,160 @@ def machines(release: str) -> Iterator[Site]:
         yield pair.fresh()
 
 
+STREAM_BYTES = 1 << 29
+ROUNDS = 7
+SSHD_CONFIG = """\
+Port {port}
+ListenAddress 127.0.0.1
+HostKey {home}/host
+AuthorizedKeysFile {home}/user.pub
+PidFile none
+StrictModes no
+UsePAM no
+"""
+
+
+def wire(rounds: str = str(ROUNDS)) -> None:
+    """One big stream over a private sshd into `zstream dump`, which checks every record: seconds, and processor seconds
+    of both ends."""
+    tools = install_here()
+    stream = a_real_stream()
+    with tempfile.TemporaryDirectory(prefix="zfs_replicate-bench-") as home:
+        port = prepare_sshd(Path(home))
+        options = f"-p {port} -i {home}/user -o UserKnownHostsFile={home}/known -o BatchMode=yes -o LogLevel=ERROR"
+        ssh, sink, cat = f"ssh {options}", f"{tools}/zstream dump", f"cat {stream}"
+        pipelines = {
+            "bare": f"{ssh} -o Compression=no -c aes128-gcm@openssh.com 127.0.0.1 {cat} | mbuffer -q -m 256M | {sink}",
+            "zfs_replicate": f"{sys.executable} {__file__} ours {home} {port} {stream} '{sink}'",
+            "syncoid": f"{ssh} 127.0.0.1 '{cat} | mbuffer -q -s 128k -m 16M' | mbuffer -q -s 128k -m 16M | {sink}",
+            "zfs-autobackup": f"{ssh} 127.0.0.1 {cat} | {sink}",
+        }
+        found: dict[str, list[tuple[float, float]]] = {name: [] for name in pipelines}
+        for number in range(int(rounds) + 1):
+            for name, line in pipelines.items():
+                effort = carried(Path(home), port, line)
+                say(
+                    f"{'warm-up' if number == 0 else f'round {number}'}: {name}: {effort[0]:.2f} s, {effort[1]:.2f} s of processor"
+                )
+                if number:
+                    found[name].append(effort)
+    print(f"{stream.stat().st_size / 2**20:.0f} MiB, {rounds} rounds in turn; medians; the ratios are of each round")
+    print(f"{'':<16}{'seconds':>9}{'MiB/s':>8}{'processor s':>13}{'bare/it':>9}{'processor it/bare':>19}")
+    for name, efforts in found.items():
+        seconds, processor = (statistics.median(column) for column in zip(*efforts))
+        speed = statistics.median(bare[0] / it[0] for bare, it in zip(found["bare"], efforts))
+        cost = statistics.median(it[1] / bare[1] for bare, it in zip(found["bare"], efforts))
+        print(
+            f"{name:<16}{seconds:>9.2f}{stream.stat().st_size / 2**20 / seconds:>8.0f}{processor:>13.2f}"
+            f"{speed:>9.2f}{cost:>19.2f}"
+        )
+
+
+def carried(home: Path, port: int, line: str) -> tuple[float, float]:
+    """Seconds of a pipeline, and of the processor, with an sshd that lives just as long."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    sshd = subprocess.Popen(["/usr/sbin/sshd", "-D", "-e", "-f", home / "config"], stderr=subprocess.DEVNULL)
+    while subprocess.run(["ssh-keyscan", "-p", str(port), "127.0.0.1"], capture_output=True).stdout == b"":
+        time.sleep(0.05)
+    began = time.monotonic()
+    subprocess.run(["bash", "-o", "pipefail", "-c", line], check=True, stdout=subprocess.DEVNULL)
+    seconds = time.monotonic() - began
+    sshd.terminate()
+    sshd.wait()
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return seconds, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+
+def ours(home: str, port: str, stream: str, sink: str) -> None:
+    """What the program does about one stream, its own login for streams included."""
+    import zfs_replicate as program
+
+    settings = ("-o", f"UserKnownHostsFile={home}/known", "-o", "BatchMode=yes")
+    host = program.SshHost(program.Connection.resolve("127.0.0.1", int(port), f"{home}/user", settings))
+    with contextlib.closing(host):
+        train = program.Train(((("cat", stream), tuple(sink.split())),))
+        transport = program.Transport(program.buffer_stage("256M"))
+        (passage,) = program.pull(host, program.LocalHost(), [(train, transport)])
+        if passage.failure:
+            raise SystemExit(str(passage.failure))
+
+
+def prepare_sshd(home: Path) -> int:
+    """Keys and a configuration of a private sshd. Returns its port."""
+    for name in ("host", "user"):
+        subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", home / name], check=True)
+    with socket.socket() as it:
+        it.bind(("127.0.0.1", 0))
+        port = int(it.getsockname()[1])
+    (home / "config").write_text(SSHD_CONFIG.format(port=port, home=home))
+    key = (home / "host.pub").read_text()
+    (home / "known").write_text(f"[127.0.0.1]:{port} {key}")
+    Path("/run/sshd").mkdir(exist_ok=True)
+    return port
+
+
+def install_here() -> Path:
+    """sshd, mbuffer and pv by apt; zstream, which Debian keeps in contrib, unpacked in our cache. Returns where."""
+    missing = [name for name in ("mbuffer", "pv") if not shutil.which(name)]
+    missing += [] if Path("/usr/sbin/sshd").exists() else ["openssh-server"]
+    if missing:
+        say(f"installing on this host: {' '.join(missing)}")
+        subprocess.run(["apt-get", "-q", "update"], check=True, stdout=subprocess.DEVNULL)
+        subprocess.run(
+            ["apt-get", "-q", "install", "-y", "--no-install-recommends", *missing],
+            check=True,
+            stdout=subprocess.DEVNULL,
+        )
+    place = CACHE / "zstream"
+    if not (place / "complete").exists():
+        say("fetching zstream (once)")
+        place.mkdir(parents=True, exist_ok=True)
+        listed = subprocess.run(
+            ["apt-get", "indextargets", "--format", "$(REPO_URI) $(RELEASE)"],
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        (place / "sources").write_text(
+            "".join(f"deb {line} contrib\n" for line in sorted(set(listed.stdout.splitlines())))
+        )
+        lists = [
+            f"-oDir::Etc::SourceList={place}/sources",
+            "-oDir::Etc::SourceParts=-",
+            f"-oDir::State::Lists={place}/lists",
+        ]
+        (place / "lists/partial").mkdir(parents=True, exist_ok=True)
+        packages = ("zfsutils-linux", "libzfs4linux", "libzpool5linux", "libnvpair3linux", "libuutil3linux")
+        for words in (["update"], ["download", *packages]):
+            subprocess.run(["apt-get", "-q", *lists, *words], cwd=place, check=True, stdout=subprocess.DEVNULL)
+        for package in place.glob("*.deb"):
+            subprocess.run(["dpkg", "-x", package, place], check=True)
+        libraries = f"{place}/lib/x86_64-linux-gnu:{place}/usr/lib/x86_64-linux-gnu"
+        program = next(path for path in (place / "sbin/zstream", place / "usr/sbin/zstream") if path.exists())
+        (place / "complete").write_text(f'#!/bin/sh\nLD_LIBRARY_PATH={libraries} exec {program} "$@"\n')
+        (place / "complete").chmod(0o755)
+    (place / "bin").mkdir(exist_ok=True)
+    shutil.copy(place / "complete", place / "bin/zstream")
+    return place / "bin"
+
+
+def a_real_stream() -> Path:
+    """A full send stream, as OpenZFS in the lab makes it; cached."""
+    path = CACHE / "stream"
+    if not path.exists():
+        say("making a stream in the lab (once)")
+        with machines("bookworm") as site:
+            site.source.run(
+                f"zfs create -p -o recordsize=1M {TREE} && head -c {STREAM_BYTES} /dev/urandom > /{TREE}/data",
+                timeout=1800,
+            )
+            site.snapshot("a")
+            with (path.with_suffix(".part")).open("wb") as file:
+                subprocess.run([*site.source.ssh_command(), f"zfs send -L -c {TREE}@a"], stdout=file, check=True)
+        path.with_suffix(".part").rename(path)
+    return path
+
+
 MEASURED = r"""
 import resource, subprocess, sys, time
 began = time.monotonic()
@@ -197,13 +357,15 @@ for i = 1, tonumber(args["argv"][2]) do zfs.sync.snapshot(args["argv"][1] .. "@a
 
 
 def main(what: str = "", *more: str) -> int:
-    parts: dict[str, Callable[..., None]] = {"distance": distance, "growth": growth}
+    parts: dict[str, Callable[..., None]] = {"wire": wire, "distance": distance, "growth": growth, "ours": ours}
     if what not in parts:
-        print(f"usage: tests/bench {'|'.join(parts)}", file=sys.stderr)
+        print("usage: tests/bench wire|distance|growth", file=sys.stderr)
         return 2
     parts[what](*more)
     return 0
 
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
 
 if __name__ == "__main__":
     sys.exit(main(*sys.argv[1:]))
