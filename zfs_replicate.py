@@ -19,7 +19,7 @@ How one run goes
     1. lock the local tree, list both trees with their holds               survey
     2. follow renames, match snapshots by guid, decide per dataset         plan
     3. hold every snapshot that will be sent, before any byte flows        hold
-    4. ssh HOST zfs send | mbuffer | zfs recv, dataset by dataset          stream
+    4. ssh HOST zfs send | mbuffer | zfs recv, one dataset behind another   stream
     5. list again and believe only that                                    verify
     6. move the holds to the new common snapshot, place before release     converge
     7. destroy local snapshots older than keep-days                        expire
@@ -39,7 +39,7 @@ Rooms of this file, in reading order; a room uses only rooms above it
     4  Plan          what to send, which holds to move, what to expire: pure decisions
     5  Commands      every command as a value; the one place that quotes for a remote shell
     6  Hosts         run commands here (subprocess) and on the source (paramiko)
-    7  Stream        the pipeline of processes; every exit status read
+    7  Stream        pipelines of processes, through each of which streams go in turn; every exit status read
     8  Run           the seven steps above; those that only look (--dry-run, --status, --doctor); the end (--retire)
     9  Report        what the user sees
     10 Command line  options and main()

@@ -100,6 +100,14 @@ BUGS: dict[str, Edits] = {
     "blocked without asking for the way out": (("        allowed = {Rollback: self.policy.rollback, Quarantine", "        allowed = {Rollback: True, Quarantine"),),
     "nobody watches the stream": (("        elif count and now - self.moved_at >= patience:\n", "        elif False:\n"),),
     "the lock is not inherited": (("                pass_fds=self.transport.inherit if is_last else (),\n", ""),),
+    "sent without a hold": (
+        ("        if not all(self.policy.tag in (target.tags or ()) for target in plan.targets):\n            return []\n", ""),
+        ("            if missing:\n                said = \"; \"", "            if False:\n                said = \"; \""),
+    ),
+    "what was in step stays behind when its parent is set aside": (
+        ("            waiting = [key for key in plans if", "            waiting = [key for key in waiting if"),
+    ),
+    "side by side no child waits for its parent": (("            if self.jobs == 1:\n", "            if True:\n"),),
     "stuck holder left in peace": (("    if time.time() - moved >= patience * TAIL_FACTOR:\n", "    if False:\n"),),
 }  # fmt: skip
 

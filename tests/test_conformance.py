@@ -52,6 +52,7 @@ from zfs_replicate import (
     estimate,
     fields,
     hold,
+    list_datasets,
     list_existing,
     list_holds,
     list_tree,
@@ -194,6 +195,7 @@ SCENES = {
         one here => here: b; here/disk volume:; here/kid:
         tree here/no => ! dataset does not exist
         one here/no => ! dataset does not exist
+        one here here/no here/kid => here: b; here/disk volume:; here/kid: a ! dataset does not exist
         make here/made
         make here/made => ! already exists
         make here/no/made => ! parent does not exist
@@ -600,7 +602,7 @@ COMMANDS: dict[str, Callable[..., Command]] = {
     "bookmark": lambda name, mark: ("zfs", "bookmark", name, mark),
     "existing": lambda *names: list_existing(names),
     "tree": list_tree,
-    "one": lambda name: list_tree(name, depth=1),
+    "one": lambda *names: list_datasets(names),
     "make": create_parent,
     "files": count_files,
     "abandon": abandon,
