@@ -550,20 +550,23 @@ class Bench:
         """A run that ends midway through its first stream."""
         sending = next(call for call in self.count(INCREMENT) if call.streams)
         cut = Fault(ALL_KILLED, sending, "midway", sending.bytes // 2)
-        for _ in range(MOST_INTERRUPTIONS):  # zfs recv may have been killed before it had looked at its first bytes
-            self.arm(cut)
+        for number in range(
+            MOST_INTERRUPTIONS
+        ):  # zfs recv may have been killed before it had looked at its first bytes
+            self.arm(cut, seconds=2 * number)
             self.run_disturbed(Scenario("interrupted"))
             self.settle()
             if look(self.site.backup, MIRROR).waiting:
                 return
         raise AssertionError("the interrupted runs left nothing to resume")
 
-    def arm(self, fault: Fault) -> None:
+    def arm(self, fault: Fault, seconds: int = 0) -> None:
+        """The fault strikes so many seconds after the moment it is for."""
         deeds = {it.__name__: it for it in (failing, killing, killing_all, killing_sshd, waiting, filling, destroying)}
         plan = f"{fault.call.number} {fault.when} {fault.bytes}"
         self.machine(fault.call.machine).run(
             f"mkdir -p {DIRECTORY} && cd {DIRECTORY} && cat >deed && echo {plan} >plan",
-            input=deeds[fault.kind.deed](fault) + "\n",
+            input=f"sleep {seconds}\n{deeds[fault.kind.deed](fault)}\n",
         )
 
     def run_disturbed(self, scenario: Scenario) -> tuple[int, str]:
