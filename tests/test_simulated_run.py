@@ -734,10 +734,10 @@ def test_a_mirror_that_cannot_be_listed_costs_no_hold(mirrored: Job) -> None:
 
     def unreadable(where: Machine, command: Command, moment: str) -> Answer | None:
         if moment == "before" and where is mirrored.backup and LOCAL in command and "filesystem,volume" in command:
-            return Answer(1, "offsite\noffsite/virt\n", f"cannot open '{LOCAL}': I/O error\n")
+            return Answer(1, "offsite\t-\noffsite/virt\t-\n", f"cannot open '{LOCAL}': I/O error\n")
         return None
 
-    mirrored.replicate(status=3, at=unreadable)
+    assert f"cannot list {LOCAL} on backup: cannot open" in mirrored.replicate(status=3, at=unreadable)
     assert [mirrored.there(key) for key in EACH] == [f"a!{TAG} b"] * 4
 
 

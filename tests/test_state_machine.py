@@ -92,7 +92,7 @@ class Fault:
             raise LinkLost("the link broke")
         # Asked for several datasets, zfs lists those that it can open.
         several = "filesystem,volume" in command
-        return Answer(1, f"{command[7]}\n" if several and self.lasts else "", "I/O error\n")
+        return Answer(1, f"{command[7]}\t-\n" if several and self.lasts else "", "I/O error\n")
 
 
 @dataclass(frozen=True)
