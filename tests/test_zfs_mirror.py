@@ -79,6 +79,37 @@ def test_second_run_does_nothing_with_one_login_and_two_commands(site: Site) -> 
     site.assert_in_step()
 
 
+def test_a_tree_goes_by_one_command_and_what_fails_holds_nobody_up(site: Site) -> None:
+    """The number of commands at the source is that of the trains, whatever the number of datasets."""
+    children = [f"d{number}" for number in range(6)]
+    site.plant(*children, "d1/inner")
+
+    def effort(*options: str, status: int = 0) -> tuple[int, int]:
+        logins, commands = logins_and_commands(site.source)
+        site.replicate(*options, status=status)
+        logins_now, commands_now = logins_and_commands(site.source)
+        return logins_now - logins, commands_now - commands
+
+    site.snapshot("monday")
+    assert effort() == (2, len(["list", "hold", "send", "list", "holds"]))
+    site.assert_in_step()
+    site.write("two", *children, "d1/inner")
+    site.snapshot("tuesday")
+    assert effort("-j", "3") == (2, len(["list", "holds", "hold", *["send"] * 3, "release", "list", "holds"]))
+    site.assert_in_step()
+    assert site.checksums(site.backup, MIRROR) == site.checksums(site.source, TREE)
+    site.backup.run(
+        f"zfs set readonly=off {MIRROR}/d2 && zfs mount {MIRROR}/d2 && echo mine > /{MIRROR}/d2/mine && zfs umount {MIRROR}/d2"
+    )
+    site.write("three", *children, "d1/inner")
+    site.snapshot("wednesday")
+    effort(status=1)
+    assert names(site.backup, f"{MIRROR}/d2") == ["monday", "tuesday"]
+    assert names(site.backup, f"{MIRROR}/d5") == names(site.backup, f"{MIRROR}/d1/inner") == names(site.source, TREE)
+    site.replicate("--rollback")
+    site.assert_in_step()
+
+
 def test_intermediates_pulls_every_snapshot_between(site: Site) -> None:
     site.plant("www")
     for day in ("monday", "tuesday", "wednesday"):
