@@ -3414,8 +3414,9 @@ class Doctor:
     def examine(self) -> Iterator[Finding]:
         """All findings. One that cannot be made does not keep the others from being made; but without both trees
         there is nothing to say of them."""
+        there = int(run(self.run.source_host, tell_time()))
         yield Finding(f"{self.run.source_host.label}: reached, recognised, logged in")
-        for look in (self.programs, self.clocks):
+        for look in (self.programs, lambda: self.clocks(there)):
             yield from self.tried(look)
         self.run.begin()
         for look in (self.trees, self.rights, self.plans, self.pool, self.mirror):
@@ -3436,9 +3437,8 @@ class Doctor:
         missing = not buffer_stage("1M")
         yield Finding(f"mbuffer: {'missing' if missing else 'here'}", "apt install mbuffer" if missing else "")
 
-    def clocks(self) -> Iterator[Finding]:
-        there, here = (int(run(host, tell_time())) for host in (self.run.source_host, self.run.target_host))
-        skew = abs(there - here)
+    def clocks(self, there: int) -> Iterator[Finding]:
+        skew = abs(there - int(run(self.run.target_host, tell_time())))
         what = f"clocks: {duration(skew)} apart"
         yield Finding(what, "keep-days counts by them: set both by NTP" if skew > MOST_SKEW else "")
 
