@@ -38,7 +38,7 @@ def measured(site: Site, *options: str) -> tuple[int, int]:
 
 @pytest.mark.either
 def test_500_datasets_with_20_snapshots_each(site: Site, record_property: Callable[[str, object], None]) -> None:
-    site.source.run(f"zfs create -p {TREE} && for i in $(seq 499); do zfs create {TREE}/dataset$i; done", timeout=1800)
+    site.source.run(f"zfs create -p {TREE} && for i in $(seq 499); do zfs create -u {TREE}/dataset$i; done", timeout=1800)
     site.snapshot("first")
     few, _ = measured(site)
     nothing = measured(site)[1]
@@ -57,7 +57,7 @@ def test_500_datasets_with_20_snapshots_each(site: Site, record_property: Callab
 
 @pytest.mark.either
 def test_listing_100000_snapshots(site: Site, record_property: Callable[[str, object], None]) -> None:
-    site.source.run(f"zfs create -p {TREE} && for i in $(seq 99); do zfs create {TREE}/dataset$i; done", timeout=600)
+    site.source.run(f"zfs create -p {TREE} && for i in $(seq 99); do zfs create -u {TREE}/dataset$i; done", timeout=600)
     site.source.write(
         "/root/many.lua",
         'args = ...\nfor i = 1, 100 do zfs.sync.snapshot(args["argv"][1] .. "@autosnap_" .. args["argv"][2] .. i) end\n',
