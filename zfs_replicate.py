@@ -2230,15 +2230,31 @@ class Pipeline:
     def came(self, receiver: Stage | None) -> int:
         """Bytes of the stream at hand that its receiver has been given. What that has read itself is some thousands
         more, for programs read other things as well; and may be secret, if it is root's by sudo."""
-        if receiver and self.feeders and self.feeders[-1].program in ("mbuffer", *PACKERS):
-            waiting = struct.unpack("i", fcntl.ioctl(self.pipe, termios.FIONREAD, bytes(4)))[0] if self.pipe else 0
-            return max(self.feeders[-1].moved()[1] - waiting - self.before, 0)
-        return receiver.moved()[0] if receiver else 0
+        if not receiver:
+            return 0
+        feeder = self.feeders[-1] if self.feeders else receiver
+        if feeder.program not in ("mbuffer", *PACKERS):
+            return receiver.moved()[0]
+        written = waiting = 0
+        for _ in range(COUNTS):
+            written, waiting = feeder.moved()[1], in_pipe(self.pipe)
+            if feeder.moved()[1] == written:
+                break
+        return max(written - waiting - self.before, 0)
 
     def buffered(self) -> int:
         """Bytes that wait in the buffer."""
         counts = [stage.moved() for stage in self.feeders if stage.program == "mbuffer"]
         return sum(read - written for read, written in counts)
+
+
+COUNTS = 100
+"""How often to count anew if bytes come in meanwhile: when nobody takes them, a pipe is soon full."""
+
+
+def in_pipe(pipe: IO[bytes] | None) -> int:
+    """Bytes that wait in a pipe to be read."""
+    return int(struct.unpack("i", fcntl.ioctl(pipe, termios.FIONREAD, bytes(4)))[0]) if pipe else 0
 
 
 def convey(pipelines: Sequence[Pipeline], show: Callable[[], None] | None = None) -> None:

@@ -38,7 +38,9 @@ def measured(site: Site, *options: str) -> tuple[int, int]:
 
 @pytest.mark.either
 def test_500_datasets_with_20_snapshots_each(site: Site, record_property: Callable[[str, object], None]) -> None:
-    site.source.run(f"zfs create -p {TREE} && for i in $(seq 499); do zfs create -u {TREE}/dataset$i; done", timeout=1800)
+    site.source.run(
+        f"zfs create -p {TREE} && for i in $(seq 499); do zfs create -u {TREE}/dataset$i; done", timeout=1800
+    )
     site.snapshot("first")
     few, _ = measured(site)
     nothing = measured(site)[1]
