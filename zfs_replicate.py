@@ -2614,6 +2614,7 @@ class Run:
         self.failing: int | None = None  # since when, if the runs before this one did
         self.features: list[str] | None = None  # of the local pool
         self.order: list[str] = []  # of the datasets of the source
+        self.brought: set[str] = set()  # the datasets whose streams have come by train
         self.rights: list[str] = []  # what root must run to let us move the holds
         self.lost: tuple[str, LinkLost] | None = None  # what was at work when the link broke
 
@@ -2872,8 +2873,8 @@ class Run:
         Raises Failure if a parent or an origin is missing.
         """
         plan, source, local = self.decide(key), self.source[key], self.target.get(key)
-        if not isinstance(plan, Transfer) or (local and not local.snapshots):
-            return []
+        if not isinstance(plan, Transfer) or (local and not local.snapshots) or key in self.brought:
+            return []  # for one that came, and is not in step, steps are counted
         if not all(self.policy.tag in (target.tags or ()) for target in plan.targets):
             return []
         if local is None and former_key(source, key, self.strays) is not None:
@@ -2997,6 +2998,7 @@ class Run:
                 wrong = self.disproof(ride.key, last[ride.key]) or unset_properties(
                     self.target_host, ride.ends[1], arrival.said
                 )
+                self.brought.add(ride.key)
                 if wrong:
                     failed[ride.key] = wrong
                 else:
