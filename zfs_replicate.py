@@ -2334,8 +2334,10 @@ def pull(
     Raises StreamFailed if the streams cannot even begin.
     """
     with contextlib.ExitStack() as stack:
-        pipelines = []
+        pipelines: list[Pipeline] = []
         for train, transport in trains:
+            if len(pipelines) == 1:
+                await_login(source, pipelines[0])  # which all of them share
             pack, unpack = PACKERS.get(transport.packer, ((), ()))
             unpacking = (unpack,) if unpack else ()
             feeders = (source.piped(*(it[0] for it in train.streams), then=pack), *transport.buffer, *unpacking)
@@ -2348,6 +2350,13 @@ def pull(
             failure = pipeline.failure and explained(pipeline.failure, source, sending, target, receiving)
             passages.append(Passage(tuple(pipeline.arrived), failure))
         return passages
+
+
+def await_login(source: Host, first: Pipeline) -> None:
+    """Wait until the connection of the first stream stands; if it never does, that one tells."""
+    until = time.monotonic() + CONNECT_SECONDS
+    while first.feeders and not first.feeders[0].has_ended() and not source.connected() and time.monotonic() < until:
+        time.sleep(0.1)
 
 
 def explained(failure: StreamFailed, source: Host, sending: Command, target: Host, receiving: Command) -> Failure:

@@ -90,7 +90,7 @@ BUGS: dict[str, Edits] = {
     "-F onto data": (("    force = (\"-F\",) if local and local.vacant else ()\n", "    force = (\"-F\",) if local else ()\n"),),
     "first receive onto data": (("    if local is not None and not local.vacant:\n", "    if local is not None and not local.vacant and False:\n"),),
     "one tag for both sides": (("        return f\"{self.tag}:received\"\n", "        return self.tag\n"),),
-    "names stripped": (("        row = line.split(\"\\t\")\n", "        row = line.strip().split(\"\\t\")\n"),),
+    "names stripped": (("        row = line.split(\"\\t\")\n", "        row = [it.strip() for it in line.split(\"\\t\")]\n"),),
     "only the last status counts": (("    failed = [(program, status, text) for program, status, text in ended if status != 0]\n", "    failed = [(program, status, text) for program, status, text in ended[-1:] if status != 0]\n"),),
     "dead link looks like a clean end": (("channel.status_event.wait(CONNECT_SECONDS) or channel.exit_status == -1", "channel.status_event.wait(CONNECT_SECONDS) and channel.exit_status == 1"),),
     "rollback of what others hold": (("    elif snapshot.tags - {policy.received_tag}:\n", "    elif False:\n"),),
