@@ -2850,7 +2850,7 @@ class Run:
         ride behind its parent, a clone behind its origin: what rides is taken for arrived there. Trains that go side by
         side know nothing of each other, so then it waits for the next ones."""
         trains: list[list[Ride]] = [[] for _ in range(self.jobs)]
-        truth: Tree = {}
+        truth: Tree | None = None
         left: set[str] = set()
         for key in waiting:
             rides: list[Ride] = []
@@ -2865,14 +2865,14 @@ class Run:
             if not rides or not free:
                 left.add(key)
                 continue
-            truth = truth or dict(self.target)
+            truth = dict(self.target) if truth is None else truth
             min(free, key=len).extend(rides)
             if self.jobs == 1:
                 steps = tuple(ride.step for ride in rides)
                 self.target[key] = foreseen(
                     self.source[key], self.target.get(key), self.local_name(key), Transfer(steps)
                 )
-        self.target = truth or self.target
+        self.target = self.target if truth is None else truth
         return [train for train in trains if train]
 
     def rides(self, key: str, *, is_first: bool) -> list[Ride]:
