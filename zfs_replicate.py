@@ -2713,14 +2713,15 @@ class Run:
         return self.target.get(key)
 
     def look_at(self, keys: Iterable[str]) -> None:
-        """List local datasets anew."""
+        """List local datasets anew. Raises CommandFailed if of one it is not known whether it is there."""
         for names in batches(self.local_name(key) for key in dict.fromkeys(keys)):
             command = list_datasets(names)
             answer = self.target_host.ask(command)
-            absent = [name for name in names if says_absent(answer, name)]
-            text = answer.stdout if absent else output(self.target_host, command, answer)
-            found = parse_tree(text, self.policy.target_root)[0]
-            for key in (name[len(self.policy.target_root) :] for name in names):
+            found = parse_tree(answer.stdout, self.policy.target_root)[0]
+            keys_by_name = {name: name[len(self.policy.target_root) :] for name in names}
+            if not all(key in found or says_absent(answer, name) for name, key in keys_by_name.items()):
+                output(self.target_host, command, answer)  # what is not listed need not be absent: this raises
+            for key in keys_by_name.values():
                 self.target.pop(key, None)
                 if key in found:
                     self.target[key] = self.examine(key, found[key])

@@ -741,6 +741,19 @@ def test_a_mirror_that_cannot_be_listed_costs_no_hold(mirrored: Job) -> None:
     assert [mirrored.there(key) for key in EACH] == [f"a!{TAG} b"] * 4
 
 
+def test_what_is_not_listed_beside_something_absent_need_not_be_absent(mirrored: Job) -> None:
+    said = f"cannot open '{LOCAL}': I/O error\ncannot open '{LOCAL}/no': dataset does not exist\n"
+    wire = mirrored.wire
+    run = Run(
+        Policy(SOURCE, LOCAL, TAG), Near(wire, mirrored.source), Near(wire, mirrored.backup), wire.carry, Report()
+    )
+    run.begin()
+    wire.at = lambda where, command, moment: Answer(1, "", said) if moment == "before" and "-d" in command else None
+    with pytest.raises(Failure, match="I/O error"):
+        run.look_at(["", "/no"])
+    assert "" in run.target
+
+
 def test_children_do_not_go_into_a_parent_that_is_half_received(job: Job) -> None:
     """When its rest cannot come any more it must be given up, and a dataset with children cannot be destroyed."""
     job.snapshot("a")
