@@ -60,6 +60,7 @@ import os
 import pwd
 import random
 import re
+import select
 import shlex
 import shutil
 import signal
@@ -1903,7 +1904,9 @@ def log_in(connection: Connection) -> Any:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # an older paramiko beside a newer cryptography: not the user's business
         try:
-            # Here, not above: it costs a quarter of a second that --help and localhost runs need not pay.
+            # Here, not above: it costs a quarter of a second that --help and localhost runs need not pay. A third of
+            # it goes to invoke, where that is installed: paramiko wants it for a `Match exec`, which is ssh -G's here.
+            sys.modules.setdefault("invoke", None)  # type: ignore[arg-type]  # an ImportError to whoever imports it
             import paramiko
         except ImportError as error:
             raise Failure(f"cannot use paramiko: {error}", "install it: apt install python3-paramiko") from None
@@ -2216,9 +2219,8 @@ class Pipeline:
         if now < self.next_look:
             return
         self.next_look = now + min(WATCH_SECONDS, self.transport.patience / 2)
-        stages = [*self.feeders, *([self.receiver] if self.receiver else [])]
-        count = sum(sum(stage.moved()) for stage in stages)
-        running = [stage for stage in stages if not stage.has_ended()]
+        count = sum(sum(stage.moved()) for stage in self.stages())
+        running = self.running()
         may_be_tail = self.feeders and (self.waiting or running == [self.receiver])
         patience = self.transport.patience * (TAIL_FACTOR if may_be_tail else 1)
         if count != self.count:
@@ -2226,6 +2228,13 @@ class Pipeline:
             self.transport.moved()
         elif count and now - self.moved_at >= patience:
             self.give_up(stalled(patience, self.came(self.receiver), [stage.program for stage in running]))
+
+    def stages(self) -> list[Stage]:
+        return [*self.feeders, *([self.receiver] if self.receiver else [])]
+
+    def running(self) -> list[Stage]:
+        """The processes that have not ended."""
+        return [stage for stage in self.stages() if not stage.has_ended()]
 
     def came(self, receiver: Stage | None) -> int:
         """Bytes of the stream at hand that its receiver has been given. What that has read itself is some thousands
@@ -2259,17 +2268,37 @@ def in_pipe(pipe: IO[bytes] | None) -> int:
 
 def convey(pipelines: Sequence[Pipeline], show: Callable[[], None] | None = None) -> None:
     """Look after pipelines side by side until all are over. `show` is called every second meanwhile."""
-    pause, shown = 0.001, time.monotonic()
+    shown = time.monotonic()
     while not all(it.is_over for it in pipelines):
-        has_ended = [it.advance() for it in pipelines if not it.is_over]
+        at_work = [it for it in pipelines if not it.is_over]
+        running = [stage.process.pid for it in at_work for stage in it.running()]
+        has_ended = [it.advance() for it in at_work]
         if any(has_ended):
-            pause = 0.001
             continue
-        if show and time.monotonic() - shown >= SHOW_SECONDS:
-            shown = time.monotonic()
-            show()
-        time.sleep(pause)
-        pause = min(2 * pause, 0.02)
+        until = min(it.next_look for it in at_work)
+        if show:
+            if time.monotonic() - shown >= SHOW_SECONDS:
+                shown = time.monotonic()
+                show()
+            until = min(until, shown + SHOW_SECONDS)
+        await_end(running, until - time.monotonic())  # not of those that run now: one may have ended since we looked
+
+
+POLL_SECONDS = 0.02
+
+
+def await_end(pids: Iterable[int], seconds: float) -> None:
+    """Wait until one of our processes ends, or for some seconds; a moment where the kernel cannot tell."""
+    with contextlib.ExitStack() as stack:
+        watched = []
+        try:
+            for pid in pids:
+                watched.append(os.pidfd_open(pid))
+                stack.callback(os.close, watched[-1])
+        except (AttributeError, OSError):  # not Linux, or before 5.3
+            time.sleep(POLL_SECONDS)
+        else:
+            select.select(watched, [], [], max(seconds, 0))
 
 
 def stalled(patience: float, moved: int, running: Sequence[str]) -> StreamFailed:

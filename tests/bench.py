@@ -42,6 +42,7 @@ class Contender:
 
 CONTENDERS = (
     Contender("zfs_replicate", JOB.replace("offsite/virt/machines", "offsite/ours/machines")),
+    Contender("with -j 4", JOB.replace("offsite/virt/machines -t offsite", "offsite/four/machines -t four") + " -j 4"),
     Contender("syncoid", f"syncoid --quiet --recursive --no-sync-snap root@source:{TREE} offsite/syncoid"),
     Contender("bzfs", f"python3 -m bzfs_main.bzfs --quiet --recursive root@source:{TREE} offsite/bzfs"),
     Contender(
@@ -51,6 +52,8 @@ CONTENDERS = (
         f"zfs set autobackup:job=true {TREE}",
     ),
 )
+OURS = 2
+"""As many of them are ours."""
 
 
 def fetch_tools() -> list[Path]:
@@ -87,8 +90,13 @@ class Effort:
     processes: int
 
 
+HANG_UP = 'for it in $(find /root /run /tmp -xdev -type s); do ssh -S "$it" -O exit there 2>/dev/null; done; true'
+"""Runs are hours apart: a connection that the last one left open for the next is closed."""
+
+
 def timed(site: Site, line: str) -> Effort:
     """Run a line on the backup machine; by its own clock."""
+    site.backup.run(HANG_UP)
     before = logins_and_commands(site.source), processes(site)
     script = f"export PYTHONPATH=/opt/peers; s=$(date +%s%N); {line} >/root/said 2>&1; r=$?; e=$(date +%s%N); echo $r $((e-s))"
     status, nanoseconds = site.backup.run(script, timeout=7200).stdout.split()
@@ -110,10 +118,10 @@ def grow(site: Site, datasets: int) -> None:
 
 
 def change(site: Site, datasets: int, name: str) -> None:
-    """Some kilobytes in each of the first datasets, and a snapshot of all, called as zfs-autobackup wants it."""
+    """Some kilobytes in each of the first datasets, and a snapshot of them, called as zfs-autobackup wants it."""
     site.source.run(
         f"for i in $(seq {datasets}); do head -c 20k /dev/urandom > /{TREE}/d$i/{name}; done; "
-        f"zfs snapshot -r {TREE}@job-{name}",
+        f"zfs snapshot {'' if datasets == 1 else '-r'} {TREE}{'/d1' if datasets == 1 else ''}@job-{name}",
         timeout=3600,
     )
 
@@ -133,7 +141,7 @@ def distance(release: str = "bookworm", datasets: str = "50") -> None:
         rows: dict[tuple[str, int], dict[str, Effort]] = {}
         for delay in (0, 20, 100):
             site.source.netem(delay_ms=delay)
-            for what, count in (("nothing new", 0), ("1 of them changed", 1), (f"all {many} changed", many)):
+            for what, count in (("nothing new", 0), ("1 changed", 1), (f"{many + 1} changed", many)):
                 if count:
                     day += 1
                     change(site, count, f"202601{day + 1:02}000000")
@@ -143,12 +151,12 @@ def distance(release: str = "bookworm", datasets: str = "50") -> None:
                     rows.setdefault((what, delay), {})[it.name] = effort
         site.source.netem()
     print(f"{many + 1} datasets, {release}; seconds, logins / commands at the source / processes on both sides")
-    print(f"{'':<28}" + "".join(f"{it.name:>26}" for it in CONTENDERS) + f"{'best other / ours':>20}")
+    print(f"{'':<20}" + "".join(f"{it.name:>20}" for it in CONTENDERS) + f"{'best other / ours':>19}")
     for (what, delay), found in sorted(rows.items()):
-        cells = [f"{it.seconds:.1f} s {it.logins}/{it.commands}/{it.processes}" for it in found.values()]
-        others = min(it.seconds for name, it in found.items() if name != CONTENDERS[0].name)
+        cells = [f"{it.seconds:.1f} {it.logins}/{it.commands}/{it.processes}" for it in found.values()]
+        others = min(it.seconds for it in [*found.values()][OURS:])
         ratio = others / found[CONTENDERS[0].name].seconds
-        print(f"{what + f', {delay} ms':<28}" + "".join(f"{cell:>26}" for cell in cells) + f"{ratio:>20.1f}")
+        print(f"{what + f', {delay} ms':<20}" + "".join(f"{cell:>20}" for cell in cells) + f"{ratio:>19.1f}")
 
 
 @contextlib.contextmanager
@@ -182,8 +190,11 @@ def wire(rounds: str = str(ROUNDS)) -> None:
         pipelines = {
             "bare": f"{ssh} -o Compression=no -c aes128-gcm@openssh.com 127.0.0.1 {cat} | mbuffer -q -m 256M | {sink}",
             "zfs_replicate": f"{sys.executable} {__file__} ours {home} {port} {stream} '{sink}'",
-            "syncoid": f"{ssh} 127.0.0.1 '{cat} | mbuffer -q -s 128k -m 16M' | mbuffer -q -s 128k -m 16M | {sink}",
-            "zfs-autobackup": f"{ssh} 127.0.0.1 {cat} | {sink}",
+            "syncoid": f"{ssh} 127.0.0.1 '{cat} | lzop | mbuffer -q -s 128k -m 16M' "
+            f"| mbuffer -q -s 128k -m 16M | lzop -dfc | {sink}",
+            "bzfs": f"{ssh} -c ^aes256-gcm@openssh.com 127.0.0.1 '{cat} | zstd -c -1 | mbuffer -s 1048576 -q -m 128M' "
+            f"| mbuffer -s 1048576 -q -m 128M | zstd -dc | {sink}",
+            "zfs-autobackup": f"{ssh} 127.0.0.1 {cat} | {sink}",  # and zettarepl's
         }
         found: dict[str, list[tuple[float, float]]] = {name: [] for name in pipelines}
         for number in range(int(rounds) + 1):
@@ -250,8 +261,8 @@ def prepare_sshd(home: Path) -> int:
 
 
 def install_here() -> Path:
-    """sshd, mbuffer and pv by apt; zstream, which Debian keeps in contrib, unpacked in our cache. Returns where."""
-    missing = [name for name in ("mbuffer", "pv") if not shutil.which(name)]
+    """sshd, mbuffer and compressors by apt; zstream, which Debian keeps in contrib, unpacked in our cache. Returns where."""
+    missing = [name for name in ("mbuffer", "lzop", "zstd") if not shutil.which(name)]
     missing += [] if Path("/usr/sbin/sshd").exists() else ["openssh-server"]
     if missing:
         say(f"installing on this host: {' '.join(missing)}")
@@ -320,40 +331,49 @@ sys.exit(status)
 """
 
 
+STAGES = ((10, 10), (100, 10), (100, 90), (100, 900), (1000, 1))
+"""Up to how many datasets the tree grows, and how many recursive snapshots follow."""
+
+
 def growth(release: str = "trixie") -> None:
-    """A run that finds nothing to do, beside `zfs list` of both sides, as a tree grows."""
-    print(f"{release}: a run that finds nothing to do")
+    """A run that finds nothing to do, beside `zfs list` of the source, as the tree there grows."""
+    rows = []
+    with machines(release) as site:
+        site.source.run(f"zfs create -p {TREE}")
+        datasets, snapshots = 1, 0
+        for upto, more in STAGES:
+            create = f"for i in $(seq {datasets} {upto - 1}); do zfs create -u {TREE}/d$i || exit; done"
+            snap = f"for i in $(seq {snapshots + 1} {snapshots + more}); do zfs snapshot -r {TREE}@day$i || exit; done"
+            site.source.run(f"{create}; {snap}", timeout=7200)
+            datasets, snapshots = upto, snapshots + more
+            say(f"{datasets} datasets, {snapshots} snapshots of the oldest: pull: {timed(site, JOB).seconds:.0f} s")
+            rows.append((datasets, *glance(site)))
+            say(" ".join(map(str, rows[-1])))
+    print(f"{release}: a run that finds nothing to do, beside zfs list")
     print(f"{'datasets':>9}{'snapshots':>11}{'seconds':>9}{'zfs list':>10}{'ratio':>7}{'MiB':>6}{'commands':>10}")
-    for datasets, each in ((10, 10), (100, 10), (1000, 1), (100, 100), (100, 1000)):
-        with machines(release) as site:
-            grow(site, datasets - 1)
-            site.source.write("/root/many.lua", MANY)
-            site.source.run(
-                f"zfs list -H -o name -r {TREE} | while read -r name; do "
-                f"zfs program -t 1000000000000 -m 104857600 backuppool /root/many.lua $name {each} || exit; done",
-                timeout=7200,
-            )
-            line = f"{JOB} -I"
-            say(f"{datasets} datasets, {datasets * each} snapshots: first pull: {timed(site, line).seconds:.0f} s")
-            columns = "name,type,guid,createtxg,creation,userrefs,receive_resume_token,encryption,origin,compression"
-            listing = f"zfs list -Hp -r -t all -o {columns} %s >/dev/null"
-            seconds = []
-            for machine, root in ((site.source, TREE), (site.backup, "offsite/virt/machines")):
-                script = f"s=$(date +%s%N); {listing % root}; e=$(date +%s%N); echo $((e-s))"
-                seconds.append(int(machine.run(script, timeout=3600).stdout) / 1e9)
-            before = logins_and_commands(site.source)[1]
-            took, memory = site.backup.run(f"python3 -c '{MEASURED}' {line}", timeout=3600).stdout.split()
-            commands = logins_and_commands(site.source)[1] - before
-            print(
-                f"{datasets:>9}{datasets * each:>11}{float(took):>9.1f}{max(seconds):>10.1f}"
-                f"{float(took) / max(seconds):>7.1f}{memory:>6}{commands:>10}",
-                flush=True,
-            )
+    for count, snapshots, took, listed, memory, commands in rows:
+        ratio = took / listed
+        print(f"{count:>9}{snapshots:>11}{took:>9.1f}{listed:>10.1f}{ratio:>7.2f}{memory:>6}{commands:>10}")
 
 
-MANY = """args = ...
-for i = 1, tonumber(args["argv"][2]) do zfs.sync.snapshot(args["argv"][1] .. "@autosnap_" .. i) end
-"""
+COLUMNS = "name,type,guid,createtxg,creation,userrefs"
+
+
+def glance(site: Site) -> tuple[int, float, float, int, int]:
+    """How many snapshots there are at the source; seconds of a run and of `zfs list` of its tree; MiB of the run; its
+    commands at the source."""
+    listing = f"zfs list -Hp -r -t all -o {COLUMNS} {TREE}"
+    script = f"s=$(date +%s%N); {listing} >/root/listed; e=$(date +%s%N); echo $((e-s)); grep -c @ /root/listed"
+    nanoseconds, snapshots = map(int, site.source.run(script, timeout=3600).stdout.split())
+    before = logins_and_commands(site.source)[1]
+    took, memory = site.backup.run(f"python3 -c '{MEASURED}' {JOB}", timeout=3600).stdout.split()
+    return (
+        snapshots,
+        float(took),
+        nanoseconds / 1e9,
+        int(memory),
+        logins_and_commands(site.source)[1] - before,
+    )
 
 
 def main(what: str = "", *more: str) -> int:

@@ -10,6 +10,7 @@ import re
 import shlex
 import subprocess
 import sys
+import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 from types import CodeType
@@ -143,6 +144,18 @@ def test_what_has_a_contract_has_a_docstring() -> None:
 def test_importing_it_does_not_import_paramiko() -> None:
     code = "import sys, zfs_replicate; sys.exit('paramiko' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=PATH.parent).returncode == 0
+
+
+def test_a_login_imports_paramiko_without_its_invoke() -> None:
+    code = """
+        import sys, zfs_replicate
+        try:
+            zfs_replicate.log_in(zfs_replicate.Connection("", (), {"hostname": ("127.0.0.1",), "port": ("1",)}))
+        except zfs_replicate.LinkLost:
+            print("paramiko" in sys.modules, sys.modules["invoke"])
+    """
+    words = [sys.executable, "-c", textwrap.dedent(code)]
+    assert subprocess.run(words, cwd=PATH.parent, capture_output=True, check=True).stdout == b"True None\n"
 
 
 def test_dependencies_of_the_script_block_are_those_of_the_package() -> None:

@@ -205,6 +205,12 @@ def test_receivers_take_turns_on_one_pipe(
         assert [it.bytes for it in arrived] == [3, 5, 2]
 
 
+def test_where_the_kernel_tells_of_no_end_we_look(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(os, "pidfd_open")
+    receiver = shell("head -c 3 >/dev/null")
+    assert len(stream([shell("printf abc; printf def"), receiver], receiver)) == 2
+
+
 def test_what_follows_a_receiver_that_fails_is_lost(tmp_path: Path) -> None:
     first, second, third = (tmp_path / name for name in ("first", "second", "third"))
     receivers = [slice_of(3, first), slice_of(2, second, "echo 'out of space' >&2; exit 1"), slice_of(3, third)]

@@ -206,10 +206,12 @@ def test_without_root_as_the_readme_says(site: Site) -> None:
 
 @pytest.mark.either
 def test_real_cron_is_silent_on_success_and_mails_a_failure(site: Site) -> None:
+    """The program is one copied file here, beside the distribution's paramiko."""
     site.plant("www")
     site.snapshot("monday")
+    site.backup.put(PROGRAM, "/root/bin/zfs_replicate", 0o755)
     site.backup.run("rm -f /var/mail/root; systemctl start cron")
-    cron = f"PATH=/usr/local/bin:/usr/bin:/bin\nMAILTO=root\n* * * * * root {JOB} -k 30 && touch /run/cron.passed || touch /run/cron.failed\n"
+    cron = f"PATH=/root/bin:/usr/bin:/bin\nMAILTO=root\n* * * * * root {JOB} -k 30 && touch /run/cron.passed || touch /run/cron.failed\n"
     absent = "cannot open 'backuppool/gone': dataset does not exist"
     try:
         site.backup.write("/etc/cron.d/mirror", cron)

@@ -24,8 +24,6 @@ sys.exit(status)
 LIMIT = 150
 """MiB of memory."""
 
-ONE_TRILLION = 10**12  # instructions and bytes that a channel program may take
-
 
 def measured(site: Site, *options: str) -> tuple[int, int]:
     """MiB of the largest process of a run, and the commands that it ran at the source."""
@@ -60,20 +58,7 @@ def test_500_datasets_with_20_snapshots_each(site: Site, record_property: Callab
 @pytest.mark.either
 def test_listing_100000_snapshots(site: Site, record_property: Callable[[str, object], None]) -> None:
     site.source.run(f"zfs create -p {TREE} && for i in $(seq 99); do zfs create -u {TREE}/dataset$i; done", timeout=600)
-    site.source.write(
-        "/root/many.lua",
-        'args = ...\nfor i = 1, 100 do zfs.sync.snapshot(args["argv"][1] .. "@autosnap_" .. args["argv"][2] .. i) end\n',
-    )
-    site.source.run(
-        f"""
-        for turn in $(seq 10); do
-            zfs list -H -o name -r {TREE} | while read -r name; do
-                zfs program -t {ONE_TRILLION} -m 104857600 backuppool /root/many.lua $name day${{turn}}_ || exit
-            done
-        done
-        """,
-        timeout=7200,
-    )
+    site.source.run(f"for i in $(seq 1000); do zfs snapshot -r {TREE}@autosnap_$i || exit; done", timeout=7200)
     counted = site.source.run(f"zfs list -H -o name -t snapshot -r {TREE} | wc -l", timeout=1800).stdout.strip()
     memory, commands = measured(site, "--doctor")
     found = {"snapshots": counted, "MiB": memory, "commands": commands}
