@@ -40,9 +40,10 @@ Rooms of this file, in reading order; a room uses only rooms above it
     5  Commands      every command as a value; the one place that quotes for a remote shell
     6  Hosts         run commands here (subprocess) and on the source (paramiko)
     7  Stream        pipelines of processes, through each of which streams go in turn; every exit status read
-    8  Run           the seven steps above; those that only look (--dry-run, --status, --doctor); the end (--retire)
-    9  Report        what the user sees
-    10 Command line  options and main()
+    8  Run           the lock, and the seven steps above
+    9  Looks         at a mirror, and nothing else (--dry-run, --status, --check, --doctor); its end (--retire)
+    10 Report        what the user sees
+    11 Command line  options and main()
 Rooms 1 to 5 touch nothing outside this process; time comes in as an argument.
 """
 
@@ -3261,6 +3262,16 @@ def mark_failing(target: Host, root: str, now: int) -> int:
     return since or now
 
 
+def aside_of(name: str, now: int) -> str:
+    """The name under which a dataset is set aside."""
+    return f"{name}{ASIDE}{time.strftime('%Y-%m-%d-%H%M%S', time.gmtime(now))}"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Room 9: Looks
+# ---------------------------------------------------------------------------------------------------------------------
+
+
 def standings(it: Run) -> Iterator[Standing]:
     """Where all datasets of the source stand, then what is here alone."""
     usage = parse_usage(run(it.source_host, list_usage(it.policy.source_root)))
@@ -3442,11 +3453,6 @@ def within(tree: Tree, key: str) -> list[str]:
     return [inner for inner in tree if f"{inner}/".startswith(f"{key}/")]
 
 
-def aside_of(name: str, now: int) -> str:
-    """The name under which a dataset is set aside."""
-    return f"{name}{ASIDE}{time.strftime('%Y-%m-%d-%H%M%S', time.gmtime(now))}"
-
-
 MOST_SKEW = 300
 """Seconds by which the clocks of both hosts may differ unnoticed."""
 FULL_PERCENT = 90
@@ -3578,7 +3584,7 @@ class Doctor:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Room 9: Report
+# Room 10: Report
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -3909,7 +3915,7 @@ def log_line(options: argparse.Namespace, report: Report, ending: Ending) -> str
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Room 10: Command line
+# Room 11: Command line
 # ---------------------------------------------------------------------------------------------------------------------
 
 
