@@ -2159,6 +2159,7 @@ class Pipeline:
         self.stack.callback(end, process)
         if not is_last:
             self.close_pipe()  # ours would keep it open after this process has gone
+            widen(process.stdout)  # type: ignore[arg-type]  # it is a pipe
         return Stage(command[0], process, errors)
 
     def close_pipe(self) -> None:
@@ -2256,6 +2257,19 @@ class Pipeline:
         """Bytes that wait in the buffer."""
         counts = [stage.moved() for stage in self.feeders if stage.program == "mbuffer"]
         return sum(read - written for read, written in counts)
+
+
+F_SETPIPE_SZ = 1031
+"""Of Linux; Python knows it since 3.10."""
+PIPE_BYTES = 1 << 20
+"""The most that Linux gives to anybody (/proc/sys/fs/pipe-max-size)."""
+
+
+def widen(pipe: IO[bytes]) -> None:
+    """Let a pipe hold more than 64 KiB, if we may: its two ends then wait for each other less often, which was measured
+    to be worth a seventh of the time of a stream."""
+    with contextlib.suppress(OSError):
+        fcntl.fcntl(pipe, F_SETPIPE_SZ, PIPE_BYTES)
 
 
 COUNTS = 100
