@@ -139,7 +139,7 @@ def distance(release: str = "bookworm", datasets: str = "50") -> None:
             say(f"first pull: {it.name}: {timed(site, it.line).seconds:.0f} s")
         day = 0
         rows: dict[tuple[str, int], dict[str, Effort]] = {}
-        for delay in (0, 20, 100):
+        for delay in (100, 0, 20):
             site.source.netem(delay_ms=delay)
             for what, count in (("nothing new", 0), ("1 changed", 1), (f"{many + 1} changed", many)):
                 if count:
@@ -331,25 +331,29 @@ sys.exit(status)
 """
 
 
-STAGES = ((10, 10), (100, 10), (100, 90), (100, 900), (1000, 1))
-"""Up to how many datasets the tree grows, and how many recursive snapshots follow."""
+STAGES = {"wide": ((10, 2), (100, 2), (1000, 2)), "deep": ((100, 1), (100, 9), (100, 90), (100, 900))}
+"""Trees; up to how many datasets each grows, and how many recursive snapshots follow."""
 
 
 def growth(release: str = "trixie") -> None:
-    """A run that finds nothing to do, beside the slower `zfs list` of both sides, as the tree at the source grows."""
+    """A run that finds nothing to do, beside the slower `zfs list` of both sides, as a tree at the source grows."""
     rows = []
     with machines(release) as site, mounts_apart(site.source) as apart:
-        site.source.run(f"{apart} zfs create -p {TREE}")
-        datasets, snapshots = 1, 0
-        for upto, more in STAGES:
-            unmounted = "-u" if upto > 100 else ""  # for each that is mounted takes 700 KiB of a small machine
-            create = f"for i in $(seq {datasets} {upto - 1}); do zfs create {unmounted} {TREE}/d$i || exit; done"
-            snap = f"for i in $(seq {snapshots + 1} {snapshots + more}); do zfs snapshot -r {TREE}@day$i || exit; done"
-            site.source.run(f"{apart} sh -c '{create}; {snap}'", timeout=7200)
-            datasets, snapshots = upto, snapshots + more
-            say(f"{datasets} datasets, {snapshots} snapshots of the oldest: pull: {timed(site, JOB).seconds:.0f} s")
-            rows.append((datasets, *glance(site)))
-            say(" ".join(map(str, rows[-1])))
+        for name, stages in STAGES.items():
+            tree, mirror = f"{TREE}/{name}", f"{MIRROR}/{name}"
+            site.source.run(f"{apart} zfs create -p {tree}")
+            datasets, snapshots = 1, 0
+            for upto, more in stages:
+                option = "-u" if name == "wide" else ""  # each that is mounted takes 700 KiB of a small machine
+                create = f"for i in $(seq {datasets} {upto - 1}); do zfs create {option} {tree}/d$i || exit; done"
+                numbers = f"$(seq {snapshots + 1} {snapshots + more})"
+                snap = f"for i in {numbers}; do zfs snapshot -r {tree}@day$i || exit; done"
+                site.source.run(f"{apart} sh -c '{create}; {snap}'", timeout=7200)
+                datasets, snapshots = upto, snapshots + more
+                job = JOB.replace(TREE, tree).replace(MIRROR, mirror)
+                say(f"{datasets} datasets, {snapshots} snapshots of the oldest: pull: {timed(site, job).seconds:.0f} s")
+                rows.append((datasets, *glance(site, tree, mirror, job)))
+                say(" ".join(map(str, rows[-1])))
     print(f"{release}: a run that finds nothing to do, beside zfs list")
     print(f"{'datasets':>9}{'snapshots':>11}{'seconds':>9}{'zfs list':>10}{'ratio':>7}{'MiB':>6}{'commands':>10}")
     for count, snapshots, took, listed, memory, commands in rows:
@@ -360,14 +364,14 @@ def growth(release: str = "trixie") -> None:
 COLUMNS = "name,type,guid,createtxg,creation,userrefs"
 
 
-def glance(site: Site) -> tuple[int, float, float, int, int]:
+def glance(site: Site, tree: str, mirror: str, job: str) -> tuple[int, float, float, int, int]:
     """How many snapshots there are at the source; seconds of a run and of `zfs list`, of the slower side; MiB of the
     run; its commands at the source."""
-    sides = ((site.source, TREE), (site.backup, MIRROR))
+    sides = ((site.source, tree), (site.backup, mirror))
     listed = max(map(seconds_of_list, *zip(*sides)))
-    snapshots = int(site.source.run(f"zfs list -H -r -t snapshot -o name {TREE} | wc -l", timeout=3600).stdout)
+    snapshots = int(site.source.run(f"zfs list -H -r -t snapshot -o name {tree} | wc -l", timeout=3600).stdout)
     before = logins_and_commands(site.source)[1]
-    took, memory = site.backup.run(f"python3 -c '{MEASURED}' {JOB}", timeout=3600).stdout.split()
+    took, memory = site.backup.run(f"python3 -c '{MEASURED}' {job}", timeout=3600).stdout.split()
     return snapshots, float(took), listed, int(memory), logins_and_commands(site.source)[1] - before
 
 
