@@ -1046,11 +1046,12 @@ def expire(source: Dataset | None, local: Dataset, policy: Policy, now: int) -> 
         return Expiry()
     cutoff = min(now, mutual.local.creation) - policy.keep_days * DAY
     destroy, kept = [], []
+    twins = {there.guid: there for there in source.inherited + source.snapshots}
     ours = policy.selection.of_snapshots(local.snapshots)
     for snapshot in ours[: max(len(ours) - policy.keep_min, 0)]:
         if snapshot.creation >= cutoff:
             continue
-        why = reason_to_keep(snapshot, source, local, mutual, policy)
+        why = reason_to_keep(snapshot, twins.get(snapshot.guid), local, mutual, policy)
         if why:
             kept.append((snapshot, why))
         else:
@@ -1058,9 +1059,11 @@ def expire(source: Dataset | None, local: Dataset, policy: Policy, now: int) -> 
     return Expiry(tuple(destroy), tuple(kept))
 
 
-def reason_to_keep(snapshot: Snapshot, source: Dataset, local: Dataset, mutual: Mutual, policy: Policy) -> str | None:
-    """Why a local snapshot must not be expired however old it is; None if nothing speaks for it."""
-    twin = source.twin(snapshot)
+def reason_to_keep(
+    snapshot: Snapshot, twin: Snapshot | None, local: Dataset, mutual: Mutual, policy: Policy
+) -> str | None:
+    """Why a local snapshot, whose `twin` is at the source, must not be expired however old it is; None if nothing
+    speaks for it."""
     if snapshot.guid == mutual.local.guid:
         return "the newest common snapshot"
     if local.partial and local.partial.from_guid in (snapshot.guid, None) and local.snapshots:
