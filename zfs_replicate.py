@@ -2303,6 +2303,7 @@ def convey(pipelines: Sequence[Pipeline], show: Callable[[], None] | None = None
 
 
 POLL_SECONDS = 0.02
+"""How often to look for the end of a process where it cannot be awaited."""
 
 
 def await_end(pids: Iterable[int], seconds: float) -> None:

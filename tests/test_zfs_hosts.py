@@ -234,7 +234,7 @@ def test_real_cron_is_silent_on_success_and_mails_a_failure(site: Site) -> None:
         assert mails.count("\nSubject: ") == mails.count("is the pool imported there?"), "the recovery is silent"
     finally:
         site.backup.run(
-            "rm -f /etc/cron.d/mirror /run/cron.passed /run/cron.failed /var/mail/root; systemctl stop cron"
+            "rm -f /etc/cron.d/mirror /root/bin/zfs_replicate /run/cron.* /var/mail/root; systemctl stop cron"
         )
 
 
