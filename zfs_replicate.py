@@ -1833,20 +1833,20 @@ class SshHost:
         import paramiko
 
         self.note(f"{self.label}: {' && '.join(map(shlex.join, commands))}")
+        doing = " ".join(commands[0][:2])
         try:
             if self.programs is not None:
-                return self.exchange(transport, remote_line(*commands))
-            answer = self.exchange(transport, remote_line(*commands, look_for=PACKERS))
+                return self.exchange(transport, doing, remote_line(*commands))
+            answer = self.exchange(transport, doing, remote_line(*commands, look_for=PACKERS))
             found = f"^/.*/({'|'.join(PACKERS)})\n"
             self.programs = set(re.findall(found, answer.stderr, re.MULTILINE))
             return replace(answer, stderr=re.sub(found, "", answer.stderr, flags=re.MULTILINE))
         except (OSError, EOFError, paramiko.SSHException) as error:
             if isinstance(error, socket.timeout) and error.errno is None:  # ours; the kernel's own has ETIMEDOUT
                 raise stuck(self, commands[0], self.patience) from None
-            doing = " ".join(commands[0][:2])
             raise LinkLost(f"lost the connection to {self.label} during {doing}: {why(error)}") from None
 
-    def exchange(self, transport: Any, line: str) -> Answer:
+    def exchange(self, transport: Any, doing: str, line: str) -> Answer:
         if transport is None or not transport.is_active():
             raise OSError("it is closed")
         channel = transport.open_session(timeout=CONNECT_SECONDS)
@@ -1859,7 +1859,12 @@ class SshHost:
             errors = pool.submit(channel.makefile_stderr("rb").read)
             output, complaints = channel.makefile("rb").read(), errors.result()
             if not channel.status_event.wait(CONNECT_SECONDS) or channel.exit_status == -1:
-                raise OSError("the command ended without an exit status")  # a dead link looks like a clean end
+                if channel.eof_received:  # sshd itself closed it; a dead link only looks like an end
+                    raise LinkLost(
+                        f"a signal ended {doing} on {self.label}",
+                        "a shutdown, or was memory short? its kernel's log tells: dmesg",
+                    )
+                raise OSError("the command ended without an exit status")
         return Answer.of(channel.exit_status, output, complaints)
 
     def has(self, program: str) -> bool:
