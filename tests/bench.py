@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Callable
 
-from lab import Lab, say
+from lab import LARGE_MEMORY, MEMORY, Lab, say
 from lab_image import CACHE
 from site_pair import JOB, MIRROR, TREE, Pair, Site, logins_and_commands, mounts_apart
 
@@ -160,8 +160,8 @@ def distance(release: str = "bookworm", datasets: str = "50") -> None:
 
 
 @contextlib.contextmanager
-def machines(release: str) -> Iterator[Site]:
-    with Lab() as lab, Pair(lab, release) as pair:
+def machines(release: str, memory: int = MEMORY) -> Iterator[Site]:
+    with Lab() as lab, Pair(lab, release, memory=memory) as pair:
         yield pair.fresh()
 
 
@@ -338,7 +338,7 @@ STAGES = {"wide": ((10, 2), (100, 2), (1000, 2)), "deep": ((100, 1), (100, 9), (
 def growth(release: str = "trixie") -> None:
     """A run that finds nothing to do, beside the slower `zfs list` of both sides, as a tree at the source grows."""
     rows = []
-    with machines(release) as site, mounts_apart(site.source) as apart:
+    with machines(release, LARGE_MEMORY) as site, mounts_apart(site.source) as apart:
         for name, stages in STAGES.items():
             tree, mirror = f"{TREE}/{name}", f"{MIRROR}/{name}"
             site.source.run(f"{apart} zfs create -p {tree}")

@@ -43,6 +43,8 @@ from typing import IO, Any
 from lab_image import CACHE, HOSTS, RELEASES, Image, Keys, LabError, Progress, mac_address, ready_image, ready_keys
 from lab_qemu import (
     KERNEL_ARGUMENTS,
+    LARGE_MEMORY,
+    MEMORY,
     WITHOUT_ZFS,
     Boot,
     Control,
@@ -54,7 +56,7 @@ from lab_qemu import (
     ready_template,
 )
 
-__all__ = ["HOSTS", "RELEASES", "CommandFailed", "Lab", "LabError", "Machine"]
+__all__ = ["HOSTS", "LARGE_MEMORY", "MEMORY", "RELEASES", "CommandFailed", "Lab", "LabError", "Machine"]
 
 DATA_DISK_SIZE = 8 * 2**30
 
@@ -90,6 +92,7 @@ class Stock:
     image: Image
     template: Template | None
     accelerator: str
+    memory: int
     keys: Keys
 
 
@@ -171,7 +174,7 @@ class Machine:
 
     def _resume(self, template: Template) -> None:
         overlay(self._disk, template.disk, "qcow2")
-        boot = Boot(self._stock.image, self._disk, self._stock.accelerator, template.memory)
+        boot = Boot(self._stock.image, self._disk, self._stock.accelerator, self._stock.memory, template.memory)
         self._machine = VirtualMachine(boot, self._directory, "-incoming", "defer")
         self._machine.restore(template.state)
         self._start_processors(60)
@@ -181,6 +184,7 @@ class Machine:
             self._stock.image,
             self._disk,
             self._stock.accelerator,
+            self._stock.memory,
             kernel_arguments=kernel_arguments,
             clock_shift=self._clock_shift,
         )
@@ -347,7 +351,7 @@ class Lab:
         self.progress = progress
         self._network = Network.draw()
         self._machines: list[Machine] = []
-        self._stocks: dict[str, Stock] = {}
+        self._stocks: dict[tuple[str, int], Stock] = {}
         self._lock = threading.Lock()
         self._old_handler: Any = None
         runs = CACHE / "run"
@@ -371,11 +375,11 @@ class Lab:
             signal.signal(signal.SIGTERM, self._old_handler)
         atexit.unregister(self.close)
 
-    def machine(self, name: str, release: str = "bookworm") -> Machine:
-        """A new machine of that name. May be called from several threads at once."""
+    def machine(self, name: str, release: str = "bookworm", memory: int = MEMORY) -> Machine:
+        """A new machine of that name, with so many bytes of memory. May be called from several threads at once."""
         if name not in HOSTS:
             raise LabError(f"no machine can be called {name!r}; names are {', '.join(HOSTS)}")
-        stock = self._stock(release)
+        stock = self._stock(release, memory)
         directory = self._directory / name
         try:
             directory.mkdir()
@@ -401,23 +405,23 @@ class Lab:
             machine.close()
         shutil.rmtree(self._directory, ignore_errors=True)
 
-    def _stock(self, release: str) -> Stock:
+    def _stock(self, release: str, memory: int) -> Stock:
         with self._lock:
-            if release not in self._stocks:
-                self._stocks[release] = ready_stock(release, self.progress)
-            return self._stocks[release]
+            if (release, memory) not in self._stocks:
+                self._stocks[release, memory] = ready_stock(release, self.progress, memory)
+            return self._stocks[release, memory]
 
 
-def ready_stock(release: str, progress: Progress) -> Stock:
+def ready_stock(release: str, progress: Progress, memory: int = MEMORY) -> Stock:
     """Image and template of a release, made where missing; a template that cannot be made only costs time."""
     image = ready_image(release, progress)
     accel = accelerator(image, progress)
     template = None
     try:
-        template = ready_template(image, accel, progress)
+        template = ready_template(image, accel, memory, progress)
     except LabError as error:
         progress(f"{release}: no template, machines will boot instead: {error}")
-    return Stock(image, template, accel, ready_keys())
+    return Stock(image, template, accel, memory, ready_keys())
 
 
 def remove_stale_runs(runs: Path) -> None:

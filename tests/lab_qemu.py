@@ -27,6 +27,8 @@ from lab_image import CACHE, Image, Keys, LabError, Progress, built, call, finge
 
 QEMU = "qemu-system-x86_64"
 MEMORY = 512 * 2**20
+LARGE_MEMORY = 2 * 2**30
+"""For a hundred thousand snapshots: `zfs list` alone takes 2 KB for each."""
 EMULATED_CPU = "Westmere"
 """Has AES, but not the wide vectors of `max`, which cost more to emulate than they save: a run takes a tenth less."""
 KERNEL_ARGUMENTS = (
@@ -126,6 +128,7 @@ class Boot:
     image: Image
     disk: Path
     accelerator: str
+    memory: int = MEMORY
     memory_file: Path | None = None
     share_memory: bool = False
     kernel_arguments: str = KERNEL_ARGUMENTS
@@ -139,7 +142,7 @@ class Boot:
             "-cpu": "host" if self.accelerator == "kvm" else EMULATED_CPU,
             # Emulated, one processor does a quarter more than two: a flush of the other's TLB stops them both.
             "-smp": "2" if self.accelerator == "kvm" else "1",
-            "-m": f"{MEMORY >> 20}",
+            "-m": f"{self.memory >> 20}",
             "-object": self._memory(),
             "-machine": "pc,usb=off,memory-backend=ram",
             "-kernel": str(self.image.kernel),
@@ -155,9 +158,9 @@ class Boot:
 
     def _memory(self) -> str:
         if self.memory_file is None:
-            return f"memory-backend-ram,id=ram,size={MEMORY}"
+            return f"memory-backend-ram,id=ram,size={self.memory}"
         share = "on" if self.share_memory else "off"
-        return f"memory-backend-file,id=ram,size={MEMORY},share={share},mem-path={option(self.memory_file)}"
+        return f"memory-backend-file,id=ram,size={self.memory},share={share},mem-path={option(self.memory_file)}"
 
 
 def option(path: Path) -> str:
@@ -391,9 +394,9 @@ def overlay(disk: Path, backing: Path, backing_format: str) -> None:
     call(["qemu-img", "create", "-q", "-f", "qcow2", "-b", str(backing), "-F", backing_format, str(disk)], timeout=30)
 
 
-def ready_template(image: Image, accel: str, progress: Progress) -> Template:
-    """The template of an image, made on first use."""
-    sample = Boot(image, Path("disk"), accel, kernel_arguments=f"{KERNEL_ARGUMENTS} {WITHOUT_ZFS}").arguments()
+def ready_template(image: Image, accel: str, memory: int, progress: Progress) -> Template:
+    """The template of an image, with so many bytes of memory, made on first use."""
+    sample = Boot(image, Path("disk"), accel, memory, kernel_arguments=f"{KERNEL_ARGUMENTS} {WITHOUT_ZFS}").arguments()
     sample = sample[: sample.index("-rtc")]
     processor = Path("/proc/cpuinfo").read_text(encoding="utf-8").partition("flags")[2].partition("\n")[0]
     parts = [*sample, qemu_version(), WARM_UP, processor if accel == "kvm" else ""]
@@ -402,15 +405,15 @@ def ready_template(image: Image, accel: str, progress: Progress) -> Template:
         if not template.directory.exists():
             progress(f"{image.release}: booting the template (about 30 seconds)")
             with built(template.directory) as scratch:
-                make_template(image, accel, Template(scratch))
+                make_template(image, accel, memory, Template(scratch))
     return template
 
 
-def make_template(image: Image, accel: str, template: Template) -> None:
+def make_template(image: Image, accel: str, memory: int, template: Template) -> None:
     """Boot an image without ZFS, warm it up, stop it, save it."""
     overlay(template.disk, image.disk, "raw")
     arguments = f"{KERNEL_ARGUMENTS} {WITHOUT_ZFS}"
-    boot = Boot(image, template.disk, accel, template.memory, share_memory=True, kernel_arguments=arguments)
+    boot = Boot(image, template.disk, accel, memory, template.memory, share_memory=True, kernel_arguments=arguments)
     machine = VirtualMachine(boot, template.directory)
     try:
         machine.go()

@@ -12,6 +12,8 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lab import MEMORY
+
 if TYPE_CHECKING:
     import subprocess
     from collections.abc import Iterator
@@ -29,13 +31,13 @@ DISK = "/dev/disk/by-id/virtio-data"
 class Pair(contextlib.AbstractContextManager["Pair"]):
     """A source and a backup machine."""
 
-    def __init__(self, lab: Lab, release: str, backup_release: str | None = None) -> None:
-        self.lab = lab
+    def __init__(self, lab: Lab, release: str, backup_release: str | None = None, memory: int = MEMORY) -> None:
+        self.lab, self.memory = lab, memory
         self.releases = (release, backup_release or release)
         self.source, self.backup = self.boot()
 
     def boot(self) -> tuple[Machine, Machine]:
-        source, backup = (self.lab.machine(*it) for it in zip(("source", "backup"), self.releases))
+        source, backup = (self.lab.machine(*it, self.memory) for it in zip(("source", "backup"), self.releases))
         return source, backup
 
     def replace(self) -> None:
