@@ -2647,6 +2647,18 @@ def both_at_once(first: Callable[[], Any], second: Callable[[], Any]) -> tuple[A
     return answer.result(), found
 
 
+@contextlib.contextmanager
+def told_later() -> Iterator[None]:
+    """Pass over what fails, for it will fail again, and be told, when its dataset is brought up alone; but not over a
+    host that does not answer."""
+    try:
+        yield
+    except (LinkLost, Stuck):
+        raise
+    except Failure:
+        pass
+
+
 class Run:
     """One run over a tree. The steps are told in "How one run goes" at the top."""
 
@@ -2673,6 +2685,7 @@ class Run:
         self.target: Tree = {}
         self.strays: Tree = {}  # what is here of datasets that were renamed, or are gone at the source
         self.existing: list[str] = []  # of the lineage of the local root
+        self.uncreated: dict[str, Failure] = {}  # placeholders that could not be made
         self.failing: int | None = None  # since when, if the runs before this one did
         self.features: list[str] | None = None  # of the local pool
         self.order: list[str] = []  # of the datasets of the source
@@ -2844,12 +2857,8 @@ class Run:
         plans = {}
         self.order = in_order(self.source)
         for key in self.order:
-            try:
+            with told_later():  # its parent may be here when it is its turn
                 self.follow_rename(key)
-            except (LinkLost, Stuck):
-                raise
-            except Failure:
-                pass  # its parent may be here when it is its turn; what fails then is told
         for key in self.order:
             plan = self.decide(key)
             if isinstance(plan, Blocked) and not self.way_out(plan):
@@ -2903,49 +2912,38 @@ class Run:
         """The trains for those of the waiting datasets that need nothing but streams. On a single train a child may
         ride behind its parent, a clone behind its origin: what rides is taken for arrived there. Trains that go side by
         side know nothing of each other, so then it waits for the next ones."""
+        for key in waiting:
+            with told_later():
+                self.make_room(key)
         trains: list[list[Ride]] = [[] for _ in range(self.jobs)]
-        truth: Tree | None = None
         left: set[str] = set()
+        truth = dict(self.target)
         for key in waiting:
             rides: list[Ride] = []
-            try:
-                if key == "" or key.rpartition("/")[0] not in left:
-                    rides = self.rides(key, is_first=not any(trains))
-            except (LinkLost, Stuck):
-                raise
-            except Failure:
-                pass  # it is told when the dataset is brought up alone
-            free = [train for train in trains if self.has_room(train, rides)]
-            if not rides or not free:
+            if key == "" or key.rpartition("/")[0] not in left:
+                with told_later():
+                    rides = self.rides(key)
+            train = min((it for it in trains if self.has_room(it, rides)), key=len, default=None)
+            if not rides or train is None:
                 left.add(key)
                 continue
-            truth = dict(self.target) if truth is None else truth
-            min(free, key=len).extend(rides)
+            train += rides
             if self.jobs == 1:
-                steps = tuple(ride.step for ride in rides)
-                self.target[key] = foreseen(
-                    self.source[key], self.target.get(key), self.local_name(key), Transfer(steps)
-                )
-        self.target = self.target if truth is None else truth
+                plan = Transfer(tuple(ride.step for ride in rides))
+                self.target[key] = foreseen(self.source[key], self.target.get(key), self.local_name(key), plan)
+        self.target = truth
         return [train for train in trains if train]
 
-    def rides(self, key: str, *, is_first: bool) -> list[Ride]:
+    def rides(self, key: str) -> list[Ride]:
         """What brings a dataset up to date, if that is nothing but streams that are sure to find their place; else
-        nothing. Placeholders above it are made if nothing else rides yet, for their own place may still be to come.
-
-        Raises Failure if a parent or an origin is missing.
-        """
+        nothing. Raises Failure if a parent or an origin is missing."""
         plan, source, local = self.decide(key), self.source[key], self.target.get(key)
         if not isinstance(plan, Transfer) or (local and not local.snapshots) or key in self.brought:
             return []  # for one that came, and is not in step, steps are counted
         if not all(self.policy.tag in (target.tags or ()) for target in plan.targets):
             return []
-        if local is None and former_key(source, key, self.strays) is not None:
+        if local is None and (self.missing_above(key) or former_key(source, key, self.strays) is not None):
             return []
-        if local is None and self.missing_above(key):
-            if not is_first:
-                return []
-            self.make_room(key)
         rides = []
         for step in plan.steps:
             if isinstance(step, Abandon) or step.token:
@@ -3162,8 +3160,15 @@ class Run:
         return [*self.missing_above(parent), self.local_name(parent)]
 
     def make_room(self, key: str) -> None:
-        for name in self.missing_above(key):
-            run(self.target_host, create_parent(name))
+        """Create what is missing above a dataset that is not here. Raises Failure if that fails, or did before."""
+        for name in self.missing_above(key) if key not in self.target else ():
+            if name in self.uncreated:
+                raise self.uncreated[name]
+            try:
+                run(self.target_host, create_parent(name))
+            except CommandFailed as failure:
+                self.uncreated[name] = failure
+                raise
             self.existing.append(name)
             if f"{name}/".startswith(f"{self.policy.target_root}/"):
                 self.look_again(name[len(self.policy.target_root) :])

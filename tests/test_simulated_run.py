@@ -715,6 +715,26 @@ def test_children_of_a_dataset_that_could_not_be_created_are_skipped_and_named(j
     assert [job.here(key) for key in EACH] == [f"a!{RECEIVED}"] * 4
 
 
+def test_a_parent_that_cannot_be_made_is_tried_once_and_told_of_each_child(job: Job) -> None:
+    for number in range(20):
+        job.source.create(f"{SOURCE}/www/logs/{number}")
+    job.snapshot("a", "/www", *(f"/www/logs/{number}" for number in range(20)))
+    refused: list[Command] = []
+
+    def refuse(where: Machine, command: Command, moment: str) -> Answer | None:
+        if moment == "before" and command[:2] + command[-1:] == ("zfs", "create", f"{LOCAL}/www/logs"):
+            refused.append(command)
+            return EMPTY
+        return None
+
+    said = job.replicate(status=1, at=refuse)
+    assert len(refused) == 1
+    assert said.count("permission denied") == 20
+    assert job.here("/www") == f"a!{RECEIVED}"
+    job.replicate()
+    assert job.here("/www/logs/19") == f"a!{RECEIVED}"
+
+
 def test_a_tree_that_is_not_there(job: Job) -> None:
     job.source.datasets.clear()
     assert "does not exist" in job.replicate(status=3)
