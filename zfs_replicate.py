@@ -1178,6 +1178,11 @@ def list_datasets(names: Iterable[str]) -> Command:
     return (*list_tree("", depth=1)[:-1], *names)
 
 
+def list_exactly(names: Iterable[str]) -> Command:
+    """Those datasets and snapshots, and nothing of what belongs to them; exits 1 if one does not exist."""
+    return ("zfs", "list", "-Hp", "-t", LIST_KINDS, "-o", ",".join(LIST_COLUMNS), *names)
+
+
 def list_holds(snapshots: Iterable[str]) -> Command:
     return ("zfs", "holds", "-H", *snapshots)
 
@@ -2792,6 +2797,26 @@ class Run:
                 if key in found:
                     self.target[key] = self.examine(key, found[key])
 
+    def look_for(self, rides: Sequence[Ride]) -> None:
+        """List of each dataset what is said to have arrived last, and no more of a history that may be long; all of it
+        where that is not there. What was to come before it then came as well."""
+        steps: dict[str, list[Receive]] = {}
+        for ride in rides:
+            steps.setdefault(ride.key, []).append(ride.step)
+        names = [(self.local_name(key), self.local_name(key) + some[-1].snapshot.short) for key, some in steps.items()]
+        found: Tree = {}
+        for batch in batches(name for pair in names for name in pair):
+            found.update(parse_tree(self.target_host.ask(list_exactly(batch)).stdout, self.policy.target_root)[0])
+        unproven = []
+        for key, some in steps.items():
+            now = found.get(key)
+            if now and [snapshot.guid for snapshot in now.snapshots] == [some[-1].snapshot.guid]:
+                *past, _ = foreseen(self.source[key], self.target.get(key), now.name, Transfer(tuple(some))).snapshots
+                self.target[key] = self.examine(key, replace(now, snapshots=(*past, *now.snapshots)))
+            else:
+                unproven.append(key)
+        self.look_at(unproven)
+
     def selected(self, key: str) -> list[Snapshot]:
         """The snapshots at the source that are meant."""
         return self.policy.selection.of_snapshots(self.source[key].snapshots)
@@ -2806,9 +2831,7 @@ class Run:
         only noted in `lost`, for it may be worth another try."""
         try:
             has_changed = self.transfer(self.plan(), now)
-            if has_changed:
-                self.survey_target()
-            for _ in range(2):  # what was renamed at the source meanwhile is found the second time
+            for _ in range(3):  # what was not known, or was renamed at the source, is found the second time
                 if not self.converge() and not has_changed:
                     break
                 self.survey()
@@ -3051,7 +3074,8 @@ class Run:
             )
         except StreamFailed as failure:
             passages = [Passage((), failure)] * len(trains)
-        self.look_at(ride.key for train, passage in zip(trains, passages) for ride in train[: len(passage.arrived) + 1])
+        self.look_for([ride for train, it in zip(trains, passages) for ride in train[: len(it.arrived)]])
+        self.look_at(ride.key for train, it in zip(trains, passages) for ride in train[len(it.arrived) :][:1])
         failed: dict[str, Failure] = {}
         for train, passage in zip(trains, passages):
             last = {ride.key: ride.step for ride, _ in zip(train, passage.arrived)}

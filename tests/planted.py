@@ -49,7 +49,7 @@ BUGS: dict[str, Edits] = {
         ("ours[newest.guid])", "ours[newest.short])"),
     ),
     "expiry before the holds have moved": (
-        ("            for _ in range(2):  # what", "            self.expire(now)\n            for _ in range(2):  # what"),
+        ("            for _ in range(3):  # what", "            self.expire(now)\n            for _ in range(3):  # what"),
     ),
     "any error means absent": (
         ("    return answer.status != 0 and f\"'{name}': dataset does not exist\" in answer.stderr\n", "    return answer.status != 0\n"),

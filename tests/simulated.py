@@ -357,11 +357,13 @@ class Machine:
             ]
             return Answer(0, "".join(f"{row[0]}\t{USED}\t{WRITTEN}\n" for row in rows), "")
         assert words.pop(0) == "-Hp", words
-        depth = words.pop(0)
-        assert depth == "-r" or (depth == "-d" and words.pop(0) == "1"), words
+        depth = words.pop(0) if words[0] != "-t" else ""
+        assert depth in ("-r", "") or (depth == "-d" and words.pop(0) == "1"), words
         columns = ",".join(LIST_COLUMNS)
         assert words[:4] == ["-t", LIST_KINDS, "-o", columns], words
         roots = words[4:]
+        if not depth:
+            return self.list_exactly(roots)
         shown: dict[str, bool] = {}  # whether with its points
 
         def show(root: str) -> None:
@@ -373,6 +375,19 @@ class Machine:
         answer = self.each(roots, show)
         listed = [row for name, points in shown.items() for row in self.rows(name, points=points)]
         return replace(answer, stdout="".join("\t".join(map(str, row)) + "\n" for row in listed))
+
+    def list_exactly(self, names: list[str]) -> Answer:
+        lines: list[str] = []
+
+        def show(name: str) -> None:
+            dataset = name.partition("@")[0]
+            rows = self.rows(dataset, points=True) if dataset in self.datasets else ()
+            found = ["\t".join(map(str, row)) + "\n" for row in rows if row[0] == name]
+            if not found:
+                raise Refused(f"cannot open '{name}': dataset does not exist")
+            lines.extend(found)
+
+        return replace(self.each(names, show), stdout="".join(lines))
 
     def rows(self, name: str, *, points: bool) -> Iterator[tuple[str | int, ...]]:
         """A dataset and its points, as LIST_COLUMNS has them; in no order that anybody should rely on."""

@@ -53,6 +53,7 @@ from zfs_replicate import (
     fields,
     hold,
     list_datasets,
+    list_exactly,
     list_existing,
     list_holds,
     list_tree,
@@ -193,9 +194,12 @@ SCENES = {
         existing here here/no here/no/more here/kid => here; here/kid ! dataset does not exist; dataset does not exist
         tree here => here: b; here/disk volume:; here/kid: a
         one here => here: b; here/disk volume:; here/kid:
+        snapshot here/kid@c
+        exactly here/kid here/kid@c => here/kid: c
+        exactly here here@b here/no here/kid@no here/kid@a => here: b ! dataset does not exist; dataset does not exist
         tree here/no => ! dataset does not exist
         one here/no => ! dataset does not exist
-        one here here/no here/kid => here: b; here/disk volume:; here/kid: a ! dataset does not exist
+        one here here/no here/kid => here: b; here/disk volume:; here/kid: a c ! dataset does not exist
         make here/made
         make here/made => ! already exists
         make here/no/made => ! parent does not exist
@@ -603,6 +607,7 @@ COMMANDS: dict[str, Callable[..., Command]] = {
     "existing": lambda *names: list_existing(names),
     "tree": list_tree,
     "one": lambda *names: list_datasets(names),
+    "exactly": lambda *names: list_exactly(names),
     "make": create_parent,
     "files": count_files,
     "abandon": abandon,
@@ -699,7 +704,7 @@ class Teller:
         return " ".join(filter(None, [status, said, "!", "; ".join(phrases)]))
 
     def output(self, line: Line, text: str) -> str:
-        if line.operation in ("tree", "one") and text:
+        if line.operation in ("tree", "one", "exactly") and text:
             return "; ".join(self.tree(line.words[0], text))
         if line.operation == "existing":
             return "; ".join(name if mark == "-" else f"{name} ({mark})" for name, mark in fields(text, 2))

@@ -616,7 +616,7 @@ def test_a_machine_that_answers_no_more_is_not_asked_for_every_dataset(mirrored:
     asked: list[Command] = []
 
     def suspended(where: Machine, command: Command, moment: str) -> Answer | None:
-        if moment == "before" and where is mirrored.backup and "-d" in command:
+        if moment == "before" and where is mirrored.backup and f"{LOCAL}@b" in command:
             asked.append(command)
             raise Stuck("zfs list on backup has not ended after 1h")
         return None
@@ -662,6 +662,25 @@ def test_a_stream_that_fails_ends_its_train_and_the_rest_goes_by_the_next(mirror
     ]
     assert mirrored.here("/www/logs") == f"a b!{RECEIVED}"
     assert mirrored.here("/disk") == f"a!{RECEIVED}"
+
+
+@pytest.mark.parametrize("every", [False, True])
+def test_an_increment_lists_long_histories_twice(mirrored: Job, every: bool) -> None:
+    mirrored.snapshot("b")
+    mirrored.snapshot("c")
+    listed: list[tuple[str, ...]] = []
+
+    def note(where: Machine, command: Command, moment: str) -> Answer | None:
+        if moment == "before" and where is mirrored.backup and command[:3] == ("zfs", "list", "-Hp"):
+            listed.append(command)
+        return None
+
+    mirrored.replicate(every=every, at=note)
+    assert mirrored.here("/www") == f"a {'b ' * every}c!{RECEIVED}"
+    before, proof, after = listed
+    assert before == after
+    assert before[-1] == LOCAL
+    assert {name for name in proof if "@" in name} == {f"{LOCAL}{key}@c" for key in EACH}
 
 
 def test_what_is_left_out_stays_as_it_is_on_both_sides(mirrored: Job) -> None:
