@@ -2432,10 +2432,14 @@ def explained(failure: StreamFailed, source: Host, sending: Command, target: Hos
     return failure
 
 
-def unset_properties(target: Host, receiving: Command, said: str) -> StreamFailed | None:
-    """What is wrong if a property that we set is not set: to zfs recv that is no failure. What merely did not come
-    along from the source is none to us either: an account without the right to set it shall have its mirror."""
-    refused = dict(re.findall(r"cannot receive (\S+) property on .*: (.*)", said))
+def refused_properties(said: str) -> dict[str, str]:
+    """Which properties zfs recv could not set, and why: to it that is no failure."""
+    return dict(re.findall(r"cannot receive (\S+) property on .*: (.*)", said))
+
+
+def unset_properties(target: Host, receiving: Command, refused: dict[str, str]) -> StreamFailed | None:
+    """What is wrong if a property that we set is not set. What merely did not come along from the source is nothing
+    wrong to us: an account without the right to set it shall have its mirror."""
     unset = [word for word in receiving if "=" in word and word.partition("=")[0] in refused]
     if not unset:
         return None
@@ -3080,8 +3084,11 @@ class Run:
         for train, passage in zip(trains, passages):
             last = {ride.key: ride.step for ride, _ in zip(train, passage.arrived)}
             for ride, arrival in zip(train, passage.arrived):
+                refused = refused_properties(arrival.said)
+                for name, said in refused.items():
+                    self.report.step(f"{self.local_name(ride.key)}: arrived without property {name}: {said}")
                 wrong = self.disproof(ride.key, last[ride.key]) or unset_properties(
-                    self.target_host, ride.ends[1], arrival.said
+                    self.target_host, ride.ends[1], refused
                 )
                 self.brought.add(ride.key)
                 if wrong:

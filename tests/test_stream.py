@@ -34,6 +34,7 @@ from zfs_replicate import (
     buffer_stage,
     convey,
     pull,
+    refused_properties,
     unset_properties,
 )
 
@@ -449,7 +450,7 @@ def test_our_own_property_that_could_not_be_set_is_a_failure_though_zfs_recv_suc
     done = carried(LocalHost(), shell("exit 0"), LocalHost(), shell(f"cat >/dev/null; {lines}"), Transport())
     keeper = LocalHost()
     keeper.account = KEEPER
-    failure = unset_properties(keeper, RECEIVING, done.said)
+    failure = unset_properties(keeper, RECEIVING, refused_properties(done.said))
     assert failure
     assert failure.what == "it has arrived, but without readonly=on: permission denied"
     assert failure.hint == (
@@ -460,7 +461,8 @@ def test_our_own_property_that_could_not_be_set_is_a_failure_though_zfs_recv_suc
 
 def test_property_of_the_source_that_could_not_be_set_is_passed_over() -> None:
     line = "cannot receive atime property on offsite/vm/a: permission denied"
-    assert unset_properties(LocalHost(), RECEIVING, line) is None
+    assert refused_properties(line) == {"atime": "permission denied"}
+    assert unset_properties(LocalHost(), RECEIVING, refused_properties(line)) is None
 
 
 # --- The buffer -------------------------------------------------------------------------------------------------------
