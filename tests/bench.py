@@ -367,23 +367,81 @@ COLUMNS = "name,type,guid,createtxg,creation,userrefs"
 def glance(site: Site, tree: str, mirror: str, job: str) -> tuple[int, float, float, int, int]:
     """How many snapshots there are at the source; seconds of a run and of `zfs list`, of the slower side; MiB of the
     run; its commands at the source."""
-    sides = ((site.source, tree), (site.backup, mirror))
-    listed = max(map(seconds_of_list, *zip(*sides)))
-    snapshots = int(site.source.run(f"zfs list -H -r -t snapshot -o name {tree} | wc -l", timeout=3600).stdout)
+    listed, snapshots = seconds_of_list(site.source, tree)
+    listed = max(listed, seconds_of_list(site.backup, mirror)[0])
     before = logins_and_commands(site.source)[1]
     took, memory = site.backup.run(f"python3 -c '{MEASURED}' {job}", timeout=3600).stdout.split()
     return snapshots, float(took), listed, int(memory), logins_and_commands(site.source)[1] - before
 
 
-def seconds_of_list(machine: Machine, tree: str) -> float:
-    listing = f"zfs list -Hp -r -t all -o {COLUMNS} {tree} >/dev/null"
-    return int(machine.run(f"s=$(date +%s%N); {listing}; e=$(date +%s%N); echo $((e-s))", timeout=3600).stdout) / 1e9
+def seconds_of_list(machine: Machine, tree: str) -> tuple[float, int]:
+    """Also how many snapshots it has listed."""
+    listing = f"zfs list -Hp -r -t all -o {COLUMNS} {tree} | grep -c @"
+    said = machine.run(f"s=$(date +%s%N); {listing}; e=$(date +%s%N); echo $((e-s))", timeout=3600).stdout.split()
+    return int(said[1]) / 1e9, int(said[0])
+
+
+PARTS = f"""
+import time
+began = time.monotonic()
+def lap(what):
+    global began
+    now = time.monotonic()
+    print(what, now - began, sep="\t")
+    began = now
+import zfs_replicate as program
+lap("imports, but paramiko")
+connection = program.Connection.resolve("source", None, None)
+lap("ssh -G")
+host = program.SshHost(connection)
+import sys
+sys.modules.setdefault("invoke", None)
+import paramiko
+lap("import of paramiko")
+host.client
+lap("login")
+program.read_tree(host, "{TREE}", program.Selection())
+lap("list the source, with holds")
+program.read_tree(program.LocalHost(), "{MIRROR}", program.Selection())
+lap("list the mirror, with holds")
+"""
+"""What a run does that finds nothing to do; there, listing the mirror goes beside login and listing of the source."""
+
+
+def noop(release: str = "bookworm", datasets: str = "50") -> None:
+    """Where the time of a run goes that finds nothing to do."""
+    rows: dict[str, list[list[float]]] = {}
+    delays = (0, 100)
+    with machines(release) as site:
+        grow(site, int(datasets))
+        change(site, int(datasets), "20260101000000")
+        site.replicate()
+        site.backup.write("/root/parts.py", PARTS)
+        for number in range(ROUNDS + 1):
+            for column, delay in enumerate(delays):
+                site.source.netem(delay_ms=delay)
+                alone = {
+                    "the whole run": timed(site, JOB).seconds,
+                    "start of python3": timed(site, "python3 -c pass").seconds,
+                    "zfs list at the source alone": seconds_of_list(site.source, TREE)[0],
+                    "zfs list of the mirror alone": seconds_of_list(site.backup, MIRROR)[0],
+                }
+                laps = (line.split("\t") for line in site.backup.run("python3 /root/parts.py").stdout.splitlines())
+                for what, seconds in [*alone.items(), *((what, float(took)) for what, took in laps)]:
+                    if number:
+                        rows.setdefault(what, [[] for _ in delays])[column].append(seconds)
+    print(f"nothing new in {int(datasets) + 1} datasets, {release}; seconds, medians of {ROUNDS} rounds")
+    print(f"{'':<30}" + "".join(f"{f'{delay} ms':>8}" for delay in delays))
+    for what, columns in rows.items():
+        print(f"{what:<30}" + "".join(f"{statistics.median(column):>8.2f}" for column in columns))
 
 
 def main(what: str = "", *more: str) -> int:
-    parts: dict[str, Callable[..., None]] = {"wire": wire, "distance": distance, "growth": growth, "ours": ours}
+    parts: dict[str, Callable[..., None]] = {
+        "wire": wire, "distance": distance, "growth": growth, "noop": noop, "ours": ours,
+    }  # fmt: skip
     if what not in parts:
-        print("usage: tests/bench wire|distance|growth", file=sys.stderr)
+        print("usage: tests/bench wire|distance|growth|noop", file=sys.stderr)
         return 2
     parts[what](*more)
     return 0
