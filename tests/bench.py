@@ -331,7 +331,7 @@ sys.exit(status)
 """
 
 
-STAGES = {"wide": ((10, 2), (100, 2), (1000, 2)), "deep": ((100, 1), (100, 9), (100, 90), (100, 900))}
+STAGES = {"deep": ((100, 1), (100, 9), (100, 90), (100, 900)), "wide": ((10, 2), (100, 2), (1000, 2))}
 """Trees; up to how many datasets each grows, and how many recursive snapshots follow."""
 
 
@@ -351,14 +351,16 @@ def growth(release: str = "trixie") -> None:
                 site.source.run(f"{apart} sh -c '{create}; {snap}'", timeout=7200)
                 datasets, snapshots = upto, snapshots + more
                 job = JOB.replace(TREE, tree).replace(MIRROR, mirror)
-                say(f"{datasets} datasets, {snapshots} snapshots of the oldest: pull: {timed(site, job).seconds:.0f} s")
-                rows.append((datasets, *glance(site, tree, mirror, job)))
+                say(f"{tree}: {datasets} datasets, {snapshots} snapshots of the oldest")
+                rows.append((datasets, timed(site, job).seconds, *glance(site, tree, mirror, job)))
                 say(" ".join(map(str, rows[-1])))
-    print(f"{release}: a run that finds nothing to do, beside zfs list")
-    print(f"{'datasets':>9}{'snapshots':>11}{'seconds':>9}{'zfs list':>10}{'ratio':>7}{'MiB':>6}{'commands':>10}")
-    for count, snapshots, took, listed, memory, commands in rows:
-        ratio = took / listed
-        print(f"{count:>9}{snapshots:>11}{took:>9.1f}{listed:>10.1f}{ratio:>7.2f}{memory:>6}{commands:>10}")
+    print(f"{release}: seconds of `zfs list`, of a run that finds nothing to do, and of the one before it, which pulls")
+    print(
+        f"{'datasets':>9}{'snapshots':>11}{'zfs list':>10}{'no-op':>8}{'ratio':>7}{'MiB':>6}{'commands':>10}{'pull':>8}"
+    )
+    for count, pull, snapshots, noop, listed, memory, commands in rows:
+        ratio = noop / listed
+        print(f"{count:>9}{snapshots:>11}{listed:>10.1f}{noop:>8.1f}{ratio:>7.2f}{memory:>6}{commands:>10}{pull:>8.1f}")
 
 
 COLUMNS = "name,type,guid,createtxg,creation,userrefs"
