@@ -337,43 +337,42 @@ STAGES = {"deep": ((100, 1), (100, 9), (100, 90), (100, 900)), "wide": ((10, 2),
 
 def growth(release: str = "trixie") -> None:
     """A run that finds nothing to do, beside the slower `zfs list` of both sides, as a tree at the source grows."""
-    rows = []
+    print(f"{release}: seconds of `zfs list`, of a run that finds nothing to do, and of the one before it, which pulls")
+    heads = ("datasets", "snapshots", "zfs list", "no-op", "no-op/list", "MiB", "commands", "pull")
+    print("".join(f"{head:>11}" for head in heads), flush=True)
     with machines(release, LARGE_MEMORY) as site, mounts_apart(site.source) as apart:
         for name, stages in STAGES.items():
             tree, mirror = f"{TREE}/{name}", f"{MIRROR}/{name}"
             site.source.run(f"{apart} zfs create -p {tree}")
             datasets, snapshots = 1, 0
             for upto, more in stages:
-                option = "-u" if name == "wide" else ""  # each that is mounted takes 700 KiB of a small machine
+                option = "-u" if name == "wide" else ""  # each that is mounted takes 700 KiB
                 create = f"for i in $(seq {datasets} {upto - 1}); do zfs create {option} {tree}/d$i || exit; done"
                 numbers = f"$(seq {snapshots + 1} {snapshots + more})"
                 snap = f"for i in {numbers}; do zfs snapshot -r {tree}@day$i || exit; done"
+                say(f"{tree}: {upto} datasets, {more} more snapshots of each")
                 site.source.run(f"{apart} sh -c '{create}; {snap}'", timeout=7200)
                 datasets, snapshots = upto, snapshots + more
                 job = JOB.replace(TREE, tree).replace(MIRROR, mirror)
-                say(f"{tree}: {datasets} datasets, {snapshots} snapshots of the oldest")
-                rows.append((datasets, timed(site, job).seconds, *glance(site, tree, mirror, job)))
-                say(" ".join(map(str, rows[-1])))
-    print(f"{release}: seconds of `zfs list`, of a run that finds nothing to do, and of the one before it, which pulls")
-    print(
-        f"{'datasets':>9}{'snapshots':>11}{'zfs list':>10}{'no-op':>8}{'ratio':>7}{'MiB':>6}{'commands':>10}{'pull':>8}"
-    )
-    for count, pull, snapshots, noop, listed, memory, commands in rows:
-        ratio = noop / listed
-        print(f"{count:>9}{snapshots:>11}{listed:>10.1f}{noop:>8.1f}{ratio:>7.2f}{memory:>6}{commands:>10}{pull:>8.1f}")
+                say("pull")
+                pull = timed(site, job).seconds
+                say("nothing new")
+                listed, count, noop, memory, commands = glance(site, tree, mirror, job)
+                row = (datasets, count, f"{listed:.1f}", f"{noop:.1f}", f"{noop / listed:.2f}", memory, commands)
+                print("".join(f"{cell:>11}" for cell in (*row, f"{pull:.1f}")), flush=True)
 
 
 COLUMNS = "name,type,guid,createtxg,creation,userrefs"
 
 
-def glance(site: Site, tree: str, mirror: str, job: str) -> tuple[int, float, float, int, int]:
-    """How many snapshots there are at the source; seconds of a run and of `zfs list`, of the slower side; MiB of the
-    run; its commands at the source."""
+def glance(site: Site, tree: str, mirror: str, job: str) -> tuple[float, int, float, int, int]:
+    """Seconds of `zfs list`, of the slower side, and how many snapshots there are at the source; seconds of a run, MiB
+    of its largest process, its commands at the source."""
     listed, snapshots = seconds_of_list(site.source, tree)
     listed = max(listed, seconds_of_list(site.backup, mirror)[0])
     before = logins_and_commands(site.source)[1]
     took, memory = site.backup.run(f"python3 -c '{MEASURED}' {job}", timeout=3600).stdout.split()
-    return snapshots, float(took), listed, int(memory), logins_and_commands(site.source)[1] - before
+    return listed, snapshots, float(took), int(memory), logins_and_commands(site.source)[1] - before
 
 
 def seconds_of_list(machine: Machine, tree: str) -> tuple[float, int]:
