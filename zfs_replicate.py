@@ -2021,18 +2021,30 @@ def ssh_client(connection: Connection, control_path: str) -> Command:
     return ("ssh", "-T", *connection.options, *settings(quiet))
 
 
-FAST_CIPHERS = ("aes128-gcm@openssh.com", "aes256-gcm@openssh.com", "chacha20-poly1305@openssh.com")
+AES = ("aes128-gcm@openssh.com", "aes256-gcm@openssh.com")
+CHACHA = ("chacha20-poly1305@openssh.com",)
+"""Ciphers that need no MAC. AES is the fastest by instructions of the processor, and the slowest by far without."""
 
 
 def fast_cipher(connection: Connection) -> list[str]:
-    """Prefer AES-GCM, the fastest where the processor knows AES, unless the user's configuration names ciphers."""
+    """Prefer the cipher that is the fastest here, unless the user's configuration names ciphers."""
     default = LocalHost().ask(("ssh", "-G", "-F", "none", "--", "localhost")).stdout
     configured = connection.get("ciphers")
     if f"\nciphers {configured}\n" not in default:
         return []
     ours = configured.split(",")
-    ranked = [cipher for cipher in FAST_CIPHERS if cipher in ours]
+    ranked = [cipher for cipher in (AES + CHACHA if knows_aes() else CHACHA + AES) if cipher in ours]
     return ["Ciphers=" + ",".join(ranked + [cipher for cipher in ours if cipher not in ranked])]
+
+
+def knows_aes(path: str = "/proc/cpuinfo") -> bool:
+    """Whether this processor has instructions for AES. Small ARM boards have not; where nothing is told, it may."""
+    try:
+        with open(path, encoding="ascii", errors="replace") as file:
+            told = re.search(r"^(?:flags|Features)\s*:(.*)", file.read(), re.MULTILINE)
+    except OSError:
+        return True
+    return told is None or "aes" in told[1].split()
 
 
 # ---------------------------------------------------------------------------------------------------------------------

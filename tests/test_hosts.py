@@ -25,6 +25,8 @@ from ssh_server import FLOOD_BYTES, PATIENCE, Fault, Server, make_key, public
 
 import zfs_replicate
 from zfs_replicate import (
+    AES,
+    CHACHA,
     KEEPALIVE_SECONDS,
     LINK_SECONDS,
     PACKERS,
@@ -43,6 +45,7 @@ from zfs_replicate import (
     SudoHost,
     dial,
     fast_cipher,
+    knows_aes,
     log_in,
     run,
     ssh_client,
@@ -922,17 +925,36 @@ def test_client_is_never_interactive(ssh_config: SshConfig) -> None:
     assert not [line for line in told if line.startswith(("remotecommand", "localforward"))]
 
 
-def test_fast_cipher_comes_first_if_none_is_named(ssh_config: SshConfig) -> None:
+@pytest.mark.parametrize("aes", [True, False])
+def test_fast_cipher_comes_first_if_none_is_named(
+    ssh_config: SshConfig, monkeypatch: pytest.MonkeyPatch, aes: bool
+) -> None:
+    monkeypatch.setattr("zfs_replicate.knows_aes", lambda: aes)
     connection = resolve("vault")
     (setting,) = fast_cipher(connection)
     key, _, ciphers = setting.partition("=")
     assert key == "Ciphers"
-    assert ciphers.startswith("aes128-gcm@openssh.com,aes256-gcm@openssh.com,chacha20-poly1305@openssh.com,")
+    first = [AES, CHACHA] if aes else [CHACHA, AES]
+    assert ciphers.startswith(",".join([*first[0], *first[1], ""]))
     assert sorted(ciphers.split(",")) == sorted(connection.get("ciphers").split(","))
     told = subprocess.run(
         (*ssh_client(connection, "none"), "-G", "vault"), capture_output=True, text=True, check=True
     ).stdout
     assert f"\nciphers {ciphers}\n" in told
+
+
+@pytest.mark.parametrize(
+    ("cpuinfo", "expected"),
+    [
+        ("processor\t: 0\nflags\t\t: fpu sse4_2 aes avx\n", True),
+        ("processor\t: 0\nFeatures\t: fp asimd evtstrm crc32 cpuid\n", False),  # a Raspberry Pi 4
+        ("processor\t: 0\ncpu\t\t: POWER9, altivec supported\n", True),
+    ],
+)
+def test_processor_that_knows_aes(tmp_path: Path, cpuinfo: str, expected: bool) -> None:
+    (tmp_path / "cpuinfo").write_text(cpuinfo, encoding="ascii")
+    assert knows_aes(str(tmp_path / "cpuinfo")) is expected
+    assert knows_aes(str(tmp_path / "absent"))
 
 
 @pytest.mark.parametrize("ciphers", ["aes256-ctr", "-aes128-gcm@openssh.com", "^aes256-ctr"])
