@@ -419,6 +419,7 @@ def noop(release: str = "bookworm", datasets: str = "50") -> None:
         site.replicate()
         site.backup.write("/root/parts.py", PARTS)
         for number in range(ROUNDS + 1):
+            say(f"round {number}" if number else "warm-up")
             for column, delay in enumerate(delays):
                 site.source.netem(delay_ms=delay)
                 alone = {
