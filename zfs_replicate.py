@@ -77,7 +77,7 @@ import time
 import warnings
 from base64 import b64encode
 from collections.abc import Container, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from typing import IO, Any, Callable, NoReturn, Protocol, Union
 
@@ -1546,6 +1546,20 @@ def tell_nobody(line: str) -> None:
     pass
 
 
+def in_background(work: Callable[[], Any]) -> Future[Any]:
+    """What `work` will return. Its thread is left to itself if a signal ends us meanwhile."""
+    answer: Future[Any] = Future()
+
+    def run() -> None:
+        try:
+            answer.set_result(work())
+        except BaseException as error:  # noqa: BLE001 -- it is raised where the answer is wanted
+            answer.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    return answer
+
+
 def end(process: subprocess.Popen[bytes]) -> None:
     """End a process that still runs because we are leaving early. One that waits for a suspended pool cannot be
     ended by anybody: it is left alone then."""
@@ -1822,6 +1836,8 @@ class SshHost:
         self.note = note
         self.patience = max(patience, 2 * LINK_SECONDS)  # by then a lost link has shown, and it is the command
         self.programs: set[str] | None = None  # which of the PACKERS are there, told with the first answer
+        self.next_channel: Future[Any] | None = None
+        self.opens_ahead = True
         self.streams: tempfile.TemporaryDirectory[str] | None = None
         self.ssh: Command = ()
 
@@ -1854,14 +1870,14 @@ class SshHost:
     def exchange(self, transport: Any, doing: str, line: str) -> Answer:
         if transport is None or not transport.is_active():
             raise OSError("it is closed")
-        channel = transport.open_session(timeout=CONNECT_SECONDS)
+        channel = self.channel(transport)
         # Both ends are drained before the status is asked for: an undrained stderr stalls stdout after some 2 MiB.
-        with ThreadPoolExecutor(1) as pool, contextlib.closing(channel):
+        with contextlib.closing(channel):
             channel.settimeout(self.patience)
             with bounded(transport):
                 channel.exec_command(line)
             channel.shutdown_write()
-            errors = pool.submit(channel.makefile_stderr("rb").read)
+            errors = in_background(channel.makefile_stderr("rb").read)
             output, complaints = channel.makefile("rb").read(), errors.result()
             if not channel.status_event.wait(CONNECT_SECONDS) or channel.exit_status == -1:
                 if channel.eof_received:  # sshd itself closed it; a dead link only looks like an end
@@ -1871,6 +1887,23 @@ class SshHost:
                     )
                 raise OSError("the command ended without an exit status")
         return Answer.of(channel.exit_status, output, complaints)
+
+    def channel(self, transport: Any) -> Any:
+        """A channel for one command. That for the next one is opened while this one is at work, which saves it a round
+        trip; but not if the host allows no second one (MaxSessions 1)."""
+        import paramiko
+
+        channel: Any = None
+        try:
+            channel = self.next_channel.result() if self.next_channel else None
+        except paramiko.SSHException:
+            self.opens_ahead = False
+        if channel is None or channel.closed:
+            channel = transport.open_session(timeout=CONNECT_SECONDS)
+        self.next_channel = None
+        if self.opens_ahead:
+            self.next_channel = in_background(lambda: transport.open_session(timeout=CONNECT_SECONDS))
+        return channel
 
     def has(self, program: str) -> bool:
         return program in (self.programs or ())
@@ -2650,16 +2683,8 @@ def both_in_turn(first: Callable[[], Any], second: Callable[[], Any]) -> tuple[A
 
 
 def both_at_once(first: Callable[[], Any], second: Callable[[], Any]) -> tuple[Any, Any]:
-    """The first in a thread, which is left to itself if a signal ends us meanwhile. If both fail, the first counts."""
-    answer: Future[Any] = Future()
-
-    def work() -> None:
-        try:
-            answer.set_result(first())
-        except BaseException as error:  # noqa: BLE001 -- it is raised where the answer is wanted
-            answer.set_exception(error)
-
-    threading.Thread(target=work, daemon=True).start()
+    """If both fail, the failure of the first counts."""
+    answer = in_background(first)
     try:
         found = second()
     except Failure:

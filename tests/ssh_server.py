@@ -24,6 +24,7 @@ from paramiko.common import (
     AUTH_SUCCESSFUL,
     MSG_CHANNEL_REQUEST,
     OPEN_FAILED_CONNECT_FAILED,
+    OPEN_FAILED_RESOURCE_SHORTAGE,
     OPEN_SUCCEEDED,
     cMSG_CHANNEL_REQUEST,
     cMSG_CHANNEL_SUCCESS,
@@ -46,6 +47,7 @@ class Fault(enum.Enum):
     SILENCE = "the command prints nothing and never ends"
     NO_STATUS = "the channel is closed after the command without an exit status"
     FLOOD = "the command first writes more to stderr than any buffer takes, while it writes to stdout"
+    ONE_SESSION = "no channel is opened beside another one, as with MaxSessions 1"
     KEY_REJECTED = "no key is good enough"
     DROPPED_LOGIN = "the TCP connection ends when a key is offered"
 
@@ -73,6 +75,7 @@ class Server:
         self.host_key = paramiko.ECDSAKey.generate()
         self.fault: Fault | None = None
         self.commands: list[str] = []
+        self.opened = self.refused = 0  # channels
         self.targets: list[tuple[str, int]] = []  # where others were reached through us, as a jump host
         self.busy: set[subprocess.Popen[bytes]] = set()
         self.transports: list[Transport] = []
@@ -169,6 +172,10 @@ class Session(paramiko.ServerInterface):
         return AUTH_SUCCESSFUL if good and self.server.fault is not Fault.KEY_REJECTED else AUTH_FAILED
 
     def check_channel_request(self, kind: str, chanid: int) -> int:
+        if self.server.fault is Fault.ONE_SESSION and len(self.transport._channels):  # type: ignore[attr-defined]
+            self.server.refused += 1
+            return OPEN_FAILED_RESOURCE_SHORTAGE
+        self.server.opened += 1
         return OPEN_SUCCEEDED
 
     def check_channel_direct_tcpip_request(
