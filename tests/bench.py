@@ -150,13 +150,26 @@ def distance(release: str = "bookworm", datasets: str = "50") -> None:
                     say(f"{delay} ms, {what}, {it.name}: {effort}")
                     rows.setdefault((what, delay), {})[it.name] = effort
         site.source.netem()
-    print(f"{many + 1} datasets, {release}; seconds, logins / commands at the source / processes on both sides")
-    print(f"{'':<20}" + "".join(f"{it.name:>20}" for it in CONTENDERS) + f"{'best other / ours':>19}")
+    print(f"{many + 1} datasets, {release}")
+    tell_distance(rows)
+
+
+def tell_distance(rows: dict[tuple[str, int], dict[str, Effort]]) -> None:
+    """Two tables: what depends on the distance, and what does not."""
+    names = [it.name for it in CONTENDERS]
+    widths = [max(len(name), 8) + 2 for name in names]
+    heads = "".join(f"{name:>{width}}" for name, width in zip(names, widths))
+    print(f"{'seconds':<20}{heads}  best other / ours")
     for (what, delay), found in sorted(rows.items()):
-        cells = [f"{it.seconds:.1f} {it.logins}/{it.commands}/{it.processes}" for it in found.values()]
-        others = min(it.seconds for it in [*found.values()][OURS:])
-        ratio = others / found[CONTENDERS[0].name].seconds
-        print(f"{what + f', {delay} ms':<20}" + "".join(f"{cell:>20}" for cell in cells) + f"{ratio:>19.1f}")
+        seconds = [found[name].seconds for name in names]
+        cells = "".join(f"{it:>{width}.1f}" for it, width in zip(seconds, widths))
+        print(f"{f'{what}, {delay} ms':<20}{cells}{min(seconds[OURS:]) / seconds[0]:>19.1f}")
+    last = {what: found for (what, _), found in rows.items()}
+    for kind in ("logins", "commands", "processes"):
+        print(f"{kind:<20}{heads}")
+        for what, found in sorted(last.items()):
+            cells = "".join(f"{getattr(found[name], kind):>{width}}" for name, width in zip(names, widths))
+            print(f"{what:<20}{cells}")
 
 
 @contextlib.contextmanager
