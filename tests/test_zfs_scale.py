@@ -1,4 +1,5 @@
-"""Large trees: time is the machines' own; memory and the number of commands are ours."""
+"""Large trees: time is the machines' own; memory and the number of commands are ours. For 100,000 snapshots see
+`tests/bench growth`."""
 
 from __future__ import annotations
 
@@ -6,12 +7,10 @@ import shlex
 from typing import TYPE_CHECKING, Callable
 
 import pytest
-from conftest import RELEASES
-from lab import LARGE_MEMORY
-from site_pair import JOB, MIRROR, TREE, Pair, history, logins_and_commands, mounts_apart
+from site_pair import JOB, MIRROR, TREE, history, logins_and_commands, mounts_apart
 
 if TYPE_CHECKING:
-    from site_pair import Keeper, Site
+    from site_pair import Site
 
 pytestmark = [pytest.mark.zfs, pytest.mark.full]
 
@@ -86,21 +85,3 @@ def test_every_one_of_20_snapshots_of_50_datasets(site: Site, record_property: R
         assert {len(points) for points in history(site.backup, MIRROR).values()} == {20}
         site.assert_in_step()
     assert few[1] == many[1] < 20
-
-
-@pytest.mark.either
-@pytest.mark.parametrize("release", RELEASES)
-def test_listing_100000_snapshots(keeper: Keeper, release: str, record_property: Record) -> None:
-    keeper.clear()
-    with Pair(keeper.lab, release, memory=LARGE_MEMORY) as pair:
-        site = pair.fresh()
-        with mounts_apart(site.source) as apart:
-            make(site, 100, apart)
-            snapshots(site, 1, 1000)
-            counted = site.source.run(f"zfs list -H -o name -t snapshot -r {TREE} | wc -l", timeout=1800).stdout.strip()
-            memory, commands = measured(site, "--doctor")
-            record_property("snapshots, MiB and commands", (counted, memory, commands))
-            print(counted, memory, commands)
-    assert counted == "100000"
-    assert memory < LIMIT
-    assert commands <= 5, "version, date, listing, space"
