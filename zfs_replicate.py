@@ -1899,11 +1899,24 @@ class SshHost:
         except paramiko.SSHException:
             self.opens_ahead = False
         if channel is None or channel.closed:
-            channel = transport.open_session(timeout=CONNECT_SECONDS)
+            channel = self.open_channel(transport)
         self.next_channel = None
         if self.opens_ahead:
             self.next_channel = in_background(lambda: transport.open_session(timeout=CONNECT_SECONDS))
         return channel
+
+    def open_channel(self, transport: Any) -> Any:
+        """Such a host takes a moment to see that the last channel is closed."""
+        import paramiko
+
+        until = time.monotonic() + CONNECT_SECONDS
+        while True:
+            try:
+                return transport.open_session(timeout=CONNECT_SECONDS)
+            except paramiko.ChannelException:
+                if time.monotonic() > until:
+                    raise
+                time.sleep(0.1)
 
     def has(self, program: str) -> bool:
         return program in (self.programs or ())

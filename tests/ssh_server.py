@@ -47,7 +47,7 @@ class Fault(enum.Enum):
     SILENCE = "the command prints nothing and never ends"
     NO_STATUS = "the channel is closed after the command without an exit status"
     FLOOD = "the command first writes more to stderr than any buffer takes, while it writes to stdout"
-    ONE_SESSION = "no channel is opened beside another one, as with MaxSessions 1"
+    ONE_SESSION = "no channel is opened beside the first one, nor just after it is closed: MaxSessions 1 of OpenSSH"
     KEY_REJECTED = "no key is good enough"
     DROPPED_LOGIN = "the TCP connection ends when a key is offered"
 
@@ -172,7 +172,7 @@ class Session(paramiko.ServerInterface):
         return AUTH_SUCCESSFUL if good and self.server.fault is not Fault.KEY_REJECTED else AUTH_FAILED
 
     def check_channel_request(self, kind: str, chanid: int) -> int:
-        if self.server.fault is Fault.ONE_SESSION and len(self.transport._channels):  # type: ignore[attr-defined]
+        if self.server.fault is Fault.ONE_SESSION and self.server.opened == 1 and self.server.refused < 2:
             self.server.refused += 1
             return OPEN_FAILED_RESOURCE_SHORTAGE
         self.server.opened += 1
