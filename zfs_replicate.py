@@ -1906,7 +1906,7 @@ class SshHost:
         return channel
 
     def open_channel(self, transport: Any) -> Any:
-        """Such a host takes a moment to see that the last channel is closed."""
+        """Open a channel, be it later: a host with MaxSessions 1 takes a moment to see that the last one is closed."""
         import paramiko
 
         until = time.monotonic() + CONNECT_SECONDS
@@ -2696,7 +2696,7 @@ def both_in_turn(first: Callable[[], Any], second: Callable[[], Any]) -> tuple[A
 
 
 def both_at_once(first: Callable[[], Any], second: Callable[[], Any]) -> tuple[Any, Any]:
-    """If both fail, the failure of the first counts."""
+    """The first in the background. If both fail, its failure counts."""
     answer = in_background(first)
     try:
         found = second()
@@ -2852,8 +2852,8 @@ class Run:
                     self.target[key] = self.examine(key, found[key])
 
     def look_for(self, rides: Sequence[Ride]) -> None:
-        """List of each dataset what is said to have arrived last, and no more of a history that may be long; all of it
-        where that is not there. What was to come before it then came as well."""
+        """List of each dataset what is said to have arrived last, and no more of a history that may be long: what was
+        to come before that has come as well. Where it is not there, list all."""
         steps: dict[str, list[Receive]] = {}
         for ride in rides:
             steps.setdefault(ride.key, []).append(ride.step)
@@ -2885,7 +2885,7 @@ class Run:
         only noted in `lost`, for it may be worth another try."""
         try:
             has_changed = self.transfer(self.plan(), now)
-            for _ in range(3):  # what was not known, or was renamed at the source, is found the second time
+            for _ in range(3):  # what was not known yet, or was renamed at the source, is found by the survey
                 if not self.converge() and not has_changed:
                     break
                 self.survey()
