@@ -2990,8 +2990,9 @@ class Run:
         ride behind its parent, a clone behind its origin: what rides is taken for arrived there. Trains that go side by
         side know nothing of each other, so then it waits for the next ones."""
         for key in waiting:
-            with told_later():
-                self.make_room(key)
+            if self.is_held(self.decide(key)):  # what cannot be held does not come, and leaves no placeholder behind
+                with told_later():
+                    self.make_room(key)
         trains: list[list[Ride]] = [[] for _ in range(self.jobs)]
         left: set[str] = set()
         truth = dict(self.target)
@@ -3017,7 +3018,7 @@ class Run:
         plan, source, local = self.decide(key), self.source[key], self.target.get(key)
         if not isinstance(plan, Transfer) or (local and not local.snapshots) or key in self.brought:
             return []  # for one that came, and is not in step, steps are counted
-        if not all(self.policy.tag in (target.tags or ()) for target in plan.targets):
+        if not self.is_held(plan):
             return []
         if local is None and (self.missing_above(key) or former_key(source, key, self.strays) is not None):
             return []
@@ -3048,6 +3049,10 @@ class Run:
             raise
         except Failure as failure:
             return {ride.key: failure for train in trains for ride in train}
+
+    def is_held(self, plan: Plan) -> bool:
+        """Whether all that this plan sends is known to be held."""
+        return isinstance(plan, Transfer) and all(self.policy.tag in (target.tags or ()) for target in plan.targets)
 
     def hold_targets(self, plans: Iterable[Plan]) -> dict[str, str]:
         """Hold what these plans send, all in one command. Returns what is not held, with what zfs said."""

@@ -101,7 +101,7 @@ BUGS: dict[str, Edits] = {
     "nobody watches the stream": (("        elif count and now - self.moved_at >= patience:\n", "        elif False:\n"),),
     "the lock is not inherited": (("                pass_fds=self.transport.inherit if is_last else (),\n", ""),),
     "sent without a hold": (
-        ("        if not all(self.policy.tag in (target.tags or ()) for target in plan.targets):\n            return []\n", ""),
+        ("        if not self.is_held(plan):\n            return []\n", ""),
         ("            if missing:\n                said = \"; \"", "            if False:\n                said = \"; \""),
     ),
     "what was in step stays behind when its parent is set aside": (

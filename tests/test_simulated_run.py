@@ -330,6 +330,13 @@ def test_nothing_is_sent_that_cannot_be_held(mirrored: Job) -> None:
         assert mirrored.there(key) == f"a!{TAG} b"
 
 
+def test_what_cannot_be_held_leaves_no_placeholder_behind(job: Job) -> None:
+    job.snapshot("a", "/www")
+    before = sorted(job.backup.datasets)
+    assert "cannot hold" in job.replicate(status=1, at=refusing("^zfs hold ", "source"))
+    assert sorted(job.backup.datasets) == before
+
+
 def test_one_snapshot_that_cannot_be_held_stops_only_its_own_dataset(mirrored: Job) -> None:
     """It vanished after the listing: the status of the command says nothing of the others."""
     mirrored.snapshot("b")
