@@ -34,14 +34,31 @@ BUGS: dict[str, Edits] = {
     "a failed sender is taken for a lost link": (("    if not failure.link_held and not source.connected():\n", "    if not source.connected():\n"),),
     "release before hold": (
         (
-            "        place = sum(wanted.values(), HoldMoves())\n",
-            "        place = sum(wanted.values(), HoldMoves())\n"
-            "        for batch in batches(place.release_source):\n"
-            "            self.source_host.ask(release(self.policy.tag, batch))\n",
+            "        first = {key for key in wanted if not self.may_hold_here(key)}\n",
+            "        first = {key for key in wanted if not self.may_hold_here(key)}\n"
+            "        let_go(*there, of(wanted).release_source)\n",
         ),
     ),
     "release although the new hold could not be placed": (
-        ("            if not missing.keys() & {*moves.place_local, *moves.place_source}:\n", "            if True:\n"),
+        ("        sure = [key for key, it in wanted.items() if not missing & {*it.place_local, *it.place_source}]\n", "        sure = [*wanted]\n"),
+    ),
+    "ours here goes before that there": (
+        ("        left = let_go(*there, of(sure).release_source)\n", "        let_go(*here, of(sure).release_local)\n        left = let_go(*there, of(sure).release_source)\n"),
+    ),
+    "ours here goes whatever is left there": (
+        ("        clean = [key for key in sure if not left & {it.name for it in self.source[key].history}]\n", "        clean = sure\n"),
+    ),
+    "the first one here comes before others go there": (
+        ("        first = {key for key in wanted if not self.may_hold_here(key)}\n", "        first = set()\n"),
+    ),
+    "holds are asked for from the newest one here on": (
+        ("    since = min((times.get(guid, 0) for guid in ours), default=0)\n", "    since = max((times.get(guid, 0) for guid in ours), default=0)\n"),
+    ),
+    "holds are asked for of what is newer than nothing": (
+        ("    since = min((times.get(guid, 0) for guid in ours), default=0)\n", "    since = min((times.get(guid, 0) for guid in ours), default=2**63)\n"),
+    ),
+    "what expires is not asked for": (
+        ("            if self.ask_for_twins(now) and self.converge():\n                self.survey()\n", ""),
     ),
     "match by name": (
         ("    ours = {snapshot.guid: snapshot for snapshot in local.snapshots}\n", "    ours = {snapshot.short: snapshot for snapshot in local.snapshots}\n"),

@@ -20,12 +20,14 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Callable
 
 from zfs_replicate import (
+    DATASET_KINDS,
     DAY,
     FAILING,
     LEFT_OUT,
     LIST_COLUMNS,
-    LIST_KINDS,
+    OUTLINE_COLUMNS,
     OVERRIDES,
+    POINT_KINDS,
     STREAM_FLAGS,
     Account,
     Answer,
@@ -359,10 +361,11 @@ class Machine:
         assert words.pop(0) == "-Hp", words
         depth = words.pop(0) if words[0] != "-t" else ""
         assert depth in ("-r", "") or (depth == "-d" and words.pop(0) == "1"), words
-        columns = ",".join(LIST_COLUMNS)
-        assert words[:4] == ["-t", LIST_KINDS, "-o", columns], words
-        roots = words[4:]
+        kinds, columns, roots = words[1], words[3], words[4:]
+        assert (words[0], words[2]) == ("-t", "-o"), words
+        assert columns == ",".join(OUTLINE_COLUMNS if kinds == POINT_KINDS else LIST_COLUMNS), words
         if not depth:
+            assert kinds == f"{DATASET_KINDS},{POINT_KINDS}", words
             return self.list_exactly(roots)
         shown: dict[str, bool] = {}  # whether with its points
 
@@ -373,7 +376,11 @@ class Machine:
                     shown[name] = shown.get(name, False) or depth == "-r" or name == root
 
         answer = self.each(roots, show)
-        listed = [row for name, points in shown.items() for row in self.rows(name, points=points)]
+        listed = [
+            row for name, points in shown.items() for row in self.rows(name, points=points) if str(row[1]) in kinds
+        ]
+        if kinds == POINT_KINDS:
+            listed = [(row[0], *row[2:4]) for row in listed]
         return replace(answer, stdout="".join("\t".join(map(str, row)) + "\n" for row in listed))
 
     def list_exactly(self, names: list[str]) -> Answer:

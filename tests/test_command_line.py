@@ -279,7 +279,7 @@ class Attempts:
             raise Failure("does not accept our login")
         yield self
 
-    def begin(self) -> None:
+    def begin(self, *, briefly: bool = False) -> None:
         if self.word == "lost in the survey":
             raise LinkLost("lost in the survey")
 

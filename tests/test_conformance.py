@@ -56,6 +56,7 @@ from zfs_replicate import (
     list_exactly,
     list_existing,
     list_holds,
+    list_outline,
     list_tree,
     list_usage,
     parse_estimates,
@@ -88,6 +89,23 @@ SCENES = {
         snapshot there@b
         usage there => there@a of some bytes; there@b of some bytes
         usage there/no => ! dataset does not exist
+    """,
+    "an outline": """
+        create there
+        points there =>
+        snapshot there@a
+        snapshot there@b
+        bookmark there@a there#m
+        rename-snapshot there@a there@z
+        create there/x
+        volume there/v
+        snapshot there/v@a
+        hold keep there@b
+        datasets there => there:; there/v volume:; there/x:
+        points there => there@z=there@z; there#m=there@z; there@b=there@b; there/v@a=there/v@a
+        own-points there => there@z=there@z; there#m=there@z; there@b=there@b
+        points there/x =>
+        points there/no => ! dataset does not exist
     """,
     "weighing streams": """
         create there
@@ -608,6 +626,9 @@ COMMANDS: dict[str, Callable[..., Command]] = {
     "tree": list_tree,
     "one": lambda *names: list_datasets(names),
     "exactly": lambda *names: list_exactly(names),
+    "datasets": lambda name: list_outline(name)[0],
+    "points": lambda name: list_outline(name)[1],
+    "own-points": lambda name: list_outline(name, 1)[1],
     "make": create_parent,
     "files": count_files,
     "abandon": abandon,
@@ -704,7 +725,10 @@ class Teller:
         return " ".join(filter(None, [status, said, "!", "; ".join(phrases)]))
 
     def output(self, line: Line, text: str) -> str:
-        if line.operation in ("tree", "one", "exactly") and text:
+        if line.operation.endswith("points"):
+            rows = sorted(fields(text, 3), key=lambda row: (re.split("[@#]", row[0])[0], int(row[2]), "#" in row[0]))
+            return "; ".join(f"{name}={self.labels.setdefault(int(guid), name)}" for name, guid, _ in rows)
+        if line.operation in ("tree", "one", "exactly", "datasets") and text:
             return "; ".join(self.tree(line.words[0], text))
         if line.operation == "existing":
             return "; ".join(name if mark == "-" else f"{name} ({mark})" for name, mark in fields(text, 2))

@@ -232,18 +232,19 @@ def test_holds_that_may_not_be_moved_name_the_rights_and_nothing_else_is_said() 
     run.begin()
     run.execute(world.now)
     origin.snapshot("backuppool@b")
-    wire.at = lambda where, command, moment: refusing(command, "release", moment)
-    run.begin()
-    run.execute(world.now)
-    assert [(failure.what, failure.hint) for failure in report.found] == [
-        (
-            "still held: backuppool@a, offsite/m@a",
-            (
-                "the next run tries again; as root on source: zfs allow puller release backuppool; "
-                "as root on this host: zfs allow keeper release offsite/m"
-            ),
+    for refuses, what, hint in (
+        (origin, "backuppool@a, offsite/m@a", "as root on source: zfs allow puller release backuppool"),
+        (backup, "offsite/m@a", "as root on this host: zfs allow keeper release offsite/m"),
+    ):
+        report.found.clear()
+        wire.at = lambda where, *doing, refuses=refuses: (
+            refusing(doing[0], "release", doing[1]) if where is refuses else None
         )
-    ]
+        run.begin()
+        run.execute(world.now)
+        assert [(failure.what, failure.hint) for failure in report.found] == [
+            (f"still held: {what}", f"the next run tries again; {hint}")
+        ]
 
 
 def test_what_others_hold_is_not_offered_for_rollback() -> None:

@@ -69,7 +69,7 @@ class Job:
             policy, Near(self.wire, self.source), Near(self.wire, self.backup), self.wire.carry, report, jobs=jobs
         )
         try:
-            run.begin()
+            run.begin(briefly=True)
             run.execute(self.source.world.now)
             if run.lost:
                 report.failure(*run.lost)
@@ -448,7 +448,7 @@ def test_where_nothing_can_be_released_no_twin_is_destroyed(aged: Job, moment: s
         assert aged.here() == f"e!{RECEIVED}"
     else:
         assert aged.there() == f"a b!{TAG} c d!{TAG} e!{TAG}"
-        assert aged.here() == f"b d e!{RECEIVED}"
+        assert aged.here() == f"b d!{RECEIVED} e!{RECEIVED}", "ours here goes after that there"
 
 
 def test_when_the_source_does_not_answer_any_more_nothing_is_destroyed(aged: Job) -> None:

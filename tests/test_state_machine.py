@@ -445,7 +445,7 @@ class Site:
         policy = options.policy(hop)
         run = Run(policy, Near(wire, hop.source), Near(wire, hop.target), wire.carry, report, jobs=options.jobs)
         try:
-            run.begin()
+            run.begin(briefly=True)
             run.execute(self.world.now)
             if run.lost:
                 report.failure(*run.lost)
