@@ -2835,8 +2835,8 @@ class Run:
     # survey
 
     def begin(self, *, briefly: bool = False) -> None:
-        """The first survey; `briefly` is for a run that is to be executed. Raises Failure also if both trees are in one
-        pool and overlap: expiry would take the source for its own mirror."""
+        """The first survey; `briefly` asks no more of the source than a run needs. Raises Failure also if both trees
+        are in one pool and overlap: expiry would take the source for its own mirror."""
         self.briefly = briefly
         roots = (self.policy.source_root, self.policy.target_root)
         if overlap(*roots):
@@ -3614,6 +3614,7 @@ class Rehearsal:
                 raise
             except Failure as failure:
                 self.report.failure(self.run.local_name(key), failure)
+        self.run.ask_for_twins(now)
         for key, moves in self.run.wanted_moves().items():
             self.tell_moves(moves)
             here, there = self.run.policy.received_tag, self.run.policy.tag
@@ -3743,7 +3744,7 @@ class Doctor:
         for look in (self.programs, lambda: self.clocks(there)):
             yield from self.tried(look)
         self.run.begin()
-        for look in (self.trees, self.rights, self.plans, self.pool, self.mirror):
+        for look in (self.trees, self.rights, self.plans, self.holds, self.pool, self.mirror):
             yield from self.tried(look)
 
     def tried(self, look: Callable[[], Iterator[Finding]]) -> Iterator[Finding]:
@@ -3800,6 +3801,16 @@ class Doctor:
             what = {UpToDate: "in step", Transfer: "to be pulled", Blocked: "blocked"}[type(plan)]
             counts[what] = counts.get(what, 0) + 1
         yield Finding(f"{self.policy.target_root}: " + ", ".join(f"{n} {what}" for what, n in counts.items()))
+
+    def holds(self) -> Iterator[Finding]:
+        """Holds at the source that nobody but a person can have placed, and that no run looks for."""
+        tag = self.policy.tag
+        for key, moves in self.run.wanted_moves().items():
+            known = {it.name for it in may_be_held(self.run.source[key], self.run.target.get(key), self.policy)}
+            lost = [name for name in moves.release_source if name not in known]
+            if lost:
+                what = f"{self.run.source[key].name}: {tag} holds {len(lost)} snapshots older than any that needs it"
+                yield Finding(what, f"on {self.run.source_host.label}: {shlex.join(release(tag, lost))}")
 
     def pool(self) -> Iterator[Finding]:
         """Health, room and features of the local pool."""
@@ -4470,7 +4481,7 @@ def look_after(options: argparse.Namespace, report: Report) -> int:
 def rehearse(options: argparse.Namespace, report: Report) -> int:
     """What --dry-run does. Without the lock, as --doctor."""
     with logged_in(options, report, None) as it:
-        it.begin()
+        it.begin(briefly=True)
         Rehearsal(it).tell(int(time.time()))
     return 1 if report.failures else 0
 

@@ -10,7 +10,7 @@ from dataclasses import replace
 import pytest
 from histories import EVERY, LOCAL, POLICY, RECEIVED, SOURCE, TAG, local, partial, source
 
-from zfs_replicate import Dataset, HoldMoves, Snapshot, converge_holds
+from zfs_replicate import Dataset, HoldMoves, Snapshot, converge_holds, may_be_held
 
 Tags = frozenset[str]
 
@@ -206,3 +206,21 @@ def test_any_move_counts(field: str) -> None:
 def test_intermediates_change_nothing() -> None:
     there, mine = source("@a,1!offsite @b,2 @c,3"), local("@a,1!offsite:received @b,2 @c,3")
     assert converge_holds(there, mine, EVERY) == converge_holds(there, mine, POLICY)
+
+
+@pytest.mark.parametrize(
+    ("here", "asked"),
+    [
+        pytest.param(None, "abcd", id="nothing here"),
+        pytest.param("@b,2 @c,3", "abcd", id="never held here"),
+        pytest.param(f"@b,2 @c,3!{RECEIVED}", "cd", id="from the one held here on"),
+        pytest.param(f"@b,2!{RECEIVED} @c,3!{RECEIVED}", "bcd", id="a run that was cut leaves two"),
+        pytest.param(f"@b,2!nightly @c,3!{RECEIVED}", "cd", id="what others hold here says nothing"),
+        pytest.param(f"@x,9!{RECEIVED} @c,3!{RECEIVED}", "abcd", id="one held here is gone there"),
+        pytest.param(f"@m,7!{RECEIVED}", "abcd", id="one held here is a bookmark there"),
+    ],
+)
+def test_where_our_holds_there_may_be(here: str | None, asked: str) -> None:
+    there = source("@a,1 @b,2 #m,7 @c,3 @d,4")
+    found = may_be_held(there, local(here) if here else None, POLICY)
+    assert "".join(snapshot.short[1:] for snapshot in found) == asked

@@ -9,11 +9,13 @@ from hypothesis import given, strategies as st
 
 from zfs_replicate import (
     LIST_COLUMNS,
+    NOT_ASKED,
     Dataset,
     Failure,
     Partial,
     Snapshot,
     count_objects,
+    parse_asked,
     parse_estimates,
     parse_holds,
     parse_token,
@@ -204,6 +206,22 @@ def test_a_line_of_holds_of_another_width_is_refused(text: str) -> None:
 def test_every_tag_comes_back(holds: dict[str, set[str]]) -> None:
     text = "".join(f"{name}\t{tag}\tThu Nov 16 10:00 2023\n" for name, tags in holds.items() for tag in tags)
     assert parse_holds(text) == holds
+
+
+def test_holds_and_numbers_of_encrypted_snapshots_come_in_one_text() -> None:
+    text = "tank@a\t18446744073709551615\ntank/plain@a\t-\ntank@a\tkeep\tThu Nov 16 10:00 2023\n"
+    assert parse_asked(text + "tank@a\tx\tThu Nov 16 10:00 2023\n") == (
+        {"tank@a": frozenset({"keep", "x"})},
+        {"tank@a": 18446744073709551615, "tank/plain@a": 0},
+    )
+
+
+def test_of_an_outline_neither_holds_nor_age_are_known() -> None:
+    text = row("tank", "filesystem") + "tank@a\t3\t5\ntank#m\t3\t5\n"
+    tree, held = parse_tree(text, "tank")
+    assert tree[""].snapshots == (Snapshot("tank@a", 3, 5, NOT_ASKED, None),)
+    assert tree[""].bookmarks == (Snapshot("tank#m", 3, 5, NOT_ASKED),)
+    assert held == []
 
 
 def test_tags_are_filled_in_where_known_and_stay_unknown_elsewhere() -> None:

@@ -13,6 +13,7 @@ from simulated import SEGMENT_BYTES, USED, WRITTEN, Machine, Near, Refused, Wire
 from zfs_replicate import (
     Answer,
     Command,
+    Doctor,
     Failure,
     LinkLost,
     Policy,
@@ -449,6 +450,67 @@ def test_where_nothing_can_be_released_no_twin_is_destroyed(aged: Job, moment: s
     else:
         assert aged.there() == f"a b!{TAG} c d!{TAG} e!{TAG}"
         assert aged.here() == f"b d!{RECEIVED} e!{RECEIVED}", "ours here goes after that there"
+
+
+def in_full(job: Job) -> int:
+    """How often the last run listed the source in full, with what zfs is slow to tell of each snapshot."""
+    lists = [words for where, *words in job.wire.done if where == "source" and words[0] == "list"]
+    return sum("userrefs" in words[-2] and "snapshot" in words[-4] for words in lists)
+
+
+def test_the_source_is_listed_in_outline(aged: Job) -> None:
+    aged.replicate(keep=1)
+    assert aged.here() == f"e!{RECEIVED}"
+    assert in_full(aged) == 0
+    aged.replicate(keep=1)
+    assert [words[0] for where, *words in aged.wire.done if where == "source"] == ["list", "list", "holds"]
+
+
+def test_a_hold_of_ours_that_somebody_placed_goes_before_its_twin_expires(aged: Job) -> None:
+    aged.replicate()
+    aged.source.hold(TAG, f"{SOURCE}@a")
+    aged.source.hold(TAG, f"{SOURCE}/www@b")
+    aged.replicate()
+    assert aged.there() == f"a!{TAG} b c d e!{TAG}", "no run looks that far back"
+    run = Run(
+        Policy(SOURCE, LOCAL, TAG),
+        Near(aged.wire, aged.source),
+        Near(aged.wire, aged.backup),
+        aged.wire.carry,
+        Report(),
+    )
+    run.begin()
+    assert [(finding.what, finding.remedy) for finding in Doctor(run).holds()] == [
+        (f"{SOURCE}: {TAG} holds 1 snapshots older than any that needs it", f"on source: zfs release {TAG} {SOURCE}@a"),
+        (
+            f"{SOURCE}/www: {TAG} holds 1 snapshots older than any that needs it",
+            f"on source: zfs release {TAG} {SOURCE}/www@b",
+        ),
+    ]
+    aged.replicate(keep=1)
+    assert (aged.there(), aged.here()) == (f"a b c d e!{TAG}", f"e!{RECEIVED}")
+    assert in_full(aged) == 0
+
+
+def test_where_one_goes_before_it_is_asked_for_all_are_listed(mirrored: Job) -> None:
+    mirrored.snapshot("b")
+    mirrored.snapshot("c")
+    gone = once("before", lambda: mirrored.source.destroy(f"{SOURCE}/www", ["b"]), "^zfs holds .*machines/www@b")
+    mirrored.replicate(at=gone)
+    assert in_full(mirrored) == 2, "also in the proof"
+    assert (mirrored.here("/www"), mirrored.there("/www")) == (f"a c!{RECEIVED}", f"a c!{TAG}")
+
+
+def test_many_to_ask_for_are_listed_rather(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("zfs_replicate.BATCH_BYTES", 200)
+    for name in "abcdef":
+        job.snapshot(name)
+    job.source.hold(TAG, f"{SOURCE}@b")
+    job.replicate()
+    assert in_full(job) > 0
+    assert (job.here(), job.there()) == (f"f!{RECEIVED}", f"a b c d e f!{TAG}")
+    job.replicate()
+    assert in_full(job) == 0
 
 
 def test_when_the_source_does_not_answer_any_more_nothing_is_destroyed(aged: Job) -> None:
