@@ -2758,6 +2758,21 @@ def place_holds(host: Host, tag: str, names: Iterable[str]) -> dict[str, str]:
     return missing
 
 
+def ask_about(
+    host: Host, names: Iterable[str], encrypted: Container[str]
+) -> tuple[dict[str, frozenset[str]], dict[str, int]]:
+    """The tags of these snapshots, and the numbers of the encrypted ones among them (see `Snapshot.ivset`). Raises
+    Failure if one is not there."""
+    tags: dict[str, frozenset[str]] = {}
+    ivsets: dict[str, int] = {}
+    for batch in batches(names, BATCH_BYTES // 2):  # for they may be named twice
+        raw = [name for name in batch if name in encrypted]
+        held, numbers = parse_asked(run(host, *([list_ivsets(raw)] if raw else []), list_holds(batch)))
+        tags.update({name: held.get(name, NO_TAGS) for name in batch})
+        ivsets.update(numbers)
+    return tags, ivsets
+
+
 MOST_IN_TURN = 100
 """Commands in one request, streams on one train: they travel as one word, of which Linux takes 128 KiB."""
 
@@ -2786,8 +2801,8 @@ def both_at_once(first: Callable[[], Any], second: Callable[[], Any]) -> tuple[A
 
 @contextlib.contextmanager
 def told_later() -> Iterator[None]:
-    """Pass over what fails, for it will fail again, and be told, when its dataset is brought up alone; but not over a
-    host that does not answer."""
+    """Pass over what fails, for what comes after it will fail as well, and be told; but not over a host that does not
+    answer."""
     try:
         yield
     except (LinkLost, Stuck):
@@ -2869,25 +2884,14 @@ class Run:
         pairs = ((source, self.target[key]) for key, source in self.source.items() if key in self.target)
         mutuals = (newest_mutual(source, local) for source, local in pairs if source.encrypted)
         encrypted = {mutual.source.name for mutual in mutuals if mutual}
-        requests = list(batches(names, BATCH_BYTES // 2))
-        are_most = len(requests) > 1 and len(names) * 2 > sum(len(source.snapshots) for source in self.source.values())
-        tags = dict.fromkeys(names, NO_TAGS)
-        ivsets: dict[str, int] = {}
-        try:
-            if are_most or any("#" in name for name in encrypted):
-                raise Failure("these are better listed")
-            for batch in requests:
-                raw = [name for name in batch if name in encrypted]
-                held, numbers = parse_asked(run(self.source_host, *[list_ivsets(raw)][: len(raw)], list_holds(batch)))
-                tags.update(held)
-                ivsets.update(numbers)
-        except (LinkLost, Stuck):
-            raise
-        except Failure:
-            self.briefly = False
-            self.source = self.known(self.source_host, self.list_source())
-            return
-        self.source = with_clones(with_tags(self.source, tags, ivsets))
+        are_long = sum(map(len, names)) > BATCH_BYTES
+        are_most = len(names) * 2 > sum(len(source.snapshots) for source in self.source.values())
+        if not (are_long and are_most) and not any("#" in name for name in encrypted):
+            with told_later():
+                self.source = with_clones(with_tags(self.source, *ask_about(self.source_host, names, encrypted)))
+                return
+        self.briefly = False
+        self.source = self.known(self.source_host, self.list_source())
 
     def survey_target(self) -> None:
         self.take_target(self.list_target())

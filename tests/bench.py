@@ -48,12 +48,20 @@ CONTENDERS = (
     Contender(
         "zfs-autobackup",
         "python3 -m zfs_autobackup.ZfsAutobackup --no-progress --no-snapshot --no-thinning --clear-mountpoint "
-        "--ssh-source source job offsite/autobackup",
+        "--ssh-config /root/shared --ssh-source source job offsite/autobackup",
         f"zfs set autobackup:job=true {TREE}",
     ),
 )
 OURS = 2
 """As many of them are ours."""
+
+SHARED = """\
+Include ~/.ssh/config
+ControlMaster auto
+ControlPath /root/shared-%C
+ControlPersist 3600
+"""
+"""The connection for many commands that the manual of zfs-autobackup recommends; the others make one by themselves."""
 
 
 def fetch_tools() -> list[Path]:
@@ -132,6 +140,7 @@ def distance(release: str = "bookworm", datasets: str = "50") -> None:
     with machines(release) as site:
         install_tools(site.backup)
         site.backup.run("zfs create offsite/autobackup; zfs create offsite/bzfs")  # these want their target to be there
+        site.backup.write("/root/shared", SHARED)
         grow(site, many)
         change(site, many, "20260101000000")
         for it in CONTENDERS:
@@ -348,13 +357,14 @@ STAGES = {"deep": ((100, 1), (100, 9), (100, 90), (100, 900)), "wide": ((10, 2),
 """Trees; up to how many datasets each grows, and how many recursive snapshots follow."""
 
 
-def growth(release: str = "trixie") -> None:
+def growth(release: str = "trixie", *trees: str) -> None:
     """A run that finds nothing to do, beside the slower `zfs list` of both sides, as a tree at the source grows."""
     print(f"{release}: seconds of `zfs list`, of a run that finds nothing to do, and of the one before it, which pulls")
     heads = ("datasets", "snapshots", "zfs list", "no-op", "no-op/list", "MiB", "commands", "pull")
     print("".join(f"{head:>11}" for head in heads), flush=True)
     with machines(release, LARGE_MEMORY) as site, mounts_apart(site.source) as apart:
-        for name, stages in STAGES.items():
+        for name in trees or STAGES:
+            stages = STAGES[name]
             tree, mirror = f"{TREE}/{name}", f"{MIRROR}/{name}"
             site.source.run(f"{apart} zfs create -p {tree}")
             datasets, snapshots = 1, 0
@@ -414,8 +424,8 @@ import paramiko
 lap("import of paramiko")
 host.client
 lap("login")
-program.read_tree(host, "{TREE}", program.Selection())
-lap("list the source, with holds")
+program.read_outline(host, "{TREE}", program.Selection())
+lap("list the source in outline")
 program.read_tree(program.LocalHost(), "{MIRROR}", program.Selection())
 lap("list the mirror, with holds")
 """

@@ -91,7 +91,7 @@ def test_a_tree_goes_by_one_command_and_what_fails_holds_nobody_up(site: Site) -
         return logins_now - logins, commands_now - commands
 
     site.snapshot("monday")
-    assert effort() == (2, len(["list", "hold", "send", "list", "holds"]))
+    assert effort() == (2, len(["list", "holds", "hold", "send", "list", "holds"]))
     site.assert_in_step()
     site.write("two", *children, "d1/inner")
     site.snapshot("tuesday")
