@@ -2759,13 +2759,13 @@ def place_holds(host: Host, tag: str, names: Iterable[str]) -> dict[str, str]:
 
 
 def ask_about(
-    host: Host, names: Iterable[str], encrypted: Container[str]
+    host: Host, names: Iterable[str], encrypted: set[str]
 ) -> tuple[dict[str, frozenset[str]], dict[str, int]]:
     """The tags of these snapshots, and the numbers of the encrypted ones among them (see `Snapshot.ivset`). Raises
     Failure if one is not there."""
     tags: dict[str, frozenset[str]] = {}
     ivsets: dict[str, int] = {}
-    for batch in batches(names, BATCH_BYTES // 2):  # for they may be named twice
+    for batch in batches(names, BATCH_BYTES // 2 if encrypted else BATCH_BYTES):  # those are named twice
         raw = [name for name in batch if name in encrypted]
         held, numbers = parse_asked(run(host, *([list_ivsets(raw)] if raw else []), list_holds(batch)))
         tags.update({name: held.get(name, NO_TAGS) for name in batch})
