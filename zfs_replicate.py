@@ -3423,7 +3423,7 @@ class Run:
         missing = place(*here, of(wanted.keys() - first).place_local) | place(*there, of(wanted).place_source)
         sure = [key for key, it in wanted.items() if not missing & {*it.place_local, *it.place_source}]
         left = let_go(*there, of(sure).release_source)
-        clean = [key for key in sure if not left & {it.name for it in self.source[key].history}]
+        clean = [key for key in sure if left.isdisjoint(it.name for it in self.source[key].history)]
         place(*here, of(first.intersection(clean)).place_local)
         let_go(*here, of(clean).release_local)
         self.rights = [*dict.fromkeys(filter(None, (permit(*answer) for answer in answers)))]

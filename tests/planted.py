@@ -46,7 +46,7 @@ BUGS: dict[str, Edits] = {
         ("        left = let_go(*there, of(sure).release_source)\n", "        let_go(*here, of(sure).release_local)\n        left = let_go(*there, of(sure).release_source)\n"),
     ),
     "ours here goes whatever is left there": (
-        ("        clean = [key for key in sure if not left & {it.name for it in self.source[key].history}]\n", "        clean = sure\n"),
+        ("        clean = [key for key in sure if left.isdisjoint(it.name for it in self.source[key].history)]\n", "        clean = sure\n"),
     ),
     "the first one here comes before others go there": (
         ("        first = {key for key in wanted if not self.may_hold_here(key)}\n", "        first = set()\n"),
