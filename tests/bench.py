@@ -20,7 +20,7 @@ from lab_image import CACHE
 from site_pair import JOB, MIRROR, TREE, Pair, Site, logins_and_commands, mounts_apart
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
 
     from lab import Machine
 
@@ -147,38 +147,33 @@ def distance(release: str = "bookworm", datasets: str = "50") -> None:
             site.source.run(it.prepare or "true")
             say(f"first pull: {it.name}: {timed(site, it.line).seconds:.0f} s")
         day = 0
-        rows: dict[tuple[str, int], dict[str, Effort]] = {}
+        print(f"{many + 1} datasets, {release}")
+        print(f"{'seconds':<20}{in_columns(it.name for it in CONTENDERS)}  best other / ours", flush=True)
+        last: dict[str, list[Effort]] = {}  # of each kind of run; but for the seconds the distance does not matter
         for delay in (100, 0, 20):
             site.source.netem(delay_ms=delay)
             for what, count in (("nothing new", 0), ("1 changed", 1), (f"{many + 1} changed", many)):
                 if count:
                     day += 1
                     change(site, count, f"202601{day + 1:02}000000")
+                last[what] = []
                 for it in CONTENDERS:
-                    effort = timed(site, it.line)
-                    say(f"{delay} ms, {what}, {it.name}: {effort}")
-                    rows.setdefault((what, delay), {})[it.name] = effort
+                    say(f"{delay} ms, {what}: {it.name}")
+                    last[what].append(timed(site, it.line))
+                seconds = [effort.seconds for effort in last[what]]
+                ratio = min(seconds[OURS:]) / seconds[0]
+                row = in_columns(f"{it:.1f}" for it in seconds)
+                print(f"{f'{what}, {delay} ms':<20}{row}{ratio:>19.1f}", flush=True)
         site.source.netem()
-    print(f"{many + 1} datasets, {release}")
-    tell_distance(rows)
-
-
-def tell_distance(rows: dict[tuple[str, int], dict[str, Effort]]) -> None:
-    """Two tables: what depends on the distance, and what does not."""
-    names = [it.name for it in CONTENDERS]
-    widths = [max(len(name), 8) + 2 for name in names]
-    heads = "".join(f"{name:>{width}}" for name, width in zip(names, widths))
-    print(f"{'seconds':<20}{heads}  best other / ours")
-    for (what, delay), found in sorted(rows.items()):
-        seconds = [found[name].seconds for name in names]
-        cells = "".join(f"{it:>{width}.1f}" for it, width in zip(seconds, widths))
-        print(f"{f'{what}, {delay} ms':<20}{cells}{min(seconds[OURS:]) / seconds[0]:>19.1f}")
-    last = {what: found for (what, _), found in rows.items()}
     for kind in ("logins", "commands", "processes"):
-        print(f"{kind:<20}{heads}")
-        for what, found in sorted(last.items()):
-            cells = "".join(f"{getattr(found[name], kind):>{width}}" for name, width in zip(names, widths))
-            print(f"{what:<20}{cells}")
+        print(f"{kind:<20}{in_columns(it.name for it in CONTENDERS)}")
+        for what, efforts in last.items():
+            print(f"{what:<20}{in_columns(str(getattr(effort, kind)) for effort in efforts)}")
+
+
+def in_columns(cells: Iterable[str]) -> str:
+    """One cell for each contender."""
+    return "".join(f"{cell:>{max(len(it.name), 8) + 2}}" for cell, it in zip(cells, CONTENDERS))
 
 
 @contextlib.contextmanager
