@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import queue
 import resource
 import shutil
 import socket
@@ -10,6 +11,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -237,16 +239,24 @@ def wire(rounds: str = str(ROUNDS)) -> None:
 def carried(home: Path, port: int, line: str) -> tuple[float, float]:
     """Seconds of a pipeline, and of the processor, with an sshd that lives just as long."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    sshd = subprocess.Popen(["/usr/sbin/sshd", "-D", "-e", "-f", home / "config"], stderr=subprocess.DEVNULL)
-    while subprocess.run(["ssh-keyscan", "-p", str(port), "127.0.0.1"], capture_output=True).stdout == b"":
-        time.sleep(0.05)
-    began = time.monotonic()
-    subprocess.run(["bash", "-o", "pipefail", "-c", line], check=True, stdout=subprocess.DEVNULL)
-    seconds = time.monotonic() - began
-    sshd.terminate()
-    sshd.wait()
+    with private_sshd(home, port):
+        began = time.monotonic()
+        subprocess.run(["bash", "-o", "pipefail", "-c", line], check=True, stdout=subprocess.DEVNULL)
+        seconds = time.monotonic() - began
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     return seconds, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+
+@contextlib.contextmanager
+def private_sshd(home: Path, port: int) -> Iterator[None]:
+    sshd = subprocess.Popen(["/usr/sbin/sshd", "-D", "-e", "-f", home / "config"], stderr=subprocess.DEVNULL)
+    try:
+        while subprocess.run(["ssh-keyscan", "-p", str(port), "127.0.0.1"], capture_output=True).stdout == b"":
+            time.sleep(0.05)
+        yield
+    finally:
+        sshd.terminate()
+        sshd.wait()
 
 
 def ours(home: str, port: str, stream: str, sink: str) -> None:
@@ -277,18 +287,27 @@ def prepare_sshd(home: Path) -> int:
     return port
 
 
-def install_here() -> Path:
-    """sshd, mbuffer and compressors by apt; zstream, which Debian keeps in contrib, unpacked in our cache. Returns where."""
-    missing = [name for name in ("mbuffer", "lzop", "zstd") if not shutil.which(name)]
-    missing += [] if Path("/usr/sbin/sshd").exists() else ["openssh-server"]
+NOT_PROGRAMS = {
+    "openssh-server": Path("/usr/sbin/sshd"),
+    "python3-paramiko": Path("/usr/lib/python3/dist-packages/paramiko"),
+}
+"""Where packages are that bring no program of their name, or one that is not in every PATH."""
+
+
+def install_packages(*names: str) -> None:
+    """On this host, by apt, as far as they are missing."""
+    here = {name: NOT_PROGRAMS[name].exists() if name in NOT_PROGRAMS else shutil.which(name) for name in names}
+    missing = [name for name in names if not here[name]]
     if missing:
         say(f"installing on this host: {' '.join(missing)}")
-        subprocess.run(["apt-get", "-q", "update"], check=True, stdout=subprocess.DEVNULL)
-        subprocess.run(
-            ["apt-get", "-q", "install", "-y", "--no-install-recommends", *missing],
-            check=True,
-            stdout=subprocess.DEVNULL,
-        )
+        install = ["apt-get", "-q", "install", "-y", "--no-install-recommends", *missing]
+        for words in (["apt-get", "-q", "update"], install):
+            subprocess.run(words, check=True, stdout=subprocess.DEVNULL)
+
+
+def install_here() -> Path:
+    """sshd, mbuffer and compressors by apt; zstream, which Debian keeps in contrib, unpacked in our cache. Returns where."""
+    install_packages("mbuffer", "lzop", "zstd", "openssh-server")
     place = CACHE / "zstream"
     if not (place / "complete").exists():
         say("fetching zstream (once)")
@@ -456,12 +475,91 @@ def noop(release: str = "bookworm", datasets: str = "50") -> None:
         print(f"{what:<30}" + "".join(f"{statistics.median(column):>8.2f}" for column in columns))
 
 
+ASK_TWICE = """
+import sys
+sys.path.insert(0, sys.argv[1])
+import zfs_replicate as program
+home, port = sys.argv[2:]
+settings = ("-o", f"UserKnownHostsFile={home}/known", "-o", "BatchMode=yes")
+host = program.SshHost(program.Connection.resolve("127.0.0.1", int(port), f"{home}/user", settings))
+for _ in range(2):
+    assert host.ask(("true",)).status == 0
+host.close()
+"""
+"""What a run does at its source that finds nothing to do, with `true` for `zfs`."""
+
+
+def start(rounds: str = str(ROUNDS)) -> None:
+    """What such a run takes beside ZFS, on this very machine: from the start of Python to the end of its second remote
+    command, over a private sshd, with a round trip of next to nothing and of 100 ms."""
+    install_packages("openssh-server", "python3-paramiko")
+    found: dict[str, list[float]] = {"0 ms": [], "100 ms": []}
+    with tempfile.TemporaryDirectory(prefix="zfs_replicate-bench-") as home:
+        port = prepare_sshd(Path(home))
+        with private_sshd(Path(home), port), far_away(port, 0.1) as distant:
+            known = Path(home) / "known"
+            known.write_text(known.read_text() + known.read_text().replace(f":{port} ", f":{distant} "))
+            for number in range(int(rounds) + 1):
+                say(f"round {number}" if number else "warm-up")
+                for name, at in (("0 ms", port), ("100 ms", distant)):
+                    began = time.monotonic()
+                    words = ["/usr/bin/python3", "-c", ASK_TWICE, str(Path(__file__).parent.parent), home, str(at)]
+                    subprocess.run(words, check=True)
+                    if number:
+                        found[name].append(time.monotonic() - began)
+    print(f"from the start of Python to the end of the second remote command; {rounds} rounds in turn")
+    for name, seconds in found.items():
+        low, middle, high = min(seconds), statistics.median(seconds), max(seconds)
+        print(f"{name:>8}: {middle:.2f} s, median; {low:.2f} to {high:.2f}")
+
+
+@contextlib.contextmanager
+def far_away(port: int, seconds: float) -> Iterator[int]:
+    """A port that leads to that one, with so long a round trip; to connect takes one as well."""
+
+    def connect(near: socket.socket) -> None:
+        time.sleep(seconds)
+        far = socket.create_connection(("127.0.0.1", port))
+        for one, other in ((near, far), (far, near)):
+            pieces: queue.SimpleQueue[tuple[float, bytes]] = queue.SimpleQueue()
+            threading.Thread(target=take, args=(one, pieces), daemon=True).start()
+            threading.Thread(target=give, args=(other, pieces), daemon=True).start()
+
+    def take(source: socket.socket, pieces: queue.SimpleQueue[tuple[float, bytes]]) -> None:
+        piece = b"any"
+        while piece:
+            try:
+                piece = source.recv(1 << 16)
+            except OSError:
+                piece = b""
+            pieces.put((time.monotonic() + seconds / 2, piece))
+
+    def give(sink: socket.socket, pieces: queue.SimpleQueue[tuple[float, bytes]]) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                due, piece = pieces.get()
+                time.sleep(max(due - time.monotonic(), 0))
+                if not piece:
+                    sink.shutdown(socket.SHUT_WR)
+                    return
+                sink.sendall(piece)
+
+    def serve() -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                threading.Thread(target=connect, args=(listener.accept()[0],), daemon=True).start()
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        threading.Thread(target=serve, daemon=True).start()
+        yield int(listener.getsockname()[1])
+
+
 def main(what: str = "", *more: str) -> int:
     parts: dict[str, Callable[..., None]] = {
-        "wire": wire, "distance": distance, "growth": growth, "noop": noop, "ours": ours,
+        "wire": wire, "start": start, "distance": distance, "growth": growth, "noop": noop, "ours": ours,
     }  # fmt: skip
     if what not in parts:
-        print("usage: tests/bench wire|distance|growth|noop", file=sys.stderr)
+        print("usage: tests/bench wire|start|distance|growth|noop", file=sys.stderr)
         return 2
     parts[what](*more)
     return 0
