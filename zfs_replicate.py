@@ -486,7 +486,8 @@ LIST_COLUMNS = (
     "ivsetguid", "compression",
 )  # fmt: skip
 OUTLINE_COLUMNS = ("name", "guid", "createtxg")
-"""Those which zfs answers without opening each snapshot (zfs_list_only_by_fast in its sources): four times as fast."""
+"""Those which zfs answers without opening each snapshot, from 2.2 on (zfs_list_only_by_fast in its sources): in a
+quarter of the time."""
 
 NOT_ASKED = 2**63 - 1
 """As a time of creation: nothing is ever as old as to expire by it."""
