@@ -154,6 +154,7 @@ class Snapshot:
     cloned: bool = False
 
     def may_carry(self, tag: str) -> bool:
+        """Whether the tag is on it, or is not known not to be."""
         return self.tags is None or tag in self.tags
 
     @property
