@@ -216,6 +216,7 @@ def wire(rounds: str = str(ROUNDS)) -> None:
             "zfs-autobackup": f"{ssh} 127.0.0.1 {cat} | {sink}",  # and zettarepl's
         }
         found: dict[str, list[tuple[float, float]]] = {name: [] for name in pipelines}
+        started: list[float] = []  # seconds of ours once Python has started
         for number in range(int(rounds) + 1):
             for name, line in pipelines.items():
                 effort = carried(Path(home), port, line)
@@ -224,6 +225,8 @@ def wire(rounds: str = str(ROUNDS)) -> None:
                 )
                 if number:
                     found[name].append(effort)
+            if number:
+                started.append(float((Path(home) / "seconds").read_text()))
     print(f"{stream.stat().st_size / 2**20:.0f} MiB, {rounds} rounds in turn; medians; the ratios are of each round")
     print(f"{'':<16}{'seconds':>9}{'MiB/s':>8}{'processor s':>13}{'bare/it':>9}{'processor it/bare':>19}")
     for name, efforts in found.items():
@@ -234,6 +237,8 @@ def wire(rounds: str = str(ROUNDS)) -> None:
             f"{name:<16}{seconds:>9.2f}{stream.stat().st_size / 2**20 / seconds:>8.0f}{processor:>13.2f}"
             f"{speed:>9.2f}{cost:>19.2f}"
         )
+    ratio = statistics.median(bare[0] / it for bare, it in zip(found["bare"], started))
+    print(f"zfs_replicate, once Python has started: {statistics.median(started):.2f} seconds, bare/it {ratio:.2f}")
 
 
 def carried(home: Path, port: int, line: str) -> tuple[float, float]:
@@ -263,6 +268,7 @@ def ours(home: str, port: str, stream: str, sink: str) -> None:
     """What the program does about one stream, its own login for streams included."""
     import zfs_replicate as program
 
+    began = time.monotonic()
     settings = ("-o", f"UserKnownHostsFile={home}/known", "-o", "BatchMode=yes")
     host = program.SshHost(program.Connection.resolve("127.0.0.1", int(port), f"{home}/user", settings))
     with contextlib.closing(host):
@@ -271,6 +277,7 @@ def ours(home: str, port: str, stream: str, sink: str) -> None:
         (passage,) = program.pull(host, program.LocalHost(), [(train, transport)])
         if passage.failure:
             raise SystemExit(str(passage.failure))
+    (Path(home) / "seconds").write_text(str(time.monotonic() - began))
 
 
 def prepare_sshd(home: Path) -> int:
