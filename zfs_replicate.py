@@ -482,6 +482,7 @@ class Standing:
 
 DATASET_KINDS = "filesystem,volume"
 POINT_KINDS = "snapshot,bookmark"
+LIST_KINDS = f"{DATASET_KINDS},{POINT_KINDS}"
 LIST_COLUMNS = (
     "name", "type", "guid", "createtxg", "creation", "userrefs", "receive_resume_token", "encryption", "origin",
     "ivsetguid", "compression",
@@ -1229,18 +1230,16 @@ def list_usage(root: str) -> Command:
     return ("zfs", "list", "-Hp", "-r", "-t", "snapshot", "-o", "name,used,written", root)
 
 
-def list_tree(root: str, depth: int | None = None) -> Command:
+def list_tree(
+    root: str, depth: int | None = None, kinds: str = LIST_KINDS, columns: tuple[str, ...] = LIST_COLUMNS
+) -> Command:
     limit = ("-r",) if depth is None else ("-d", str(depth))
-    return ("zfs", "list", "-Hp", *limit, "-t", f"{DATASET_KINDS},{POINT_KINDS}", "-o", ",".join(LIST_COLUMNS), root)
+    return ("zfs", "list", "-Hp", *limit, "-t", kinds, "-o", ",".join(columns), root)
 
 
 def list_outline(root: str, depth: int | None = None) -> tuple[Command, Command]:
     """Of points only what zfs answers fast, a command for itself: one slow column makes all of them slow."""
-    limit = ("-r",) if depth is None else ("-d", str(depth))
-    return (
-        ("zfs", "list", "-Hp", *limit, "-t", DATASET_KINDS, "-o", ",".join(LIST_COLUMNS), root),
-        ("zfs", "list", "-Hp", *limit, "-t", POINT_KINDS, "-o", ",".join(OUTLINE_COLUMNS), root),
-    )
+    return (list_tree(root, depth, DATASET_KINDS), list_tree(root, depth, POINT_KINDS, OUTLINE_COLUMNS))
 
 
 def list_datasets(names: Iterable[str]) -> Command:
@@ -1250,7 +1249,7 @@ def list_datasets(names: Iterable[str]) -> Command:
 
 def list_exactly(names: Iterable[str]) -> Command:
     """Those datasets and snapshots, and nothing of what belongs to them; exits 1 if one does not exist."""
-    return ("zfs", "list", "-Hp", "-t", f"{DATASET_KINDS},{POINT_KINDS}", "-o", ",".join(LIST_COLUMNS), *names)
+    return ("zfs", "list", "-Hp", "-t", LIST_KINDS, "-o", ",".join(LIST_COLUMNS), *names)
 
 
 def list_ivsets(snapshots: Iterable[str]) -> Command:
@@ -3815,7 +3814,8 @@ class Doctor:
             known = {it.name for it in may_be_held(self.run.source[key], self.run.target.get(key), self.policy)}
             lost = [name for name in moves.release_source if name not in known]
             if lost:
-                what = f"{self.run.source[key].name}: {tag} holds {len(lost)} snapshots older than any that needs it"
+                name = self.run.source[key].name
+                what = f"{name}: the hold {tag} is on older snapshots too, where no run looks for it: {len(lost)}"
                 yield Finding(what, f"on {self.run.source_host.label}: {shlex.join(release(tag, lost))}")
 
     def pool(self) -> Iterator[Finding]:

@@ -20,11 +20,11 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Callable
 
 from zfs_replicate import (
-    DATASET_KINDS,
     DAY,
     FAILING,
     LEFT_OUT,
     LIST_COLUMNS,
+    LIST_KINDS,
     OUTLINE_COLUMNS,
     OVERRIDES,
     POINT_KINDS,
@@ -365,7 +365,7 @@ class Machine:
         assert (words[0], words[2]) == ("-t", "-o"), words
         assert columns == ",".join(OUTLINE_COLUMNS if kinds == POINT_KINDS else LIST_COLUMNS), words
         if not depth:
-            assert kinds == f"{DATASET_KINDS},{POINT_KINDS}", words
+            assert kinds == LIST_KINDS, words
             return self.list_exactly(roots)
         shown: dict[str, bool] = {}  # whether with its points
 

@@ -481,9 +481,12 @@ def test_a_hold_of_ours_that_somebody_placed_goes_before_its_twin_expires(aged: 
     )
     run.begin()
     assert [(finding.what, finding.remedy) for finding in Doctor(run).holds()] == [
-        (f"{SOURCE}: {TAG} holds 1 snapshots older than any that needs it", f"on source: zfs release {TAG} {SOURCE}@a"),
         (
-            f"{SOURCE}/www: {TAG} holds 1 snapshots older than any that needs it",
+            f"{SOURCE}: the hold {TAG} is on older snapshots too, where no run looks for it: 1",
+            f"on source: zfs release {TAG} {SOURCE}@a",
+        ),
+        (
+            f"{SOURCE}/www: the hold {TAG} is on older snapshots too, where no run looks for it: 1",
             f"on source: zfs release {TAG} {SOURCE}/www@b",
         ),
     ]
