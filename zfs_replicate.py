@@ -1231,20 +1231,18 @@ def list_usage(root: str) -> Command:
 
 
 def list_tree(
-    root: str, depth: int | None = None, kinds: str = LIST_KINDS, columns: tuple[str, ...] = LIST_COLUMNS
+    *names: str, alone: bool = False, kinds: str = LIST_KINDS, columns: tuple[str, ...] = LIST_COLUMNS
 ) -> Command:
-    limit = ("-r",) if depth is None else ("-d", str(depth))
-    return ("zfs", "list", "-Hp", *limit, "-t", kinds, "-o", ",".join(columns), root)
+    """Those datasets and all below them; `alone` none of that but the children, and these without their points. Exits 1
+    if one does not exist."""
+    depth = ("-d", "1") if alone else ("-r",)
+    return ("zfs", "list", "-Hp", *depth, "-t", kinds, "-o", ",".join(columns), *names)
 
 
-def list_outline(root: str, depth: int | None = None) -> tuple[Command, Command]:
+def list_outline(*names: str, alone: bool = False) -> tuple[Command, Command]:
     """Of points only what zfs answers fast, a command for itself: one slow column makes all of them slow."""
-    return (list_tree(root, depth, DATASET_KINDS), list_tree(root, depth, POINT_KINDS, OUTLINE_COLUMNS))
-
-
-def list_datasets(names: Iterable[str]) -> Command:
-    """Those datasets and their points, and of their children no more than the names; exits 1 if one does not exist."""
-    return (*list_tree("", depth=1)[:-1], *names)
+    datasets = list_tree(*names, alone=alone, kinds=DATASET_KINDS)
+    return datasets, list_tree(*names, alone=alone, kinds=POINT_KINDS, columns=OUTLINE_COLUMNS)
 
 
 def list_exactly(names: Iterable[str]) -> Command:
@@ -2721,7 +2719,7 @@ def read_tree(host: Host, root: str, selection: Selection) -> Reading:
     """What is selected of a tree. Raises Failure if it cannot be listed."""
     refused: Failure | None = None
     for _ in range(2):  # a snapshot may go between our two questions, and then one more look will do
-        tree, held = parse_tree(run(host, list_tree(root, None if selection.recursive else 1)), root)
+        tree, held = parse_tree(run(host, list_tree(root, alone=not selection.recursive)), root)
         tree = selection.of_tree(tree)
         tags: dict[str, frozenset[str]] = {}
         try:
@@ -2738,7 +2736,7 @@ def read_tree(host: Host, root: str, selection: Selection) -> Reading:
 
 def read_outline(host: Host, root: str, selection: Selection) -> Reading:
     """As `read_tree`, and with a long history several times as fast: of snapshots only their names, guids and order."""
-    text = run(host, *list_outline(root, None if selection.recursive else 1))
+    text = run(host, *list_outline(root, alone=not selection.recursive))
     return with_clones(selection.of_tree(parse_tree(text, root)[0])), None
 
 
@@ -2961,7 +2959,7 @@ class Run:
     def look_at(self, keys: Iterable[str]) -> None:
         """List local datasets anew. Raises CommandFailed if of one it is not known whether it is there."""
         for names in batches(self.local_name(key) for key in dict.fromkeys(keys)):
-            command = list_datasets(names)
+            command = list_tree(*names, alone=True)
             answer = self.target_host.ask(command)
             found = parse_tree(answer.stdout, self.policy.target_root)[0]
             keys_by_name = {name: name[len(self.policy.target_root) :] for name in names}
