@@ -3040,9 +3040,13 @@ class Run:
         is_first = self.order.index(owner) < self.order.index(key)
         return is_first and isinstance(plan, Transfer) and inherited[-1] in plan.targets
 
+    def former(self, key: str) -> str | None:
+        """As what the mirror of a dataset that has another name at the source by now is still here."""
+        return None if key in self.target else former_key(self.source[key], key, self.strays)
+
     def follow_rename(self, key: str) -> None:
         """Rename what was the mirror of a dataset before it got this name at the source. Nothing is lost by that."""
-        old = None if key in self.target else former_key(self.source[key], key, self.strays)
+        old = self.former(key)
         if old is not None:
             self.make_room(key)
             name = self.local_name(key)
@@ -3141,7 +3145,7 @@ class Run:
             return []  # for one that came, and is not in step, steps are counted
         if not self.is_held(plan):
             return []
-        if local is None and (self.missing_above(key) or former_key(source, key, self.strays) is not None):
+        if local is None and (self.missing_above(key) or self.former(key) is not None):
             return []
         rides = []
         for step in plan.steps:
@@ -3383,9 +3387,10 @@ class Run:
     # converge
 
     def wanted_moves(self) -> dict[str, HoldMoves]:
-        needed = needed_by_heirs(self.source, self.target)
+        mirrors = {key: local for key in self.source for local in [self.mirror(key)] if local}
+        needed = needed_by_heirs(self.source, mirrors)
         wanted = {
-            key: converge_holds(source, self.target.get(key), self.policy, needed.get(source.name, ()))
+            key: converge_holds(source, mirrors.get(key), self.policy, needed.get(source.name, ()))
             for key, source in self.source.items()
         }
         return {key: moves for key, moves in wanted.items() if moves}
@@ -3428,8 +3433,13 @@ class Run:
         self.rights = [*dict.fromkeys(filter(None, (permit(*answer) for answer in answers)))]
         return bool(wanted)
 
+    def mirror(self, key: str) -> Dataset | None:
+        """What is here of a dataset; be it, where a rename could not be followed (yet), under its former name."""
+        former = self.former(key)
+        return self.target.get(key if former is None else former)
+
     def may_hold_here(self, key: str) -> bool:
-        local = self.target.get(key)
+        local = self.mirror(key)
         return local is not None and any(it.may_carry(self.policy.received_tag) for it in local.snapshots)
 
     def move_bookmarks(self) -> None:
@@ -3643,7 +3653,7 @@ class Rehearsal:
     def foresee(self, key: str, now: int) -> None:
         """One dataset. Raises Failure if it would be blocked, or skipped."""
         run, name = self.run, self.run.local_name(key)
-        old = None if key in run.target else former_key(run.source[key], key, run.strays)
+        old = run.former(key)
         if old is not None:
             self.make_room(key)
             self.report.event("rename", name, f"{run.local_name(old)}: rename to {name}, as at the source")

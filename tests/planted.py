@@ -60,6 +60,9 @@ BUGS: dict[str, Edits] = {
     "what expires is not asked for": (
         ("            if self.ask_for_twins(now) and self.converge():\n                self.survey()\n", ""),
     ),
+    "a rename that is not followed lets the base go": (
+        ("        former = self.former(key)\n        return self.target.get(key if former is None else former)\n", "        return self.target.get(key)\n"),
+    ),
     "match by name": (
         ("    ours = {snapshot.guid: snapshot for snapshot in local.snapshots}\n", "    ours = {snapshot.short: snapshot for snapshot in local.snapshots}\n"),
         ("if point.guid in ours]", "if point.short in ours]"),

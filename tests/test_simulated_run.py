@@ -466,6 +466,17 @@ def test_the_source_is_listed_in_outline(aged: Job) -> None:
     assert [words[0] for where, *words in aged.wire.done if where == "source"] == ["list", "list", "holds"]
 
 
+def test_a_rename_that_cannot_be_followed_releases_nothing(mirrored: Job) -> None:
+    mirrored.source.rename_dataset(f"{SOURCE}/www", f"{SOURCE}/web")
+    mirrored.snapshot("b")
+    said = mirrored.replicate(status=1, at=refusing("^zfs rename ", "backup"))
+    assert f"{LOCAL}/web: zfs rename failed on backup: permission denied" in said
+    assert (mirrored.here("/www"), mirrored.there("/web")) == (f"a!{RECEIVED}", f"a!{TAG} b")
+    assert (mirrored.here("/www/logs"), mirrored.there("/web/logs")) == (f"a!{RECEIVED}", f"a!{TAG} b")
+    mirrored.replicate()
+    assert (mirrored.here("/web"), mirrored.there("/web")) == (f"a b!{RECEIVED}", f"a b!{TAG}")
+
+
 def test_a_hold_of_ours_that_somebody_placed_goes_before_its_twin_expires(aged: Job) -> None:
     aged.replicate()
     aged.source.hold(TAG, f"{SOURCE}@a")
