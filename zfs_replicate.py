@@ -1108,16 +1108,21 @@ def expire(source: Dataset | None, local: Dataset, policy: Policy, now: int) -> 
     return Expiry(tuple(destroy), tuple(kept))
 
 
-def twins_to_ask_for(source: Dataset | None, local: Dataset, policy: Policy, now: int) -> list[Snapshot]:
-    """The snapshots at the source whose holds alone decide whether their local twins expire, and are not known."""
+def may_expire(source: Dataset | None, local: Dataset, policy: Policy, now: int) -> set[int]:
+    """The guids of what is due to be destroyed of a local dataset, if no hold stands at the source that we know nothing
+    of."""
     if policy.keep_days is None or source is None:
-        return []
+        return set()
 
     def unheld(snapshots: tuple[Snapshot, ...]) -> tuple[Snapshot, ...]:
         return tuple(replace(s, tags=NO_TAGS) if s.tags is None else s for s in snapshots)
 
     hoped = replace(source, snapshots=unheld(source.snapshots), inherited=unheld(source.inherited))
-    due = {snapshot.guid for snapshot in expire(hoped, local, policy, now).destroy}
+    return {snapshot.guid for snapshot in expire(hoped, local, policy, now).destroy}
+
+
+def twins_to_ask_for(source: Dataset, due: Container[int]) -> list[Snapshot]:
+    """The snapshots at the source whose holds alone decide whether their local twins expire, and are not known."""
     return [twin for twin in source.history if twin.guid in due and twin.tags is None]
 
 
@@ -2715,12 +2720,13 @@ Reading = tuple[Tree, Union[Failure, None]]
 """A tree with its holds. If those could not be read they are unknown (None), and the reason comes along."""
 
 
-def read_tree(host: Host, root: str, selection: Selection) -> Reading:
-    """What is selected of a tree. Raises Failure if it cannot be listed."""
+def read_tree(host: Host, root: str, selection: Selection, only: Sequence[str] = ()) -> Reading:
+    """What is selected of a tree, of datasets `only` those, if any is named. Raises Failure if it cannot be listed."""
     refused: Failure | None = None
     for _ in range(2):  # a snapshot may go between our two questions, and then one more look will do
-        tree, held = parse_tree(run(host, list_tree(root, alone=not selection.recursive)), root)
-        tree = selection.of_tree(tree)
+        text = run(host, list_tree(*(only or [root]), alone=bool(only) or not selection.recursive))
+        tree, held = parse_tree(text, root)
+        tree = without_others(selection.of_tree(tree), only)
         tags: dict[str, frozenset[str]] = {}
         try:
             for batch in batches(name for name in held if name.partition("@")[0][len(root) :] in tree):
@@ -2734,10 +2740,15 @@ def read_tree(host: Host, root: str, selection: Selection) -> Reading:
     return with_clones(tree), refused
 
 
-def read_outline(host: Host, root: str, selection: Selection) -> Reading:
+def read_outline(host: Host, root: str, selection: Selection, only: Sequence[str] = ()) -> Reading:
     """As `read_tree`, and with a long history several times as fast: of snapshots only their names, guids and order."""
-    text = run(host, *list_outline(root, alone=not selection.recursive))
-    return with_clones(selection.of_tree(parse_tree(text, root)[0])), None
+    text = run(host, *list_outline(*(only or [root]), alone=bool(only) or not selection.recursive))
+    return with_clones(without_others(selection.of_tree(parse_tree(text, root)[0]), only)), None
+
+
+def without_others(tree: Tree, only: Sequence[str]) -> Tree:
+    """Those datasets alone, without the children that were listed with them; all, if none is named."""
+    return {key: dataset for key, dataset in tree.items() if dataset.name in only} if only else tree
 
 
 def says_absent(answer: Answer, name: str) -> bool:
@@ -2868,13 +2879,34 @@ class Run:
         there, here = self.both(self.list_source, self.list_target)
         self.source = self.known(self.source_host, there)
         self.take_target(here)
+        self.ask_for_ours(self.source)
+
+    def survey_again(self, keys: set[str]) -> None:
+        """List anew the datasets of the source that we had to do with, and their mirrors; all, where these are most, or
+        one of them is gone or has another name by now."""
+        there = [self.source[key].name for key in keys]
+        here = [local.name for local in map(self.mirror, keys) if local]
+        if 2 * len(keys) <= len(self.source) and 2 * sum(map(len, there + here)) <= BATCH_BYTES:
+            with contextlib.suppress(CommandFailed):
+                self.survey_only(there, here)
+                return
+        self.survey()
+
+    def survey_only(self, there: Sequence[str], here: Sequence[str]) -> None:
+        """List these datasets at the source, and those here, at the same time."""
+        source, target = self.both(lambda: self.list_source(there), lambda: self.list_mirrors(here))
+        some = self.known(self.source_host, source)
+        self.source = with_clones({**self.source, **some})
+        self.target = with_clones({**self.target, **self.examined(self.known(self.target_host, target))})
+        self.ask_for_ours(some)
+
+    def ask_for_ours(self, keys: Iterable[str]) -> None:
+        """Learn of those datasets on which of their snapshots our holds are, if only an outline of them is known; also
+        where they were before: this may be the proof of what was released since."""
         if self.briefly:
-            for key, source in self.source.items():
-                self.asked.update(it.name for it in may_be_held(source, self.target.get(key), self.policy))
-            # Those of the surveys before as well: this one is the proof of what was released since.
-            self.ask_for(
-                [it.name for source in self.source.values() for it in source.snapshots if it.name in self.asked]
-            )
+            for key in keys:
+                self.asked.update(it.name for it in may_be_held(self.source[key], self.target.get(key), self.policy))
+            self.ask_for([it.name for key in keys for it in self.source[key].snapshots if it.name in self.asked])
 
     def ask_for(self, names: Sequence[str]) -> None:
         """Learn what an outline leaves out of snapshots at the source: their holds, and of encrypted ones that both
@@ -2895,11 +2927,11 @@ class Run:
     def survey_target(self) -> None:
         self.take_target(self.list_target())
 
-    def list_source(self) -> Reading:
+    def list_source(self, only: Sequence[str] = ()) -> Reading:
         root = self.policy.source_root
         read = read_outline if self.briefly else read_tree
         try:
-            return read(self.source_host, root, self.policy.selection)
+            return read(self.source_host, root, self.policy.selection, only)
         except CommandFailed as failure:
             if f"'{root}': dataset does not exist" in failure.what:
                 failure.hint = f"check -r; is the pool imported there? zpool import {root.split('/')[0]}"
@@ -2920,10 +2952,14 @@ class Run:
             return {}, None
         return read_tree(self.target_host, names[-1], self.policy.selection)
 
+    def list_mirrors(self, names: Sequence[str]) -> Reading:
+        """List some datasets of the local tree."""
+        return (
+            read_tree(self.target_host, self.policy.target_root, self.policy.selection, names) if names else ({}, None)
+        )
+
     def take_target(self, reading: Reading) -> None:
-        self.target = self.known(self.target_host, reading)
-        for key in self.target:
-            self.target[key] = self.examine(key, self.target[key])
+        self.target = self.examined(self.known(self.target_host, reading))
         self.strays = strays(self.source, self.target)
 
     def known(self, host: Host, reading: Reading) -> Tree:
@@ -2932,6 +2968,9 @@ class Run:
         if failure:
             self.report.failure(f"holds on {host.label}", failure)
         return tree
+
+    def examined(self, tree: Tree) -> Tree:
+        return {key: self.examine(key, local) for key, local in tree.items()}
 
     def examine(self, key: str, local: Dataset) -> Dataset:
         """Find out what only further commands can tell: whose rest a token waits for, whether there is any file."""
@@ -3003,14 +3042,18 @@ class Run:
         """All that follows the first survey. What fails on the way is reported, and the rest goes on; a lost link is
         only noted in `lost`, for it may be worth another try."""
         try:
-            has_changed = self.transfer(self.plan(), now)
+            touched = self.transfer(self.plan(), now)
+            if touched:  # hours may have gone by: what is to be destroyed is looked at anew as well
+                touched |= self.may_expire(now).keys()
             for _ in range(3):  # what was not known yet, or was renamed at the source, is found by the survey
-                if not self.converge() and not has_changed:
+                touched |= self.converge()
+                if not touched:
                     break
-                self.survey()
-                has_changed = False
-            if self.ask_for_twins(now) and self.converge():
-                self.survey()
+                self.survey_again(touched)
+                touched = set()
+            moved = self.converge() if self.ask_for_twins(now) else set()
+            if moved:
+                self.survey_again(moved)
             self.check_holds()
             if self.policy.bookmark:
                 self.move_bookmarks()
@@ -3080,14 +3123,15 @@ class Run:
         allowed = {Rollback: self.policy.rollback, Quarantine: self.policy.quarantine}
         return next((way for way in plan.ways if allowed[type(way)]), None)
 
-    def transfer(self, plans: dict[str, Plan], now: int) -> bool:
-        """Hold, then stream and verify: by the train what goes by train, the rest one by one. Returns whether anything
-        may have changed on either side."""
+    def transfer(self, plans: dict[str, Plan], now: int) -> set[str]:
+        """Hold, then stream and verify: by the train what goes by train, the rest one by one. Returns what may have
+        changed on either side."""
         self.hold_targets(plans.values())
         waiting = [key for key, plan in plans.items() if not isinstance(plan, UpToDate)]
-        to_do = bool(waiting)
+        touched: set[str] = set()
         done: set[str] = set()
         while waiting and not self.lost:
+            touched.update(waiting)
             trains = self.board(waiting)
             failed = self.depart(trains) if trains else self.bring_up_alone(waiting[0], now)
             for key, failure in failed.items():
@@ -3098,7 +3142,7 @@ class Run:
             done |= failed.keys() if trains else {waiting[0]}
             # Of all, for what was in step before may have been renamed aside, with its parent.
             waiting = [key for key in plans if key not in done and not isinstance(self.decide(key), UpToDate)]
-        return to_do
+        return touched
 
     def bring_up_alone(self, key: str, now: int) -> dict[str, Failure]:
         """As `bring_up`; returns what failed."""
@@ -3395,9 +3439,9 @@ class Run:
         }
         return {key: moves for key, moves in wanted.items() if moves}
 
-    def converge(self) -> bool:
+    def converge(self) -> set[str]:
         """Move the holds. New ones are placed, on both sides, before any old one goes: releasing can destroy
-        (`destroy -d`), and at every instant one common snapshot must be held. Returns whether anything was done.
+        (`destroy -d`), and at every instant one common snapshot must be held. Returns where anything was done.
 
         Ours here are also what tells the next run on which snapshots to look for those there (`may_be_held`). So they
         go last, and the first of a dataset comes last, both only where nothing of its history is left held there.
@@ -3431,7 +3475,7 @@ class Run:
         place(*here, of(first.intersection(clean)).place_local)
         let_go(*here, of(clean).release_local)
         self.rights = [*dict.fromkeys(filter(None, (permit(*answer) for answer in answers)))]
-        return bool(wanted)
+        return set(wanted)
 
     def mirror(self, key: str) -> Dataset | None:
         """What is here of a dataset; be it, where a rename could not be followed (yet), under its former name."""
@@ -3478,12 +3522,17 @@ class Run:
     def ask_for_twins(self, now: int) -> bool:
         """Ask for the holds at the source on the twins of what is due to be destroyed here, where they are not known.
         Returns whether there were any: one may carry ours, which does not belong there."""
-        trees = ((self.source.get(key), local) for key, local in self.target.items())
-        names = [it.name for source, local in trees for it in twins_to_ask_for(source, local, self.policy, now)]
+        names = [it.name for key, due in self.may_expire(now).items() for it in twins_to_ask_for(self.source[key], due)]
         if names:
             self.asked.update(names)
             self.ask_for(names)
         return bool(names)
+
+    def may_expire(self, now: int) -> dict[str, set[int]]:
+        """Of which datasets something may be due to be destroyed, and what."""
+        both = ((key, self.source.get(key), local) for key, local in self.target.items())
+        due = {key: may_expire(source, local, self.policy, now) for key, source, local in both}
+        return {key: guids for key, guids in due.items() if guids}
 
     def expire(self, now: int) -> None:
         for key in self.target:

@@ -58,11 +58,15 @@ BUGS: dict[str, Edits] = {
         ("    since = min((times.get(guid, 0) for guid in ours), default=0)\n", "    since = min((times.get(guid, 0) for guid in ours), default=2**63)\n"),
     ),
     "what expires is not asked for": (
-        ("            if self.ask_for_twins(now) and self.converge():\n                self.survey()\n", ""),
+        ("            moved = self.converge() if self.ask_for_twins(now) else set()\n", "            moved = set()\n"),
     ),
     "a rename that is not followed lets the base go": (
         ("        former = self.former(key)\n        return self.target.get(key if former is None else former)\n", "        return self.target.get(key)\n"),
     ),
+    "what is due elsewhere is not looked at again": (
+        ("                touched |= self.may_expire(now).keys()\n", "                pass\n"),
+    ),
+    "no look at what has changed": (("                self.survey_again(touched)\n", ""),),
     "match by name": (
         ("    ours = {snapshot.guid: snapshot for snapshot in local.snapshots}\n", "    ours = {snapshot.short: snapshot for snapshot in local.snapshots}\n"),
         ("if point.guid in ours]", "if point.short in ours]"),

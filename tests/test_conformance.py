@@ -103,6 +103,8 @@ SCENES = {
         datasets there => there:; there/v volume:; there/x:
         points there => there@z=there@z; there#m=there@z; there@b=there@b; there/v@a=there/v@a
         own-points there => there@z=there@z; there#m=there@z; there@b=there@b
+        own-points there there/v there/x => there@z=there@z; there#m=there@z; there@b=there@b; there/v@a=there/v@a
+        own-points there/v there/no => there/v@a=there/v@a ! dataset does not exist
         points there/x =>
         points there/no => ! dataset does not exist
     """,

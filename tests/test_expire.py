@@ -10,7 +10,7 @@ from dataclasses import replace
 import pytest
 from histories import DAY, LOCAL, POLICY, RECEIVED, SOURCE, TAG, local, partial, shorts, source
 
-from zfs_replicate import Dataset, Expiry, Partial, Selection, Snapshot, expire, twins_to_ask_for
+from zfs_replicate import Dataset, Expiry, Partial, Selection, Snapshot, expire, may_expire, twins_to_ask_for
 
 GUIDS = (30, 10, 20, 40)  # by position; neither they nor the txgs of one side tell the order of the other
 FOREIGN = 77
@@ -229,7 +229,8 @@ def test_twins_to_ask_for_are_those_that_nothing_else_keeps() -> None:
     there = source("@a,1 @b,2 @c,3 @d,4")
     unknown = replace(there, snapshots=tuple(replace(it, tags=None) for it in there.snapshots))
     policy, now = replace(POLICY, keep_days=0), 99 * DAY
-    assert [twin.short for twin in twins_to_ask_for(unknown, here, policy, now)] == ["@a", "@c"]
-    assert twins_to_ask_for(there, here, policy, now) == []
-    assert twins_to_ask_for(unknown, here, POLICY, now) == []
-    assert twins_to_ask_for(None, here, policy, now) == []
+    due = may_expire(unknown, here, policy, now)
+    assert [twin.short for twin in twins_to_ask_for(unknown, due)] == ["@a", "@c"]
+    assert twins_to_ask_for(there, due) == []
+    assert may_expire(unknown, here, POLICY, now) == set()
+    assert may_expire(None, here, policy, now) == set()

@@ -466,6 +466,44 @@ def test_the_source_is_listed_in_outline(aged: Job) -> None:
     assert [words[0] for where, *words in aged.wire.done if where == "source"] == ["list", "list", "holds"]
 
 
+def whole_lists(job: Job) -> list[str]:
+    """Where the last run listed a whole tree, in turn."""
+    return [where for where, *words in job.wire.done if words[:3] == ["list", "-Hp", "-r"] and "snapshot" in words[4]]
+
+
+def test_after_a_small_change_no_tree_is_listed_again_as_a_whole(mirrored: Job) -> None:
+    mirrored.snapshot("b", "/www")
+    mirrored.replicate(keep=1)
+    assert whole_lists(mirrored) == ["source", "backup"]
+    assert (mirrored.here("/www"), mirrored.there("/www")) == (f"a b!{RECEIVED}", f"a b!{TAG}")
+    mirrored.snapshot("c")
+    mirrored.replicate()
+    assert whole_lists(mirrored) == ["source", "backup", "source", "backup"], "where most have changed all is listed"
+
+
+def test_what_is_due_is_looked_at_again_though_another_dataset_changed(mirrored: Job) -> None:
+    """Hours may go by while that one comes."""
+    mirrored.snapshot("b", "/disk")
+    mirrored.replicate()
+    mirrored.source.world.now += days(50)
+    mirrored.snapshot("c", "/disk", "/www")
+    mirrored.replicate()
+    mirrored.snapshot("d", "/www")
+    held = once("after", lambda: mirrored.backup.hold("keep", f"{LOCAL}/disk@b"), "^zfs send")
+    assert mirrored.replicate(keep=1, at=held) == ""
+    assert mirrored.here("/disk") == f"b!keep c!{RECEIVED}"
+
+
+def test_a_dataset_that_is_renamed_at_the_source_while_it_comes_keeps_its_hold(mirrored: Job) -> None:
+    mirrored.snapshot("b", "/disk")
+    renamed = once("after", lambda: mirrored.source.rename_dataset(f"{SOURCE}/disk", f"{SOURCE}/volume"), "^zfs send")
+    mirrored.replicate(at=renamed)
+    assert whole_lists(mirrored)[2:] == ["source", "backup"], "where one is gone all is listed"
+    assert (mirrored.here("/disk"), mirrored.there("/volume")) == (f"a b!{RECEIVED}", f"a b!{TAG}")
+    mirrored.replicate()
+    assert (mirrored.here("/volume"), mirrored.there("/volume")) == (f"a b!{RECEIVED}", f"a b!{TAG}")
+
+
 def test_a_rename_that_cannot_be_followed_releases_nothing(mirrored: Job) -> None:
     mirrored.source.rename_dataset(f"{SOURCE}/www", f"{SOURCE}/web")
     mirrored.snapshot("b")
