@@ -118,6 +118,11 @@ class Options:
         )
 
 
+def guids(store: Store, tag: str = "") -> set[int]:
+    """Of its snapshots, or of those that carry a tag."""
+    return {point.guid for point in store.snapshots.values() if not tag or tag in point.tags}
+
+
 @dataclass
 class Hop:
     """One job: a tree and its mirror. `mirrored`: the keys that had a common snapshot held on both sides once.
@@ -148,12 +153,27 @@ class Hop:
 
     def held(self, key: str) -> tuple[set[int], set[int]]:
         """Guids that carry our tags, there and here."""
-        there = {point.guid for point in self.theirs(key).snapshots.values() if TAG in point.tags}
-        return there, {point.guid for point in self.ours(key).snapshots.values() if RECEIVED in point.tags}
+        return guids(self.theirs(key), TAG), guids(self.ours(key), RECEIVED)
+
+    def mirror(self, key: str) -> Store:
+        """What is here of a dataset, be it under the name that it had at the source before; empty if that is not clear."""
+        if self.target_root + key in self.target.datasets:
+            return self.ours(key)
+        old_keys = [name[len(self.target_root) :] for name in self.target.below(self.target_root)]
+        found = [
+            self.ours(old)
+            for old in old_keys
+            if old
+            and ASIDE not in old
+            and self.mutual(old, bookmarks=True) is None
+            and not f"{key}/".startswith(f"{old}/")
+        ]
+        theirs = self.theirs(key)
+        found = [store for store in found if store.kind == theirs.kind and guids(store) & guids(theirs)]
+        return found[0] if len(found) == 1 else Store()
 
     def is_protected(self, key: str) -> bool:
-        there, here = self.held(key)
-        return bool(there & here)
+        return bool(guids(self.theirs(key), TAG) & guids(self.mirror(key), RECEIVED))
 
     def note_mirrored(self) -> None:
         self.mirrored |= {key for key in self.branches() if self.is_protected(key)}
@@ -425,6 +445,7 @@ class Site:
     def check_protection(self) -> None:
         """I1. Where the source knows the newest common point by a bookmark alone, there is nothing to be held."""
         for hop in self.hops:
+            hop.mirrored -= {key for key in hop.mirrored if not hop.mirror(key).snapshots}
             for key in hop.mirrored:
                 if not hop.is_protected(key):
                     bookmark = hop.mutual(key, bookmarks=True) != hop.mutual(key, bookmarks=False)
@@ -747,6 +768,7 @@ class Life(RuleBasedStateMachine):
         except Refused:
             return
         self.site.begin_anew(ROOTS[0] + key)
+        self.site.hops[0].note_mirrored()
 
     # what others do here
 
