@@ -128,3 +128,23 @@ def test_renamed_and_moved_datasets_are_followed_and_nothing_is_lost(site: Site)
     done = site.replicate("-v")
     assert f"{MIRROR}/hosts/mail: not at the source (any more); left as it is" in done.stderr
     assert names(site.backup, f"{MIRROR}/hosts/mail") == ["monday", "tuesday"]
+
+
+def test_a_rename_that_is_refused_here_keeps_the_base_at_the_source(site: Site) -> None:
+    site.plant("www/logs")
+    site.snapshot("monday")
+    site.replicate_silently()
+    site.backup.run(f"zfs mount {MIRROR}/www; cd /{MIRROR}/www; sleep 3600 >/dev/null 2>&1 & echo $! >/run/reader.pid")
+    site.source.run(f"zfs rename {TREE}/www {TREE}/web")
+    site.write("two", "web", "web/logs")
+    site.snapshot("tuesday")
+    assert "busy" in site.replicate(status=1).stderr
+    held = site.source.run(f"zfs holds -H {TREE}/web@monday {TREE}/web/logs@monday").stdout
+    assert [line.split()[:2] for line in held.splitlines()] == [
+        [f"{TREE}/web@monday", "offsite"],
+        [f"{TREE}/web/logs@monday", "offsite"],
+    ]
+    site.backup.run(f"kill $(cat /run/reader.pid); sleep 1; zfs unmount {MIRROR}/www")
+    site.replicate_silently()
+    site.assert_in_step()
+    assert names(site.backup, f"{MIRROR}/web/logs") == ["monday", "tuesday"]

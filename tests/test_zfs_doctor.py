@@ -81,6 +81,22 @@ def test_what_is_wrong_is_named_with_its_remedy(site: Site) -> None:
 
 
 @pytest.mark.either
+def test_a_hold_of_ours_that_somebody_placed_is_found(site: Site) -> None:
+    site.plant("www")
+    for day in ("monday", "tuesday"):
+        site.snapshot(day)
+        site.replicate_silently()
+    site.source.run(f"zfs hold offsite {TREE}/www@monday")
+    site.replicate_silently()
+    said = doctor(site, status=1)
+    at = said.index(f"!!  {TREE}/www: the hold offsite is on older snapshots too, where no run looks for it: 1")
+    remedy = said[at + 1].strip()
+    assert remedy == f"on source: zfs release offsite {TREE}/www@monday"
+    site.source.run(remedy.partition(": ")[2])
+    doctor(site, status=0)
+
+
+@pytest.mark.either
 def test_a_host_that_is_not_reached(site: Site) -> None:
     done = site.backup.run(f"zfs_replicate -h source -p 2 -r {TREE} -l {MIRROR} -t x --doctor", check=False)
     assert done.returncode == 1
