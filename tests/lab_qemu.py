@@ -140,8 +140,11 @@ class Boot:
         options = {
             "-accel": "kvm" if self.accelerator == "kvm" else "tcg,thread=multi,tb-size=256",
             "-cpu": "host" if self.accelerator == "kvm" else EMULATED_CPU,
-            # Emulated, one processor does a quarter more than two: a flush of the other's TLB stops them both.
-            "-smp": "2" if self.accelerator == "kvm" else "1",
+            # Emulated, one processor does a quarter more than two: a flush of the other's TLB stops them both. But where
+            # there can never be two, TCG leaves memory barriers out, as if disks and cards were not served by another
+            # thread: once in some hours a completion was lost, and a pool stood still for ever. (QEMU 7.2; see
+            # https://gitlab.com/qemu-project/qemu/-/commit/c914d46d0a645e7c633292146f4e38c945d4f847, of 8.1.)
+            "-smp": "2" if self.accelerator == "kvm" else "1,maxcpus=2",
             "-m": f"{self.memory >> 20}",
             "-object": self._memory(),
             "-machine": "pc,usb=off,memory-backend=ram",
