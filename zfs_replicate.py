@@ -835,12 +835,13 @@ def strays(source: Tree, target: Tree) -> Tree:
 def former_key(source: Dataset, key: str, strays: Tree) -> str | None:
     """Which stray is the mirror of a dataset that is missing here under its own name, for it was renamed at the
     source: it has a snapshot of it, and is the only one that does."""
+    guids = {snapshot.guid for snapshot in source.snapshots}
     found = [
         old
         for old, local in strays.items()
         if local.kind == source.kind
         and not f"{key}/".startswith(f"{old}/")
-        and any(local.find(snapshot.guid) for snapshot in source.snapshots)
+        and any(snapshot.guid in guids for snapshot in local.snapshots)
     ]
     return found[0] if len(found) == 1 else None
 
