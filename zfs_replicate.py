@@ -1597,7 +1597,7 @@ def output(host: Host, command: Command, answer: Answer) -> str:
         )
     if answer.status != 0:
         said = answer.stderr.strip() or f"exit status {answer.status} and no message"
-        hint = permit(host, command, said) or suspended(said)
+        hint = permit(host, command, said) or suspended(said) or in_use(said)
         raise CommandFailed(f"{' '.join(command[:2])} failed on {host.label}: {said}", hint)
     return answer.stdout
 
@@ -1610,6 +1610,12 @@ def permit(host: Host, command: Command, said: str) -> str:
 def suspended(said: str) -> str:
     """The way out where zfs says that a pool has lost its disks; "" where it says something else."""
     return "see zpool status; when its disks are back: zpool clear" if "I/O is currently suspended" in said else ""
+
+
+def in_use(said: str) -> str:
+    """The way out where zfs cannot unmount what somebody uses; "" where it says something else."""
+    found = re.search("cannot unmount '(.*)': pool or dataset is busy", said)
+    return f"see who uses it: fuser -vm {shlex.quote(found[1])}" if found else ""
 
 
 def stuck(host: Host, command: Command, patience: float) -> Stuck:

@@ -238,14 +238,25 @@ def test_missing_right_is_told_with_what_grants_it(tmp_path: Path, monkeypatch: 
     assert LocalHost(tree="tank/a").account is None
 
 
-def test_suspended_pool_is_told_with_the_way_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    said = "cannot open 'tank': pool I/O is currently suspended"
+@pytest.mark.parametrize(
+    ("said", "hint"),
+    [
+        (
+            "cannot open 'tank': pool I/O is currently suspended",
+            "see zpool status; when its disks are back: zpool clear",
+        ),
+        ("cannot unmount '/tank/a b': pool or dataset is busy", "see who uses it: fuser -vm '/tank/a b'"),
+    ],
+)
+def test_what_zfs_says_is_told_with_the_way_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, said: str, hint: str
+) -> None:
     executable(tmp_path / "zfs", f'#!/bin/sh\necho "{said}" >&2; exit 1\n')
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     with pytest.raises(CommandFailed) as caught:
         run(LocalHost(), ("zfs", "list", "tank"))
     assert caught.value.what == f"zfs list failed on this host: {said}"
-    assert caught.value.hint == "see zpool status; when its disks are back: zpool clear"
+    assert caught.value.hint == hint
 
 
 def test_missing_program_is_named(host: Host) -> None:
