@@ -136,7 +136,7 @@ def change(site: Site, datasets: int, name: str) -> None:
     )
 
 
-def distance(release: str = "bookworm", datasets: str = "50") -> None:
+def distance(release: str = "bookworm", datasets: str = "50", *delays: str) -> None:
     """Nothing new, and increments of one dataset and of all, at 0, 20 and 100 ms of round trip."""
     many = int(datasets)
     with machines(release) as site:
@@ -152,7 +152,7 @@ def distance(release: str = "bookworm", datasets: str = "50") -> None:
         print(f"{many + 1} datasets, {release}")
         print(f"{'seconds':<20}{in_columns(it.name for it in CONTENDERS)}  best other / ours", flush=True)
         last: dict[str, list[Effort]] = {}  # of each kind of run; but for the seconds the distance does not matter
-        for delay in (100, 0, 20):
+        for delay in map(int, delays or ("100", "0", "20")):
             site.source.netem(delay_ms=delay)
             for what, count in (("nothing new", 0), ("1 changed", 1), (f"{many + 1} changed", many)):
                 if count:
