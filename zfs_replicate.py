@@ -2828,6 +2828,10 @@ def told_later() -> Iterator[None]:
         pass
 
 
+Basis = tuple[Dataset, Union[Dataset, None], Union[Snapshot, None]]
+"""What a plan is made from: the source, what is here, and what is here of the snapshot that it is a clone of."""
+
+
 class Run:
     """One run over a tree. The steps are told in "How one run goes" at the top."""
 
@@ -2860,6 +2864,7 @@ class Run:
         self.failing: int | None = None  # since when, if the runs before this one did
         self.features: list[str] | None = None  # of the local pool
         self.order: list[str] = []  # of the datasets of the source
+        self.decided: dict[str, tuple[Basis, Plan]] = {}  # the last plan for each, and what it was made from
         self.brought: set[str] = set()  # the datasets whose streams have come by train
         self.rights: list[str] = []  # what root must run to let us move the holds
         self.lost: tuple[str, LinkLost] | None = None  # what was at work when the link broke
@@ -3071,8 +3076,16 @@ class Run:
             self.report.failure(self.policy.target_root, failure)
 
     def decide(self, key: str) -> Plan:
-        origin = self.local_origin(key)
-        return plan_dataset(self.source[key], self.target.get(key), self.policy, self.local_name(key), origin)
+        """The plan for a dataset by what is known of both sides now. It is asked for again and again, for all datasets
+        after each step of one: so it is made anew only if something else is known than before."""
+        basis = (self.source[key], self.target.get(key), self.local_origin(key))
+        decided = self.decided.get(key)
+        if decided and all(now is then for now, then in zip(basis, decided[0])):
+            return decided[1]
+        source, local, origin = basis
+        plan = plan_dataset(source, local, self.policy, self.local_name(key), origin)
+        self.decided[key] = (basis, plan)
+        return plan
 
     def local_origin(self, key: str) -> Snapshot | None:
         """What is here of the snapshot of which a dataset is a clone at the source."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import re
-from typing import Callable
+from typing import Any, Callable
 
 import pytest
 from histories import LOCAL, RECEIVED, SOURCE, TAG
@@ -13,9 +13,11 @@ from simulated import SEGMENT_BYTES, USED, WRITTEN, Machine, Near, Refused, Wire
 from zfs_replicate import (
     Answer,
     Command,
+    Dataset,
     Doctor,
     Failure,
     LinkLost,
+    Plan,
     Policy,
     Rehearsal,
     Report,
@@ -25,6 +27,7 @@ from zfs_replicate import (
     Stuck,
     human,
     mark_failing,
+    plan_dataset,
     retire,
     standings,
     standings_here,
@@ -479,6 +482,27 @@ def test_after_a_small_change_no_tree_is_listed_again_as_a_whole(mirrored: Job) 
     mirrored.snapshot("c")
     mirrored.replicate()
     assert whole_lists(mirrored) == ["source", "backup", "source", "backup"], "where most have changed all is listed"
+
+
+def test_what_is_done_for_one_dataset_costs_no_plan_for_the_others(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    children = [f"/child{number}" for number in range(30)]
+    for key in children:
+        job.source.create(SOURCE + key)
+    job.snapshot("a")
+    job.replicate()
+    for key in children:
+        job.backup.snapshot(f"{LOCAL}{key}@mine")
+    job.snapshot("b")
+    planned: list[str] = []
+
+    def counted(source: Dataset, *known: Any) -> Plan:
+        planned.append(source.name)
+        return plan_dataset(source, *known)
+
+    monkeypatch.setattr("zfs_replicate.plan_dataset", counted)
+    job.replicate(rollback=True)
+    assert job.here("/child7") == f"a b!{RECEIVED}"
+    assert max(map(planned.count, planned)) < 10
 
 
 def test_what_is_due_is_looked_at_again_though_another_dataset_changed(mirrored: Job) -> None:
