@@ -146,7 +146,9 @@ def test_a_rename_that_is_refused_here_keeps_the_base_at_the_source(site: Site) 
         [f"{TREE}/web@monday", "offsite"],
         [f"{TREE}/web/logs@monday", "offsite"],
     ]
-    site.backup.run(f"kill $(cat /run/reader.pid); sleep 1; zfs unmount {MIRROR}/www")
+    site.backup.run(
+        f"kill $(cat /run/reader.pid); timeout 30 tail --pid=$(cat /run/reader.pid) -f /dev/null; zfs unmount {MIRROR}/www"
+    )
     site.replicate_silently()
     site.assert_in_step()
     assert names(site.backup, f"{MIRROR}/web/logs") == ["monday", "tuesday"]
