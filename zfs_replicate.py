@@ -1239,8 +1239,8 @@ def list_usage(root: str) -> Command:
 def list_tree(
     *names: str, alone: bool = False, kinds: str = LIST_KINDS, columns: tuple[str, ...] = LIST_COLUMNS
 ) -> Command:
-    """Those datasets and all below them; `alone` none of that but the children, and these without their points. Exits 1
-    if one does not exist."""
+    """Those datasets, all below them, and the points of all; `alone`: of what is below them no more than the children,
+    without their points. Exits 1 if one does not exist."""
     depth = ("-d", "1") if alone else ("-r",)
     return ("zfs", "list", "-Hp", *depth, "-t", kinds, "-o", ",".join(columns), *names)
 
@@ -2965,10 +2965,10 @@ class Run:
         return read_tree(self.target_host, names[-1], self.policy.selection)
 
     def list_mirrors(self, names: Sequence[str]) -> Reading:
-        """List some datasets of the local tree."""
-        return (
-            read_tree(self.target_host, self.policy.target_root, self.policy.selection, names) if names else ({}, None)
-        )
+        """List some datasets of the local tree, if there are any."""
+        if not names:
+            return {}, None
+        return read_tree(self.target_host, self.policy.target_root, self.policy.selection, names)
 
     def take_target(self, reading: Reading) -> None:
         self.target = self.examined(self.known(self.target_host, reading))
@@ -3106,6 +3106,11 @@ class Run:
     def former(self, key: str) -> str | None:
         """As what the mirror of a dataset that has another name at the source by now is still here."""
         return None if key in self.target else former_key(self.source[key], key, self.strays)
+
+    def mirror(self, key: str) -> Dataset | None:
+        """What is here of a dataset; be it, where a rename could not be followed (yet), under its former name."""
+        former = self.former(key)
+        return self.target.get(key if former is None else former)
 
     def follow_rename(self, key: str) -> None:
         """Rename what was the mirror of a dataset before it got this name at the source. Nothing is lost by that."""
@@ -3451,7 +3456,7 @@ class Run:
     # converge
 
     def wanted_moves(self) -> dict[str, HoldMoves]:
-        mirrors = {key: local for key in self.source for local in [self.mirror(key)] if local}
+        mirrors = {key: local for key in self.source if (local := self.mirror(key))}
         needed = needed_by_heirs(self.source, mirrors)
         wanted = {
             key: converge_holds(source, mirrors.get(key), self.policy, needed.get(source.name, ()))
@@ -3496,11 +3501,6 @@ class Run:
         let_go(*here, of(clean).release_local)
         self.rights = [*dict.fromkeys(filter(None, (permit(*answer) for answer in answers)))]
         return set(wanted)
-
-    def mirror(self, key: str) -> Dataset | None:
-        """What is here of a dataset; be it, where a rename could not be followed (yet), under its former name."""
-        former = self.former(key)
-        return self.target.get(key if former is None else former)
 
     def may_hold_here(self, key: str) -> bool:
         local = self.mirror(key)

@@ -126,7 +126,8 @@ def guids(store: Store, tag: str = "") -> set[int]:
 @dataclass
 class Hop:
     """One job: a tree and its mirror. `mirrored`: the keys that had a common snapshot held on both sides once.
-    `estranged`: guids that somebody made here, or took away at the source against all holds."""
+    `renamed`: those whose datasets got their names only when they had mirrors. `estranged`: guids that somebody made
+    here, or took away at the source against all holds."""
 
     source: Machine
     target: Machine
@@ -134,6 +135,7 @@ class Hop:
     target_root: str
     estranged: set[int]
     mirrored: set[str] = field(default_factory=set)
+    renamed: set[str] = field(default_factory=set)
 
     def branches(self) -> list[str]:
         return [name[len(self.source_root) :] for name in self.source.below(self.source_root)]
@@ -155,9 +157,9 @@ class Hop:
         """Guids that carry our tags, there and here."""
         return guids(self.theirs(key), TAG), guids(self.ours(key), RECEIVED)
 
-    def mirror(self, key: str) -> Store:
-        """What is here of a dataset, be it under the name that it had at the source before; empty if that is not clear."""
-        if self.target_root + key in self.target.datasets:
+    def mirror(self, key: str) -> Store | None:
+        """What is here of a dataset, be it under the name that it had at the source before; None if that is not clear."""
+        if self.target_root + key in self.target.datasets or key not in self.renamed:
             return self.ours(key)
         old_keys = [name[len(self.target_root) :] for name in self.target.below(self.target_root)]
         found = [
@@ -170,10 +172,10 @@ class Hop:
         ]
         theirs = self.theirs(key)
         found = [store for store in found if store.kind == theirs.kind and guids(store) & guids(theirs)]
-        return found[0] if len(found) == 1 else Store()
+        return found[0] if len(found) == 1 else None
 
     def is_protected(self, key: str) -> bool:
-        return bool(guids(self.theirs(key), TAG) & guids(self.mirror(key), RECEIVED))
+        return bool(guids(self.theirs(key), TAG) & guids(self.mirror(key) or Store(), RECEIVED))
 
     def note_mirrored(self) -> None:
         self.mirrored |= {key for key in self.branches() if self.is_protected(key)}
@@ -445,7 +447,7 @@ class Site:
     def check_protection(self) -> None:
         """I1. Where the source knows the newest common point by a bookmark alone, there is nothing to be held."""
         for hop in self.hops:
-            hop.mirrored -= {key for key in hop.mirrored if not hop.mirror(key).snapshots}
+            hop.mirrored -= {key for key in hop.mirrored if hop.mirror(key) is None}
             for key in hop.mirrored:
                 if not hop.is_protected(key):
                     bookmark = hop.mutual(key, bookmarks=True) != hop.mutual(key, bookmarks=False)
@@ -768,7 +770,9 @@ class Life(RuleBasedStateMachine):
         except Refused:
             return
         self.site.begin_anew(ROOTS[0] + key)
-        self.site.hops[0].note_mirrored()
+        hop = self.site.hops[0]
+        hop.renamed |= {it for it in hop.branches() if f"{it}/".startswith(f"{new}/")}
+        hop.note_mirrored()
 
     # what others do here
 
