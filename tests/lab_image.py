@@ -26,7 +26,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Callable
 
-RELEASES = ("bookworm", "trixie")
+RELEASES = ("bookworm", "trixie", "backports")
+"""From the oldest OpenZFS to the newest: 2.1, 2.3, 2.4. `backports` is trixie with OpenZFS from trixie-backports."""
+OLDEST, NEWEST = RELEASES[0], RELEASES[-1]
 CACHE = Path.home() / ".cache" / "zfs_replicate"
 HOSTS = {"source": "10.77.0.11", "backup": "10.77.0.12", "third": "10.77.0.13", "fourth": "10.77.0.14"}
 
@@ -59,6 +61,14 @@ LAYER_OPTIONS = [
     f"--essential-hook={PRESEED}",
     f"--include={PACKAGES}",
 ]
+
+# Only OpenZFS: the kernel stays trixie's. The mirror is not part of the recipe.
+FROM_BACKPORTS = r"""
+echo "deb $LAB_MIRROR trixie-backports main contrib" >"$1/etc/apt/sources.list.d/backports.list"
+printf '%s\n' 'Package: src:zfs-linux' 'Pin: release n=trixie-backports' 'Pin-Priority: 900' \
+    >"$1/etc/apt/preferences.d/backports"
+"""
+MIRROR = "http://deb.debian.org/debian"
 
 SSHD = """\
 # VERBOSE writes "Starting session: command for ..." for each command, so that tests can count them.
@@ -141,6 +151,13 @@ rm -rf --one-file-system "$root"
 chown --reference="$layer" "$out"/*
 chmod 644 "$out"/*
 """
+
+
+def layer_recipe(release: str) -> tuple[str, list[str]]:
+    """The suite of Debian that mmdebstrap installs for a release, and its options."""
+    if release == "backports":
+        return "trixie", [*LAYER_OPTIONS, f"--setup-hook={FROM_BACKPORTS}"]
+    return release, LAYER_OPTIONS
 
 
 def mac_address(name: str) -> str:
@@ -313,7 +330,7 @@ class Keys:
 
 
 def ready_keys() -> Keys:
-    """The keys, made on first use. They outlive images, so that machines of both releases trust each other."""
+    """The keys, made on first use. They outlive images, so that machines of all releases trust each other."""
     directory = CACHE / "keys"
     with locked(CACHE / "keys.lock"):
         if not directory.exists():
@@ -356,7 +373,7 @@ def ready_image(release: str, progress: Progress) -> Image:
         raise LabError(f"no release {release!r}; the lab knows {', '.join(RELEASES)}")
     prepare_host(progress)
     files = image_files(ready_keys())
-    layer_name = fingerprint(release, *LAYER_OPTIONS)
+    layer_name = fingerprint(release, *layer_recipe(release)[1])
     # The keys are random and never change: their public halves in the hash tie an image to the keys it trusts.
     image_name = fingerprint(layer_name, ASSEMBLE, *(f"{path}={text}" for path, text in sorted(files.items())))
     image = Image(release, CACHE / "images" / f"{release}-{image_name}")
@@ -379,8 +396,10 @@ def ready_layer(release: str, name: str, progress: Progress) -> Path:
             scratch.chmod(0o755)
             target = str(scratch / layer.name)
             # In a mount namespace of its own: a killed build leaves no mounts behind.
-            shell = [*as_root(), "unshare", "--mount", "env", f"TMPDIR={scratch}"]
-            call([*shell, "mmdebstrap", *LAYER_OPTIONS, release, target, *mirror], timeout=2400)
+            environment = ["env", f"TMPDIR={scratch}", f"LAB_MIRROR={(mirror or [MIRROR])[0]}"]
+            suite, options = layer_recipe(release)
+            shell = [*as_root(), "unshare", "--mount", *environment]
+            call([*shell, "mmdebstrap", *options, suite, target, *mirror], timeout=2400)
     return layer
 
 
