@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING
 
 import pytest
 from hypothesis import HealthCheck, settings
+from lab_image import RELEASES
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator, Sequence
 
     from lab import Lab
     from site_pair import Keeper, Pair, Site
@@ -19,8 +20,6 @@ settings.register_profile(
     "steady", deadline=None, derandomize=True, database=None, suppress_health_check=[HealthCheck.too_slow]
 )
 settings.load_profile("steady")
-
-RELEASES = ("bookworm", "trixie")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -35,26 +34,39 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Run what needs no VM first: a mistake shows in seconds. What takes very long is left out unless asked for, and so
-    is the other release where it makes no difference."""
+    are the releases whose turn it is not."""
     if not config.getoption("--full"):
-        left_out = {item for item in items if item.get_closest_marker("full")} | on_the_other_release(items)
+        left_out = {item for item in items if item.get_closest_marker("full")} | out_of_turn(items)
         config.hook.pytest_deselected(items=list(left_out))
         items[:] = [item for item in items if item not in left_out]
     items.sort(key=lambda item: (item.get_closest_marker("zfs") is not None, release_of(item)))
 
 
-def on_the_other_release(items: list[pytest.Item]) -> set[pytest.Item]:
-    """Each test that is marked `either` runs on one release; they take turns."""
+def out_of_turn(items: list[pytest.Item]) -> set[pytest.Item]:
+    """The variants of tests whose release has no turn."""
     tests: dict[str, list[pytest.Function]] = {}
     for item in items:
-        if item.get_closest_marker("either") and isinstance(item, pytest.Function):
+        if isinstance(item, pytest.Function) and release_of(item) in RELEASES:
             tests.setdefault(f"{item.path}::{item.originalname}", []).append(item)
-    return {
-        item
-        for number, variants in enumerate(tests.values())
-        for item in variants
-        if release_of(item) != RELEASES[number % len(RELEASES)]
-    }
+    marks = [{mark.name for mark in variants[0].iter_markers()} for variants in tests.values()]
+    releases = [sorted({release_of(item) for item in variants}, key=RELEASES.index) for variants in tests.values()]
+    chosen = turns(zip(marks, releases))
+    return {item for variants, turn in zip(tests.values(), chosen) for item in variants if release_of(item) not in turn}
+
+
+def turns(tests: Iterable[tuple[set[str], Sequence[str]]]) -> list[set[str]]:
+    """Of each test's marks and releases, oldest first: on which it runs. What is marked `each` on all, `either` on one,
+    and these take turns; the others on the oldest and the newest, between which the rest lies."""
+    chosen, dealt = [], 0
+    for marks, releases in tests:
+        if "each" in marks:
+            chosen.append(set(releases))
+        elif "either" in marks:
+            chosen.append({releases[dealt % len(releases)]})
+            dealt += 1
+        else:
+            chosen.append({releases[0], releases[-1]})
+    return chosen
 
 
 def release_of(item: pytest.Item) -> str:

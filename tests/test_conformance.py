@@ -31,7 +31,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Callable
 
 import pytest
-from conftest import RELEASES
+from lab_image import RELEASES
 from simulated import Machine, Refused, World
 from site_pair import DISK
 

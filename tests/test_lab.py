@@ -8,6 +8,7 @@ import time
 from typing import TYPE_CHECKING
 
 import pytest
+from lab_image import RELEASES
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -16,10 +17,11 @@ if TYPE_CHECKING:
 
 pytestmark = pytest.mark.zfs
 
+OPENZFS = {"bookworm": "2.1", "trixie": "2.3", "backports": "2.4"}
 HELLO = "ssh -o ConnectTimeout=3 source hostname"
 
 
-@pytest.fixture(scope="module", params=["bookworm", "trixie"])
+@pytest.fixture(scope="module", params=RELEASES)
 def machines(request: pytest.FixtureRequest, free_lab: Lab) -> Iterator[list[Machine]]:
     """`source` and `backup` of one release, each with a pool `tank`."""
     started = free_lab.machines(["source", "backup"], request.param)
@@ -28,6 +30,15 @@ def machines(request: pytest.FixtureRequest, free_lab: Lab) -> Iterator[list[Mac
     yield started
     for machine in started:
         machine.close()
+
+
+@pytest.mark.each
+def test_a_release_has_its_openzfs(machines: list[Machine]) -> None:
+    for machine in machines:
+        version = OPENZFS[machine.release]
+        tools, module = machine.run("zfs version").stdout.split()
+        assert tools.startswith(f"zfs-{version}.")
+        assert module.startswith(f"zfs-kmod-{version}.")
 
 
 @pytest.mark.either

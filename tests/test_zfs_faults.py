@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from site_pair import Keeper
 
-pytestmark = pytest.mark.zfs
+pytestmark = [pytest.mark.zfs, pytest.mark.each]
 
 SAMPLE = (
     (INCREMENT, faults.COMMAND_FAILS, "source", "hold", "after"),

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.zfs
 
 
+@pytest.mark.each
 def test_crontab_line_does_a_full_then_an_incremental_pull(site: Site) -> None:
     site.plant("www", "www/logs", "mail")
     site.snapshot("monday")
