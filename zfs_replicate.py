@@ -516,6 +516,22 @@ def fields(text: str, *widths: int) -> Iterator[list[str]]:
         yield row
 
 
+NUMBER_DIGITS = 20
+"""Of the largest number of 64 bits, which is the longest that zfs prints."""
+
+
+def number(text: str, what: str) -> int:
+    """A whole number of 64 bits, as zfs prints it. Raises Failure for anything else, naming `what` it should be: also
+    before int() would take a time that grows with the square of the digits."""
+    found = int(text) if len(text) <= NUMBER_DIGITS and text.isascii() and text.isdigit() else 2**64
+    if found >= 2**64:
+        raise Failure(
+            f"{what} should be a whole number below 2^64, and is {text[:NUMBER_DIGITS]!r}",
+            "what says so is no zfs, or not the one meant: run the command by hand (-vv shows it)",
+        )
+    return found
+
+
 def parse_tree(text: str, root: str) -> tuple[Tree, list[str]]:
     """Datasets from `zfs list -Hp -o LIST_COLUMNS`, and the names of the held snapshots, whose tags are still unknown.
 

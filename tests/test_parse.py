@@ -15,6 +15,7 @@ from zfs_replicate import (
     Partial,
     Snapshot,
     count_objects,
+    number,
     parse_asked,
     parse_estimates,
     parse_holds,
@@ -49,6 +50,24 @@ def row(
     encryption = "-" if kind == "bookmark" else key
     words = (name, kind, str(guid), str(txg), "1700000000", refs, token, encryption, origin, ivset, "off")
     return "\t".join(words) + "\n"
+
+
+# numbers
+
+
+@pytest.mark.parametrize("value", [0, 7, 2**63, 2**64 - 1])
+def test_a_number_of_64_bits_is_read(value: int) -> None:
+    assert number(str(value), "a guid") == value
+
+
+@pytest.mark.parametrize(
+    "text", ["", "-", "-1", "+1", " 1", "1\n", "1_0", "0x1", "1.5", "x", "\u0661", "\u00b2", str(2**64), "9" * 5_000]
+)
+def test_anything_else_is_no_number(text: str) -> None:
+    with pytest.raises(Failure, match=r"^a guid should be a whole number below 2\^64") as caught:
+        number(text, "a guid")
+    assert len(caught.value.what) < 100
+    assert caught.value.hint
 
 
 # zfs list
