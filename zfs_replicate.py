@@ -495,6 +495,9 @@ NOT_ASKED = 2**63 - 1
 """As a time of creation: nothing is ever as old as to expire by it."""
 
 
+MOST_SKEW = 300
+"""Seconds by which the clocks of both hosts may differ unnoticed."""
+
 NO_TAGS: frozenset[str] = frozenset()
 """One for all: with 100,000 snapshots, each with an empty set of its own, that would be 20 MiB."""
 
@@ -647,11 +650,11 @@ def parse_usage(text: str) -> dict[str, tuple[int, int]]:
     return {name: (int(used), int(written)) for name, used, written in fields(text, 3)}
 
 
-def parse_mark(value: str, root: str) -> int | None:
-    """Since when the runs of a tree fail, from our property of its local root; None if it says nothing of that: a value
-    that is inherited, or was received along a chain, names another root."""
-    since, _, of = value.partition(" ")
-    return int(since) if of == root and since.isdecimal() else None
+def parse_mark(text: str, root: str, now: float) -> int | None:
+    """Since when the runs of a tree fail, from what was set as our property at its local root; None if it says nothing
+    of that: it names another root, is no time, or one that is still to come."""
+    found = re.fullmatch(r"([1-9][0-9]{0,10}) (.*)\n", text)
+    return int(found[1]) if found and found[2] == root and int(found[1]) <= now + MOST_SKEW else None
 
 
 def count_objects(text: str) -> int:
@@ -1236,8 +1239,14 @@ fails, gone with the first that does not."""
 
 
 def list_existing(names: Iterable[str]) -> Command:
-    """Prints those of `names` that exist, with their mark; exits 1 if one does not."""
-    return ("zfs", "list", "-H", "-o", f"name,{FAILING}", "-t", "filesystem,volume", *names)
+    """Prints those of `names` that exist; exits 1 if one does not."""
+    return ("zfs", "list", "-H", "-o", "name", "-t", DATASET_KINDS, *names)
+
+
+def get_mark(root: str) -> Command:
+    """Prints the mark where it was set at this very root. What came with a stream is the source's word, whose TABs and
+    newlines zfs prints as they are: it says nothing."""
+    return ("zfs", "get", "-H", "-s", "local", "-o", "value", FAILING, root)
 
 
 def set_mark(root: str, since: int) -> Command:
@@ -2877,7 +2886,7 @@ class Run:
         self.strays: Tree = {}  # what is here of datasets that were renamed, or are gone at the source
         self.existing: list[str] = []  # of the lineage of the local root
         self.uncreated: dict[str, Failure] = {}  # placeholders that could not be made
-        self.failing: int | None = None  # since when, if the runs before this one did
+        self.failing = False  # whether the local root says that the runs before this one did
         self.features: list[str] | None = None  # of the local pool
         self.order: list[str] = []  # of the datasets of the source
         self.decided: dict[str, tuple[Basis, Plan]] = {}  # the last plan for each, and what it was made from
@@ -2969,15 +2978,14 @@ class Run:
         """List the local tree, and what there is of its ancestors."""
         names = lineage(self.policy.target_root)
         answer = self.target_host.ask(list_existing(names))
-        marks = dict(fields(answer.stdout, 2))
-        self.existing = list(marks)
-        self.failing = parse_mark(marks.get(names[-1], ""), names[-1])
+        self.existing = [row[0] for row in fields(answer.stdout, 1)]
         for name in names:
             if name not in self.existing and (name == names[0] or not says_absent(answer, name)):
                 hint = suspended(answer.stderr) or f"is the pool imported? zpool import {names[0]}"
                 raise Failure(f"cannot list {name} on {self.target_host.label}: {answer.stderr.strip()}", hint)
         if names[-1] not in self.existing:
             return {}, None
+        self.failing = bool(self.target_host.ask(get_mark(names[-1])).stdout)
         return read_tree(self.target_host, names[-1], self.policy.selection)
 
     def list_mirrors(self, names: Sequence[str]) -> Reading:
@@ -3614,9 +3622,9 @@ def facts(step: Receive) -> dict[str, Any]:
 
 def mark_failing(target: Host, root: str, now: int) -> int:
     """Remember at the local root that its runs fail. Returns since when they do."""
-    marks = dict(fields(target.ask(list_existing([root])).stdout, 2))
-    since = parse_mark(marks.get(root, ""), root)
-    if since is None and marks:
+    answer = target.ask(get_mark(root))
+    since = parse_mark(answer.stdout, root, now)
+    if since is None and answer.status == 0:
         target.ask(set_mark(root, now))  # whoever may not do so has his mirror all the same
     return since or now
 
@@ -3813,8 +3821,6 @@ def within(tree: Tree, key: str) -> list[str]:
     return [inner for inner in tree if f"{inner}/".startswith(f"{key}/")]
 
 
-MOST_SKEW = 300
-"""Seconds by which the clocks of both hosts may differ unnoticed."""
 FULL_PERCENT = 90
 """From here on a pool is slow, and a snapshot or two may fill it."""
 
@@ -4607,12 +4613,12 @@ def check(options: argparse.Namespace) -> int:
     host = here(options)
     try:
         found = list(standings_here(host, policy_of(options)))
-        marks = dict(fields(host.ask(list_existing([options.local_fs])).stdout, 2))
+        mark = run(host, get_mark(options.local_fs))
     except Failure as failure:
         print(f"ZFS_REPLICATE UNKNOWN - {failure.what}".replace("\n", " ").replace("|", "/"))
         return 3
-    failing = parse_mark(marks.get(options.local_fs, ""), options.local_fs)
     now = time.time()
+    failing = parse_mark(mark, options.local_fs, now)
     status, line = verdict(found, failing, last_moved(options.local_fs, now), options.max_age * 3600, now)
     print(line)
     return status

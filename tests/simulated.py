@@ -20,6 +20,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Callable
 
 from zfs_replicate import (
+    DATASET_KINDS,
     DAY,
     FAILING,
     LEFT_OUT,
@@ -111,7 +112,7 @@ class Store:
     bookmarks: dict[str, Point] = field(default_factory=dict)
     files: bool = False
     readonly: bool = False
-    mark: str = "-"
+    mark: str = ""
     content: int = 0
     partial: Segment | None = None
     pinned: int | None = None
@@ -347,10 +348,14 @@ class Machine:
 
     def zfs_list(self, words: list[str]) -> Answer:
         if words[0] == "-H":
-            assert words[:5] == ["-H", "-o", f"name,{FAILING}", "-t", "filesystem,volume"], words
+            assert words[:5] == ["-H", "-o", "name", "-t", DATASET_KINDS], words
             lines: list[str] = []
-            answer = self.each(words[5:], lambda name: lines.append(f"{name}\t{self.store(name).mark}\n"))
-            return replace(answer, stdout="".join(lines))
+
+            def show_name(name: str) -> None:
+                self.store(name)
+                lines.append(f"{name}\n")
+
+            return replace(self.each(words[5:], show_name), stdout="".join(lines))
         if words[:5] == ["-Hp", "-r", "-t", "snapshot", "-o"]:
             assert words[5] == "name,used,written", words
             self.store(words[6])
@@ -465,14 +470,17 @@ class Machine:
         return Answer(0, "", "")
 
     def zfs_inherit(self, words: list[str]) -> Answer:
-        """A mark is not handed down here: nothing of the program asks for it below."""
         prop, name = words
         assert prop == FAILING, words
-        self.store(name).mark = "-"
+        self.store(name).mark = ""
         return Answer(0, "", "")
 
     def zfs_get(self, words: list[str]) -> Answer:
-        """A machine has one pool."""
+        """A mark, where it was set. Or what tells pools apart: a machine has one."""
+        if words[0] == "-H":
+            assert words[:-1] == ["-H", "-s", "local", "-o", "value", FAILING], words
+            mark = self.store(words[-1]).mark
+            return Answer(0, f"{mark}\n" if mark else "", "")
         assert words[:4] == ["-Hp", "-o", "value", "guid"], words
         self.store(words[4])
         return Answer(0, f"{id(self)}\n", "")

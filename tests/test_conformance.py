@@ -51,6 +51,7 @@ from zfs_replicate import (
     destroy,
     estimate,
     fields,
+    get_mark,
     hold,
     list_exactly,
     list_existing,
@@ -77,14 +78,21 @@ SCENES = {
     "marking a root": """
         create there
         existing there => there
+        existing there/no there => there ! dataset does not exist
+        marked there
         mark there
-        existing there => there (1700000000 there)
+        create there/x
+        marked there => 1700000000 there
+        marked there/x
+        snapshot there@a
+        pull there@a here
+        marked here
         unmark there
         unmark there
-        existing there => there
+        marked there
+        marked there/no => ! dataset does not exist
         mark there/no => ! dataset does not exist
         unmark there/no => ! dataset does not exist
-        snapshot there@a
         snapshot there@b
         usage there => there@a of some bytes; there@b of some bytes
         usage there/no => ! dataset does not exist
@@ -637,6 +645,7 @@ COMMANDS: dict[str, Callable[..., Command]] = {
     "decode": decode_token,
     "mark": lambda name: set_mark(name, 1700000000),
     "unmark": clear_mark,
+    "marked": get_mark,
     "usage": list_usage,
     "weigh": lambda *words: estimate(pull([*words, "nowhere"], set())[0]),
     "weigh-rest": lambda name: estimate(("zfs", "send", "-t", TOKEN_OF + name)),
@@ -731,8 +740,6 @@ class Teller:
             return "; ".join(f"{name}={self.labels.setdefault(int(guid), name)}" for name, guid, _ in rows)
         if line.operation in ("tree", "one", "exactly", "datasets") and text:
             return "; ".join(self.tree(line.words[0], text))
-        if line.operation == "existing":
-            return "; ".join(name if mark == "-" else f"{name} ({mark})" for name, mark in fields(text, 2))
         if line.operation == "usage":
             return "; ".join(f"{name} of some bytes" for name in sorted(parse_usage(text)))
         if line.operation == "files" and text:

@@ -19,6 +19,7 @@ from zfs_replicate import (
     parse_asked,
     parse_estimates,
     parse_holds,
+    parse_mark,
     parse_token,
     parse_tree,
     with_tags,
@@ -332,6 +333,36 @@ def test_the_size_of_a_stream() -> None:
     assert parse_estimates(text) == [(1593728, 0)]
     assert parse_estimates(text + rest + text) == [(1593728, 0), (2637648, came), (1593728, 0)]
     assert parse_estimates(text + INCREMENTAL) == [(1593728, 0)]
+
+
+# zfs get
+
+
+@pytest.mark.parametrize(
+    ("text", "since"),
+    [
+        ("1700000000 tank/a\n", 1_700_000_000),
+        ("1700000100 tank/a\n", 1_700_000_100),
+        ("1 tank/a\n", 1),
+        ("1700001000 tank/a\n", None),
+        ("0 tank/a\n", None),
+        ("01 tank/a\n", None),
+        (f"{'1' * 20} tank/a\n", None),
+        (f"{'1' * 5000} tank/a\n", None),
+        ("-1 tank/a\n", None),
+        ("٣ tank/a\n", None),
+        ("1700000000 tank/b\n", None),
+        ("1700000000 tank/a/b\n", None),
+        ("1700000000  tank/a\n", None),
+        ("1700000000\ttank/a\n", None),
+        ("1700000000 tank/a\nmore\n", None),
+        ("1700000000 tank/a", None),
+        ("-\n", None),
+        ("", None),
+    ],
+)
+def test_since_when_runs_fail(text: str, since: int | None) -> None:
+    assert parse_mark(text, "tank/a", now=1_700_000_000) == since
 
 
 # zfs userspace

@@ -918,7 +918,7 @@ def test_a_mirror_that_cannot_be_listed_costs_no_hold(mirrored: Job) -> None:
 
     def unreadable(where: Machine, command: Command, moment: str) -> Answer | None:
         if moment == "before" and where is mirrored.backup and LOCAL in command and "filesystem,volume" in command:
-            return Answer(1, "offsite\t-\noffsite/virt\t-\n", f"cannot open '{LOCAL}': I/O error\n")
+            return Answer(1, "offsite\noffsite/virt\n", f"cannot open '{LOCAL}': I/O error\n")
         return None
 
     assert f"cannot list {LOCAL} on backup: cannot open" in mirrored.replicate(status=3, at=unreadable)
@@ -1191,8 +1191,20 @@ def test_since_when_runs_fail_is_kept_at_the_local_root_and_there_alone(mirrored
     assert mark_failing(mirrored.backup, LOCAL, 9) == 5
     assert mirrored.backup.datasets[LOCAL].mark == f"5 {LOCAL}"
     run = Run(Policy(SOURCE, LOCAL, TAG), mirrored.source, mirrored.backup, mirrored.wire.carry, Report())
+    assert not run.failing
     run.begin()
-    assert run.failing == 5
-    mirrored.backup.datasets[LOCAL].mark = "5 offsite/virt"  # handed down, or received along a chain
+    assert run.failing
+    mirrored.backup.datasets[LOCAL].mark = "5 offsite/virt"  # the root had another name then
     assert mark_failing(mirrored.backup, LOCAL, 9) == 9
     assert mark_failing(mirrored.backup, "offsite/none", 9) == 9
+
+
+@pytest.mark.parametrize("mark", [f"0 {LOCAL}", f"99999999999 {LOCAL}", "a\tb", "a\nb", "-", f"{'9' * 20} {LOCAL}"])
+def test_a_mark_that_says_nothing_is_set_anew_and_is_known_to_be_there(mirrored: Job, mark: str) -> None:
+    mirrored.backup.datasets[LOCAL].mark = mark
+    assert mark_failing(mirrored.backup, LOCAL, 9) == 9
+    assert mirrored.backup.datasets[LOCAL].mark == f"9 {LOCAL}"
+    mirrored.backup.datasets[LOCAL].mark = mark
+    run = Run(Policy(SOURCE, LOCAL, TAG), mirrored.source, mirrored.backup, mirrored.wire.carry, Report())
+    run.begin()
+    assert run.failing

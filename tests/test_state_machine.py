@@ -36,7 +36,7 @@ from hypothesis import HealthCheck, settings, strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, rule, run_state_machine_as_test
 from simulated import Machine, Near, Refused, Store, Wire, World, days
 
-from zfs_replicate import ASIDE, Answer, Command, Failure, LinkLost, Policy, Report, Run, Selection
+from zfs_replicate import ASIDE, Answer, Command, Failure, LinkLost, Policy, Report, Run, Selection, list_existing
 
 COUNTS: collections.Counter[str] = collections.Counter()
 ROOTS = ("backuppool/virt/machines", "offsite/virt/machines", "vault/mirror")
@@ -91,8 +91,8 @@ class Fault:
         if self.kind in ("lost", "source down"):
             raise LinkLost("the link broke")
         # Asked for several datasets, zfs lists those that it can open.
-        several = "filesystem,volume" in command
-        return Answer(1, f"{command[7]}\t-\n" if several and self.lasts else "", "I/O error\n")
+        several = command[:7] == list_existing([])
+        return Answer(1, f"{command[7]}\n" if several and self.lasts else "", "I/O error\n")
 
 
 @dataclass(frozen=True)
