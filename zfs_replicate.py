@@ -55,6 +55,7 @@ import fcntl
 import fnmatch
 import functools
 import hashlib
+import heapq
 import json
 import logging
 import os
@@ -76,7 +77,7 @@ import threading
 import time
 import warnings
 from base64 import b64encode
-from collections.abc import Container, Iterable, Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from typing import IO, Any, Callable, NoReturn, Protocol, Union
@@ -110,6 +111,10 @@ def ways_out(*hints: str) -> str:
 
 class CommandFailed(Failure):
     """A command ran and ended with a status other than 0."""
+
+
+class NotBelieved(Failure):
+    """A host printed what its zfs cannot have printed: nothing of it is believed, and nothing is done upon it."""
 
 
 class LinkLost(Failure):
@@ -191,7 +196,9 @@ class Dataset:
     `compressed` says that what is written is stored so. `origin` names the snapshot of which it is a clone. `inherited`
     are the snapshots of other datasets of its tree that are part of its history: its origin, and what came before that.
     `vacant` says of a local filesystem without snapshots that it is known to hold no file, so that a first receive may
-    take its place; `changed` of a local dataset that zfs found it changed since its newest snapshot.
+    take its place, if nothing is below it; `parent` says that something is, and `strangers` are those below it that are
+    neither ours nor the source's. `changed` says of a local dataset that zfs found it changed since its newest
+    snapshot; `held_before` that we held a snapshot of it when the run began.
     """
 
     name: str
@@ -204,7 +211,10 @@ class Dataset:
     origin: str = ""
     inherited: tuple[Snapshot, ...] = ()
     vacant: bool = False
+    parent: bool = False
+    strangers: tuple[str, ...] = ()
     changed: bool = False
+    held_before: bool = False
 
     def __post_init__(self) -> None:
         for field in ("snapshots", "bookmarks", "inherited"):
@@ -277,6 +287,10 @@ class Properties:
     ignored: tuple[str, ...] = ()
 
 
+RECEIVED = ":received"
+"""At the end of the tags by which lines of a crontab hold their newest common snapshots here."""
+
+
 @dataclass(frozen=True)
 class Policy:
     """What the user asked for. `keep_days` None expires nothing; the `keep_min` newest of what is local never do."""
@@ -297,7 +311,7 @@ class Policy:
     @property
     def received_tag(self) -> str:
         """The tag of our holds on the local side; it differs from `tag` so that A -> B -> C can share one tag."""
-        return f"{self.tag}:received"
+        return self.tag + RECEIVED
 
     def raw(self, source: Dataset) -> bool:
         """Whether a dataset is sent as it is stored, encrypted, so that its key is needed nowhere."""
@@ -315,13 +329,12 @@ class Policy:
 class Receive:
     """Receive `snapshot`: in full, or from `base` (a snapshot or bookmark of the source) up to it.
 
-    The snapshots `between` come along; `token` goes on with an interrupted receive instead. With an `origin`, the name
-    of a local snapshot, the dataset is new here, and becomes a clone of that one, as it is one of `base` there.
+    `token` goes on with an interrupted receive instead. With an `origin`, the name of a local snapshot, the dataset is
+    new here, and becomes a clone of that one, as it is one of `base` there.
     """
 
     snapshot: Snapshot
     base: Snapshot | None = None
-    between: tuple[Snapshot, ...] = ()
     token: str | None = None
     origin: str = ""
 
@@ -332,7 +345,7 @@ class Receive:
             return f"full {self.snapshot.short}"
         if self.origin:
             return f"{self.snapshot.short}, as a clone of {self.origin}"
-        return f"{self.base.short} {'...' if self.between else '->'} {self.snapshot.short}"
+        return f"{self.base.short} -> {self.snapshot.short}"
 
 
 @dataclass(frozen=True)
@@ -345,7 +358,16 @@ class Abandon:
         return "abandon an interrupted receive that the source can no longer complete"
 
 
-Step = Union[Receive, Abandon]
+@dataclass(frozen=True)
+class MakeWay:
+    """Rename a placeholder, with all that is below it, for the dataset itself to be received in its place. Once that is
+    here, its children return. So no stream is ever received over what has children."""
+
+    def __str__(self) -> str:
+        return "rename the placeholder here out of the way; its children return when the dataset itself is here"
+
+
+Step = Union[Receive, Abandon, MakeWay]
 
 
 @dataclass(frozen=True)
@@ -361,22 +383,27 @@ class Transfer:
 
     @property
     def targets(self) -> tuple[Snapshot, ...]:
-        """The source snapshots that must stay alive until the steps are done. Those between are among them: cut
-        after one of these, the mirror ends there, and needs it as its base."""
-        receives = [step for step in self.steps if isinstance(step, Receive)]
-        return tuple(snapshot for step in receives for snapshot in (*step.between, step.snapshot))
+        """The source snapshots that must stay alive until the steps are done: cut after any of these, the mirror ends
+        there, and needs it as its base."""
+        return tuple(step.snapshot for step in self.steps if isinstance(step, Receive))
 
 
 @dataclass(frozen=True)
 class Rollback:
-    """A way out: take the local dataset back to its snapshot `to`, with newer snapshots and unsaved changes lost."""
+    """A way out: take the local dataset back to its snapshot `to`, with newer snapshots and unsaved changes lost. Of
+    these `received` were in common with the source once, which has them no more: they may be the last copies."""
 
     to: Snapshot
     newer: tuple[Snapshot, ...] = ()
+    received: tuple[Snapshot, ...] = ()
 
     def __str__(self) -> str:
         lost = ", ".join(snapshot.short for snapshot in self.newer)
-        return f"rolling back to {self.to.short}, which destroys {lost or 'what was changed since'}"
+        copies = ", ".join(snapshot.short for snapshot in self.received)
+        last = f"; received from the source, which has no more of it, so perhaps the last copy: {copies}"
+        return (
+            f"rolling back to {self.to.short}, which destroys {lost or 'what was changed since'}{last * bool(copies)}"
+        )
 
 
 @dataclass(frozen=True)
@@ -391,12 +418,14 @@ WayOut = Union[Rollback, Quarantine]
 class Blocked:
     """The dataset cannot be brought up to date without losing local data: why, and what a person can do.
 
-    `ways` are those that we take ourselves if the command line says so; the hint names them last.
+    `ways` are those that we take ourselves if the command line says so; the hint names them last. `elsewhere` says that
+    what is here never was a mirror of the source's dataset: then it is the wrong place for its children too.
     """
 
     reason: str
     advice: str
     ways: tuple[WayOut, ...] = ()
+    elsewhere: bool = False
 
     @property
     def hint(self) -> str:
@@ -505,17 +534,17 @@ NO_TAGS: frozenset[str] = frozenset()
 def fields(text: str, *widths: int) -> Iterator[list[str]]:
     """The rows of `zfs ... -H`, split on TAB alone: names may hold spaces, also at their end.
 
-    Raises Failure on a row of another width: guessing here could end in destroying the wrong thing.
+    Raises NotBelieved on a row of another width: guessing here could end in destroying the wrong thing.
     """
     # Not splitlines(): it also cuts at characters that a hold tag of somebody else's may contain.
     if text and not text.endswith("\n"):
-        raise Failure(f"zfs printed a line without an end: {text[-80:]!r}")
+        raise NotBelieved(f"zfs printed a line without an end: {text[-80:]!r}")
     for found in re.finditer(".*\n", text):
         line = found[0][:-1]
         row = line.split("\t")
         if len(row) not in widths:
             asked = " or ".join(map(str, widths))
-            raise Failure(f"zfs printed a line of {len(row)} columns where {asked} were asked for: {line!r}")
+            raise NotBelieved(f"zfs printed a line of {len(row)} columns where {asked} were asked for: {line[:200]!r}")
         yield row
 
 
@@ -524,75 +553,186 @@ NUMBER_DIGITS = 20
 
 
 def number(text: str, what: str) -> int:
-    """A whole number of 64 bits, as zfs prints it. Raises Failure for anything else, naming `what` it should be: also
-    before int() would take a time that grows with the square of the digits."""
+    """A whole number of 64 bits, as zfs prints it. Raises NotBelieved for anything else, naming `what` it should be:
+    also before int() would take a time that grows with the square of the digits."""
     found = int(text) if len(text) <= NUMBER_DIGITS and text.isascii() and text.isdigit() else 2**64
     if found >= 2**64:
-        raise Failure(
+        raise NotBelieved(
             f"{what} should be a whole number below 2^64, and is {text[:NUMBER_DIGITS]!r}",
             "what says so is no zfs, or not the one meant: run the command by hand (-vv shows it)",
         )
     return found
 
 
-def parse_tree(text: str, root: str) -> tuple[Tree, list[str]]:
-    """Datasets from `zfs list -Hp -o LIST_COLUMNS`, and the names of the held snapshots, whose tags are still unknown.
+NAME_LIMIT = 255
+"""Longest name of a dataset with its snapshot, in bytes (ZFS_MAX_DATASET_NAME_LEN less the closing NUL)."""
 
-    Tokens come undecoded, as a Partial without guids. Of snapshots there may be OUTLINE_COLUMNS alone.
+NESTING_LIMIT = 50
+"""Most levels of a dataset, the pool being the first (zfs_max_dataset_nesting, which nobody should raise)."""
+
+COMPONENT = "[A-Za-z0-9_.: -]+"
+DATASET_NAME = re.compile(f"{COMPONENT}(?:/{COMPONENT})*")
+POINT_NAME = re.compile(f"{COMPONENT}(?:/{COMPONENT})*[@#]{COMPONENT}")
+TOKEN = re.compile("[0-9]+(?:-[0-9a-f]+){3}")
+"""What the parts of a listing look like (zfs_namecheck.c of OpenZFS). The `%` of hidden datasets is never printed."""
+
+
+def number_if_any(text: str, what: str) -> int:
+    """As `number`; 0 where the dataset has no such property."""
+    return 0 if text == "-" else number(text, what)
+
+
+def is_name(name: str, form: re.Pattern[str]) -> bool:
+    """Whether zfs allows this name: its characters, its length, its depth."""
+    parts = re.split("[@#]", name)[0].split("/")
+    is_short = len(name) <= NAME_LIMIT and len(parts) <= NESTING_LIMIT
+    return is_short and bool(form.fullmatch(name)) and not {".", ".."}.intersection(parts)
+
+
+def is_below(name: str, root: str) -> bool:
+    """Whether a dataset is that root, or below it. `backuppool/vm2` is not below `backuppool/vm`."""
+    return name == root or name.startswith(f"{root}/")
+
+
+class Listing:
+    """Takes the rows of a listing of a tree, and believes none that zfs cannot print for it.
+
+    What a source says decides what is done here, so a row is refused, and the listing with it, unless its name is the
+    root of the tree or below it, its numbers are numbers, and it was not there before. `roots` are those of the tree:
+    one, or two while a placeholder makes room (see `Vacate`).
     """
-    datasets: dict[str, Dataset] = {}
-    points: dict[str, list[Snapshot]] = {}
-    held = []
+
+    def __init__(self, *roots: str) -> None:
+        self.roots = roots
+        self.datasets: dict[str, Dataset] = {}
+        self.points: dict[str, dict[str, Snapshot]] = {}
+        self.holds: dict[str, int] = {}  # how many holds there are on the held snapshots
+
+    def take(self, row: list[str]) -> None:
+        name = row[0]
+        try:
+            if not any(is_below(re.split("[@#]", name)[0], root) for root in self.roots):
+                raise NotBelieved(f"it is not in {self.roots[0]}")
+            if len(row) == len(OUTLINE_COLUMNS):
+                self.take_point(name, row[1], row[2])
+            elif row[1] in ("filesystem", "volume"):
+                self.take_dataset(row)
+            elif {"snapshot": "@", "bookmark": "#"}.get(row[1], " ") in name:
+                self.take_point(name, row[2], row[3], row[4], row[5], row[9])
+            else:
+                raise NotBelieved(f"it is no {row[1][:20]!r}")
+        except NotBelieved as failure:
+            raise NotBelieved(f"zfs printed a row that it cannot: {name[:NAME_LIMIT]!r}: {failure.what}") from None
+
+    def take_dataset(self, row: list[str]) -> None:
+        name, kind, guid, createtxg, creation, _, token, encryption, origin, _, compression = row
+        if not is_name(name, DATASET_NAME) or name in self.datasets:
+            raise NotBelieved("it is there twice" if name in self.datasets else "no dataset can have that name")
+        for text, what in ((guid, "guid"), (createtxg, "createtxg"), (creation, "creation")):
+            number(text, what)
+        if token not in ("-", "") and not TOKEN.fullmatch(token):
+            raise NotBelieved(f"its resume token is none: {token[:80]!r}")
+        if origin != "-" and not (is_name(origin, POINT_NAME) and "@" in origin):
+            raise NotBelieved(f"its origin is no snapshot: {origin[:80]!r}")
+        self.datasets[name] = Dataset(
+            name,
+            kind,
+            partial=None if token in ("-", "") else Partial(token, None, None),
+            encrypted=encryption not in ("off", "-"),
+            compressed=compression != "off",
+            origin="" if origin == "-" else origin,
+        )
+
+    def take_point(self, name: str, guid: str, createtxg: str, *slow: str) -> None:
+        """A snapshot or bookmark; in outline without a time of creation, and then its holds are unknown."""
+        creation, userrefs, ivset = slow or ("", "-", "-")
+        if not is_name(name, POINT_NAME):
+            raise NotBelieved("no snapshot or bookmark can have that name")
+        own = self.points.setdefault(re.split("[@#]", name)[0], {})
+        if name in own:
+            raise NotBelieved("it is there twice")
+        count = number_if_any(userrefs, "userrefs")
+        is_known = "#" in name or (creation != "" and count == 0)
+        own[name] = Snapshot(
+            name,
+            number(guid, "guid"),
+            number(createtxg, "createtxg"),
+            number(creation, "creation") if creation else NOT_ASKED,
+            NO_TAGS if is_known else None,
+            number_if_any(ivset, "ivsetguid"),
+        )
+        if count:
+            self.holds[name] = count
+
+    def tree(self) -> Tree:
+        """The datasets by key. Raises NotBelieved if there are snapshots of a dataset that is not listed."""
+        for name in self.points.keys() - self.datasets.keys():
+            raise NotBelieved(f"zfs printed snapshots of {name!r}, and not that dataset")
+        tree = {}
+        for name, dataset in self.datasets.items():
+            own = self.points.get(name, {}).values()
+            snapshots = tuple(point for point in own if not point.is_bookmark)
+            bookmarks = tuple(point for point in own if point.is_bookmark)
+            tree[name[len(self.roots[0]) :]] = replace(dataset, snapshots=snapshots, bookmarks=bookmarks)
+        return tree
+
+
+def parse_tree(text: str, *roots: str) -> tuple[Tree, dict[str, int]]:
+    """Datasets from `zfs list -Hp -o LIST_COLUMNS`, and the number of holds on the held snapshots, whose tags are still
+    unknown.
+
+    Tokens come undecoded, as a Partial without guids. Of snapshots there may be OUTLINE_COLUMNS alone. Raises
+    NotBelieved if zfs cannot have printed that for this tree.
+    """
+    listing = Listing(*roots)
     for row in fields(text, len(LIST_COLUMNS), len(OUTLINE_COLUMNS)):
-        if len(row) == len(OUTLINE_COLUMNS):
-            name, guid, createtxg = row
-            point = Snapshot(name, int(guid), int(createtxg), NOT_ASKED, NO_TAGS if "#" in name else None)
-            points.setdefault(re.split("[@#]", name)[0], []).append(point)
-            continue
-        name, kind, guid, createtxg, creation, userrefs, token, encryption, origin, ivset, compression = row
-        if kind in ("filesystem", "volume"):
-            partial = None if token in ("-", "") else Partial(token, None, None)
-            encrypted = encryption not in ("off", "-")
-            origin = "" if origin == "-" else origin
-            compressed = compression != "off"
-            datasets[name] = Dataset(
-                name, kind, partial=partial, encrypted=encrypted, compressed=compressed, origin=origin
-            )
-            continue
-        unheld = userrefs in ("-", "0")
-        tags = NO_TAGS if unheld else None
-        point = Snapshot(name, int(guid), int(createtxg), int(creation), tags, int(ivset.replace("-", "0")))
-        points.setdefault(re.split("[@#]", name)[0], []).append(point)
-        if not unheld:
-            held.append(name)
-    tree = {}
-    for name, dataset in datasets.items():
-        own = points.get(name, [])
-        snapshots = tuple(point for point in own if not point.is_bookmark)
-        bookmarks = tuple(point for point in own if point.is_bookmark)
-        tree[name[len(root) :]] = replace(dataset, snapshots=snapshots, bookmarks=bookmarks)
-    return tree, held
+        listing.take(row)
+    return listing.tree(), listing.holds
 
 
-def parse_holds(text: str) -> dict[str, frozenset[str]]:
-    """Tags by snapshot name from `zfs holds -H`. Raises Failure if they cannot be told apart (a tag with a TAB)."""
-    tags: dict[str, set[str]] = {}
-    for name, tag, _date in fields(text, 3):
-        tags.setdefault(name, set()).add(tag)
-    return {name: frozenset(found) for name, found in tags.items()}
+def whole_tree(tree: Tree, *roots: str) -> Tree:
+    """The tree. Raises NotBelieved unless those roots are in it, by their keys, and each dataset's parent."""
+    missing = [root for root in roots if root not in tree]
+    missing += [key.rpartition("/")[0] for key in tree.keys() - {*roots} if key.rpartition("/")[0] not in tree]
+    if missing:
+        raise NotBelieved(f"zfs printed a tree without {missing[0] or 'its root'}")
+    return tree
 
 
-def parse_asked(text: str) -> tuple[dict[str, frozenset[str]], dict[str, int]]:
-    """By snapshot name the tags from `zfs holds -H`, and, from `zfs list -Hp -o name,ivsetguid` in the same text, the
-    number of each encrypted one."""
+def parse_sources(text: str, asked: Iterable[str]) -> dict[str, dict[str, str]]:
+    """By dataset which of its properties are `local`, or `received`, from `zfs get -H -o name,property,source`."""
+    found: dict[str, dict[str, str]] = {name: {} for name in asked}
+    for name, key, source in fields(text, 3):
+        if name not in found:
+            raise NotBelieved(f"zfs told of what it was not asked about: {name[:NAME_LIMIT]!r}")
+        found[name][key] = source
+    return found
+
+
+def parse_holds(text: str, asked: Container[str]) -> dict[str, frozenset[str]]:
+    """Tags by snapshot name from `zfs holds -H` of the snapshots `asked` for. Raises NotBelieved if they cannot be told
+    apart (a tag with a TAB), or are of others (a tag with a newline)."""
     tags: dict[str, frozenset[str]] = {}
+    for name, tag, _date in fields(text, 3):
+        if name not in asked:
+            raise NotBelieved(f"zfs printed a hold on what it was not asked about: {name[:NAME_LIMIT]!r}")
+        tags[name] = tags.get(name, NO_TAGS) | {tag}
+    return tags
+
+
+def parse_asked(text: str, asked: Container[str]) -> tuple[dict[str, frozenset[str]], dict[str, int]]:
+    """By snapshot name the tags from `zfs holds -H`, and, from `zfs list -Hp -o name,ivsetguid` in the same text, the
+    number of each encrypted one. Raises NotBelieved as `parse_holds` does."""
+    tags: list[str] = []
     ivsets = {}
-    for name, *told in fields(text, 2, 3):
-        if len(told) == 1:
-            ivsets[name] = int(told[0].replace("-", "0"))
+    for row in fields(text, 2, 3):
+        if len(row) == 3:
+            tags.append("\t".join(row) + "\n")
+        elif row[0] in asked:
+            ivsets[row[0]] = number_if_any(row[1], "ivsetguid")
         else:
-            tags[name] = tags.get(name, NO_TAGS) | {told[0]}
-    return tags, ivsets
+            raise NotBelieved(f"zfs told of what it was not asked about: {row[0][:NAME_LIMIT]!r}")
+    return parse_holds("".join(tags), asked), ivsets
 
 
 def with_tags(tree: Tree, tags: dict[str, frozenset[str]], ivsets: dict[str, int] | None = None) -> Tree:
@@ -607,24 +747,49 @@ def with_tags(tree: Tree, tags: dict[str, frozenset[str]], ivsets: dict[str, int
     return {key: replace(dataset, snapshots=tuple(map(fill, dataset.snapshots))) for key, dataset in tree.items()}
 
 
+MOST_INHERITED = 2_000_000
+"""Snapshots that all clones of a tree may have inherited together: chains of clones could else fill the memory."""
+
+
 def with_clones(tree: Tree) -> Tree:
-    """The tree with what its clones and their origins are to each other; an origin outside the tree is not known."""
+    """The tree with what its clones and their origins are to each other; an origin outside the tree is not known.
+    Raises NotBelieved for clones of themselves, and for chains of clones that are too long."""
     owners = {dataset.name: dataset for dataset in tree.values()}
     origins = {dataset.origin for dataset in tree.values()}
-
-    def inherited(dataset: Dataset) -> tuple[Snapshot, ...]:
-        owner = owners.get(dataset.origin.partition("@")[0])
-        own = owner.snapshots if owner else ()
-        names = [snapshot.name for snapshot in own]
-        if owner is None or dataset.origin not in names:
-            return ()
-        return inherited(owner) + own[: names.index(dataset.origin) + 1]
+    inherited: dict[str, tuple[Snapshot, ...]] = {}
+    total = 0
+    for clone in owners:
+        name = clone
+        chain: dict[str, None] = {}  # from a clone down to what is known already
+        while name in owners and name not in inherited:
+            if name in chain:
+                raise NotBelieved(f"zfs printed that {name} is a clone of its own clone")
+            chain[name] = None
+            name = owners[name].origin.partition("@")[0]
+        for name in reversed([*chain]):
+            inherited[name] = inherited_by(owners[name], owners, inherited)
+            total += len(inherited[name])
+            if total > MOST_INHERITED:
+                raise NotBelieved(
+                    f"the clones in this tree have more than {MOST_INHERITED:,} snapshots of their origins"
+                )
 
     def related(dataset: Dataset) -> Dataset:
         marked = (replace(s, cloned=True) if s.name in origins else s for s in dataset.snapshots)
-        return replace(dataset, snapshots=tuple(marked), inherited=inherited(dataset))
+        return replace(dataset, snapshots=tuple(marked), inherited=inherited[dataset.name])
 
     return {key: related(dataset) for key, dataset in tree.items()}
+
+
+def inherited_by(
+    clone: Dataset, owners: dict[str, Dataset], inherited: dict[str, tuple[Snapshot, ...]]
+) -> tuple[Snapshot, ...]:
+    """The snapshots of its origin's dataset up to the origin, and what that one has `inherited`."""
+    owner = owners.get(clone.origin.partition("@")[0])
+    names = [snapshot.name for snapshot in owner.snapshots] if owner else []
+    if owner is None or clone.origin not in names:
+        return ()
+    return inherited[owner.name] + owner.snapshots[: names.index(clone.origin) + 1]
 
 
 def parse_token(token: str, text: str) -> Partial:
@@ -666,12 +831,6 @@ def count_objects(text: str) -> int:
 # Room 4: Plan
 # ---------------------------------------------------------------------------------------------------------------------
 
-NAME_LIMIT = 255
-"""Longest name of a dataset with its snapshot, in bytes (ZFS_MAX_DATASET_NAME_LEN less the closing NUL)."""
-
-NESTING_LIMIT = 50
-"""Most levels of a dataset, the pool being the first (zfs_max_dataset_nesting, which nobody should raise)."""
-
 DAY = 24 * 60 * 60
 
 
@@ -698,11 +857,14 @@ def plan_dataset(
 
     `origin` is the local snapshot that is to it what its origin is to the source, if there is one.
     """
+    if local is not None and others_tags(local, policy):
+        return of_another_line(local, policy)
     if local is not None and local.kind != source.kind:
         return Blocked(
             f"{source.name} is a {source.kind}, but {local.name} is a {local.kind} ({newest_of(source, local)})",
             "see which of them is right, and check -r and -l",
             (Quarantine(),),
+            elsewhere=newest_received(local, policy) is None,
         )
     if local is not None and local.partial is not None:
         return plan_partial(source, local, local.partial, policy, origin)
@@ -711,6 +873,18 @@ def plan_dataset(
     if local is None or not local.snapshots:
         return plan_first(source, local, policy, local_name, origin)
     return plan_next(source, local, policy)
+
+
+def of_another_line(local: Dataset, policy: Policy) -> Blocked:
+    """Refuse to touch the mirror of another line of the crontab: each would move what the other one relies on."""
+    tags = others_tags(local, policy)
+    lines = " and ".join(tag[: -len(RECEIVED)] for tag in tags)
+    return Blocked(
+        f"{local.name} is the mirror of another line, of the tag {lines}",
+        "let each line have a tree of its own with -l; or, if that line is no more, end it with its own -t and "
+        f"--retire; or release what it holds here: zfs release {shlex.quote(tags[0])} SNAPSHOT",
+        elsewhere=True,
+    )
 
 
 def plan_partial(source: Dataset, local: Dataset, partial: Partial, policy: Policy, origin: Snapshot | None) -> Plan:
@@ -776,27 +950,45 @@ def plan_first(
     source: Dataset, local: Dataset | None, policy: Policy, local_name: str, origin: Snapshot | None
 ) -> Plan:
     """A stream of the first snapshot that is to come, in full or on its origin; then of those that follow."""
-    if local is not None and (local.encrypted or policy.raw(source)):
+    blocked = no_place(source, local, policy) if local is not None else None
+    if blocked:
+        return blocked
+    way = (MakeWay(),) if local is not None and local.parent else ()
+    arrivals = incoming(policy.selection.of_snapshots(source.snapshots), policy)
+    oldest, *later = arrivals
+    first = Receive(oldest)
+    if origin and (local is None or way):
+        first = Receive(oldest, source.inherited[-1], origin=origin.name)
+    refused = too_deep(local_name) or too_long(arrivals, local_name)
+    return refused or Transfer((*way, first, *steps_between(oldest, later)))
+
+
+def no_place(source: Dataset, local: Dataset, policy: Policy) -> Blocked | None:
+    """Refuse a first receive into what is here, unless that is an empty filesystem with nothing but ours below it."""
+    if local.strangers:
+        others = ", ".join(local.strangers[:3]) + f" and {len(local.strangers) - 3} more" * (len(local.strangers) > 3)
+        return Blocked(
+            f"{local.name} has datasets below it that are neither ours nor the source's: {others}; as a mirror it "
+            "would make them read-only, and hand down to them what the source says",
+            "this may be the wrong place: check -l; mirror to a dataset of its own, that is not there yet",
+            elsewhere=True,
+        )
+    if not local.vacant:
+        return Blocked(
+            f"{local.name} is not empty: it holds data but no snapshot, and a first receive would overwrite it "
+            f"({newest_of(source, local)})",
+            "mirror to another place with -l; or, if nothing in it is needed, destroy it yourself",
+            (Quarantine(),),
+            elsewhere=True,
+        )
+    if (local.encrypted and not policy.raw(source)) or (policy.raw(source) and not local.parent):
         return Blocked(
             f"{local.name} is already here, and zfs receives no first stream into a dataset if either is encrypted "
             f"({newest_of(source, local)})",
             "mirror to a dataset that is not there yet with -l; or, if nothing in it is needed, destroy it yourself",
             (Quarantine(),),
         )
-    if local is not None and not local.vacant:
-        return Blocked(
-            f"{local.name} is not empty: it holds data but no snapshot, and a first receive would overwrite it "
-            f"({newest_of(source, local)})",
-            "mirror to another place with -l; or, if nothing in it is needed, destroy it yourself",
-            (Quarantine(),),
-        )
-    arrivals = incoming(policy.selection.of_snapshots(source.snapshots), policy)
-    oldest, *later = arrivals
-    first = Receive(oldest)
-    if origin and local is None:
-        first = Receive(oldest, source.inherited[-1], origin=origin.name)
-    refused = too_deep(local_name) or too_long(arrivals, local_name)
-    return refused or Transfer((first, *steps_between(source, oldest, later)))
+    return None
 
 
 def plan_next(source: Dataset, local: Dataset, policy: Policy) -> Plan:
@@ -814,7 +1006,7 @@ def plan_next(source: Dataset, local: Dataset, policy: Policy) -> Plan:
         or diverged(source, local, mutual, policy)
         or clashing(arrivals, source, local)
         or too_long(arrivals, local.name)
-        or Transfer(tuple(steps_between(source, mutual.source, arrivals)))
+        or Transfer(steps_between(mutual.source, arrivals))
     )
 
 
@@ -822,47 +1014,92 @@ def in_order(tree: Tree) -> list[str]:
     """The datasets of a tree, parents before their children, and origins before their clones where both can be: of a
     circle (of a filesystem that is a clone of a promoted child) one goes before its origin."""
     keys = {dataset.name: key for key, dataset in tree.items()}
+    origins = {key: keys.get(dataset.origin.partition("@")[0]) for key, dataset in tree.items()}
+    followers: dict[str | None, list[str]] = {}
+    for key, origin in origins.items():
+        followers.setdefault(key.rpartition("/")[0] if key else None, []).append(key)
+        followers.setdefault(origin, []).append(key)
     done: dict[str, None] = {}
-    waiting = sorted(tree, key=lambda key: key.split("/"))
-    while waiting:
-        free = []
-        for key in waiting:
-            parent, origin = key.rpartition("/")[0], keys.get(tree[key].origin.partition("@")[0])
-            if not key or parent in done or parent not in tree:
-                free.append(key)
-                if origin is None or origin in done:
-                    done[key] = None
-        if not any(key in done for key in free):
-            done[free[0]] = None
-        waiting = [key for key in waiting if key not in done]
+    ready: list[tuple[list[str], str]] = []  # whose parent is done and whose origin
+    rest: list[tuple[list[str], str]] = []  # whose parent is done
+
+    def offer(key: str) -> None:
+        parent = key.rpartition("/")[0]
+        if key not in done and (not key or parent in done or parent not in tree):
+            heapq.heappush(rest, (key.split("/"), key))
+            if origins[key] is None or origins[key] in done:
+                heapq.heappush(ready, (key.split("/"), key))
+
+    for key in tree:
+        offer(key)
+    while ready or rest:
+        key = heapq.heappop(ready or rest)[1]
+        if key not in done:
+            done[key] = None
+            for follower in followers.get(key, ()):
+                offer(follower)
     return list(done)
 
 
 ASIDE = ".quarantine-"
 """In the name of what was renamed aside; the date follows."""
 
+PLACEHOLDER = ".made-way-for-mirror"
+"""At the end of the name of a placeholder that has made way for the dataset itself."""
 
-def strays(source: Tree, target: Tree) -> Tree:
-    """Local datasets that mirror nothing of their own name, and were not set aside."""
-    return {
-        key: local
-        for key, local in target.items()
-        if key and ASIDE not in key and not (key in source and newest_mutual(source[key], local))
+
+def others_tags(local: Dataset, policy: Policy) -> list[str]:
+    """The tags of other lines of some crontab that hold their newest common snapshot in this dataset."""
+    tags = {tag for snapshot in local.snapshots for tag in snapshot.tags or () if tag.endswith(RECEIVED)}
+    return sorted(tags - {policy.received_tag})
+
+
+def newest_received(local: Dataset, policy: Policy) -> Snapshot | None:
+    """The newest snapshot that we hold here: the newest common one when a run last got that far."""
+    return next((it for it in reversed(local.snapshots) if policy.received_tag in (it.tags or ())), None)
+
+
+def is_set_aside(key: str) -> bool:
+    """Whether it, or what it is in, was renamed aside: then it is nobody's mirror any more."""
+    return ASIDE in key
+
+
+Moved = dict[int, tuple[str, Dataset]]
+"""Local datasets, with their keys, that may have another name at the source by now, by the guid of what we hold."""
+
+
+def moved_mirrors(source: Tree, target: Tree, policy: Policy) -> Moved:
+    """Local datasets that mirror nothing of their own name, and without doubt one dataset of the source.
+
+    The newest common snapshot tells, and no older one: copies that were made by `send | recv`, `clone` or `promote`
+    share the older ones. It must be in one dataset of the source alone, and be held by us in one dataset here. What was
+    set aside stays where it is, and so does what another line holds, or has below it.
+    """
+    owners: dict[int, int] = {}
+    for dataset in source.values():
+        for snapshot in dataset.snapshots:
+            owners[snapshot.guid] = owners.get(snapshot.guid, 0) + 1
+    theirs = {key for key, local in target.items() if others_tags(local, policy)}
+    fixed = {above for key in theirs for above in lineage(key)}
+    found: Moved = {}
+    twice: set[int] = set()
+    for key, local in target.items():
+        held = newest_received(local, policy)
+        if not held or not key or key in fixed or is_set_aside(key) or owners.get(held.guid) != 1:
+            continue
+        if not (key in source and newest_mutual(source[key], local)):
+            twice |= {held.guid} & found.keys()
+            found[held.guid] = (key, local)
+    return {guid: it for guid, it in found.items() if guid not in twice}
+
+
+def former_key(source: Dataset, key: str, moved: Moved) -> str | None:
+    """As what the mirror of a dataset is here that is missing under its own name, for it was renamed at the source."""
+    found = {
+        moved[snapshot.guid][0]: moved[snapshot.guid][1] for snapshot in source.snapshots if snapshot.guid in moved
     }
-
-
-def former_key(source: Dataset, key: str, strays: Tree) -> str | None:
-    """Which stray is the mirror of a dataset that is missing here under its own name, for it was renamed at the
-    source: it has a snapshot of it, and is the only one that does."""
-    guids = {snapshot.guid for snapshot in source.snapshots}
-    found = [
-        old
-        for old, local in strays.items()
-        if local.kind == source.kind
-        and not f"{key}/".startswith(f"{old}/")
-        and any(snapshot.guid in guids for snapshot in local.snapshots)
-    ]
-    return found[0] if len(found) == 1 else None
+    fits = [old for old, local in found.items() if local.kind == source.kind and not is_below(key, old)]
+    return fits[0] if len(fits) == 1 else None
 
 
 def newest_of(source: Dataset, local: Dataset) -> str:
@@ -884,6 +1121,7 @@ def strangers(source: Dataset, local: Dataset, policy: Policy) -> Blocked:
         f"{local.name} is no mirror of {source.name}: they never had a snapshot in common ({newest_of(source, local)})",
         "this may be the wrong tree: check -h, -r and -l",
         (Quarantine(),),
+        elsewhere=True,
     )
 
 
@@ -927,7 +1165,9 @@ def diverged(source: Dataset, local: Dataset, mutual: Mutual, policy: Policy) ->
     ahead = [snapshot for snapshot in local.snapshots if snapshot.createtxg > mutual.local.createtxg]
     where = f"the newest common one, {mutual.local.short} ({newest_of(source, local)})"
     protected = [f"{it.short} ({why})" for it in ahead for why in reasons_to_spare(it, source, policy)]
-    ways: tuple[WayOut, ...] = () if protected else (Rollback(mutual.local, tuple(ahead)),)
+    held = newest_received(local, policy)
+    received = [it for it in ahead if held and it.createtxg <= held.createtxg]
+    ways: tuple[WayOut, ...] = () if protected else (Rollback(mutual.local, tuple(ahead), tuple(received)),)
     if ahead:
         count = f"{len(ahead)} local snapshot{'s' * (len(ahead) > 1)}"
         spared = f"; not to be rolled back: {', '.join(protected)}" if protected else ""
@@ -950,19 +1190,10 @@ def reasons_to_spare(snapshot: Snapshot, source: Dataset, policy: Policy) -> Ite
         yield f"its twin at the source is held by {policy.tag}"
 
 
-def steps_between(source: Dataset, base: Snapshot, arrivals: Sequence[Snapshot]) -> Iterator[Receive]:
-    """From `base` by all `arrivals`, in few streams: one with -I brings several, if nothing else lies between them
-    and its base, and that is neither a bookmark nor inherited."""
-    place = {snapshot.guid: number for number, snapshot in enumerate(source.snapshots)}
-    stretch: list[Snapshot] = []
-    for snapshot in arrivals:
-        own = not base.is_bookmark and base.guid in place
-        if stretch and not (own and place[snapshot.guid] - place[base.guid] == len(stretch) + 1):
-            yield Receive(stretch[-1], base, tuple(stretch[:-1]))
-            base, stretch = stretch[-1], []
-        stretch.append(snapshot)
-    if stretch:
-        yield Receive(stretch[-1], base, tuple(stretch[:-1]))
+def steps_between(base: Snapshot, arrivals: Sequence[Snapshot]) -> tuple[Receive, ...]:
+    """From `base` by all `arrivals`, each in a stream of its own. One of -I would bring several, but then zfs recv
+    cannot be told the name of the snapshot to take, and without that it takes whatever package of datasets comes."""
+    return tuple(Receive(arrival, before) for before, arrival in zip([base, *arrivals], arrivals))
 
 
 def clashing(arrivals: Iterable[Snapshot], source: Dataset, local: Dataset) -> Blocked | None:
@@ -1004,11 +1235,11 @@ def converge_holds(source: Dataset, local: Dataset | None, policy: Policy, heirs
     also on those guids of the source that its `heirs` have inherited and need.
 
     A local dataset whose history has nothing in common with the source is left alone, holds and all: the hold may be
-    the last thing that lets it be repaired. Tags that could not be read are not released, and with a token that
-    cannot be decoded nothing is released on the source.
+    the last thing that lets it be repaired. So is one that another line holds. Tags that could not be read are not
+    released, and with a token that cannot be decoded nothing is released on the source.
     """
     mutual = newest_mutual(source, local) if local else None
-    if local and local.snapshots and mutual is None:
+    if local and local.snapshots and (mutual is None or others_tags(local, policy)):
         return HoldMoves()
     held = newest_held(source, local) if local else None
     on_source = {*heirs, *([held.source.guid] if held else ())}
@@ -1108,7 +1339,7 @@ def expire(source: Dataset | None, local: Dataset, policy: Policy, now: int) -> 
 
     A source that stopped making snapshots, or is gone, thus empties nothing. Kept in any case: the newest mutual
     snapshot, the base of an interrupted receive, what anybody holds here, and what our tag holds, or might hold, on
-    the source.
+    the source. And all of a dataset that is no mirror of ours: see `reason_to_keep_all`.
     """
     mutual = newest_mutual(source, local) if source else None
     if policy.keep_days is None or source is None or mutual is None:
@@ -1117,15 +1348,28 @@ def expire(source: Dataset | None, local: Dataset, policy: Policy, now: int) -> 
     destroy, kept = [], []
     twins = {there.guid: there for there in source.history}
     ours = policy.selection.of_snapshots(local.snapshots)
+    spared = reason_to_keep_all(local, mutual, policy)
     for snapshot in ours[: max(len(ours) - policy.keep_min, 0)]:
         if snapshot.creation >= cutoff:
             continue
-        why = reason_to_keep(snapshot, twins.get(snapshot.guid), local, mutual, policy)
+        why = spared or reason_to_keep(snapshot, twins.get(snapshot.guid), local, mutual, policy)
         if why:
             kept.append((snapshot, why))
         else:
             destroy.append(snapshot)
     return Expiry(tuple(destroy), tuple(kept))
+
+
+def reason_to_keep_all(local: Dataset, mutual: Mutual, policy: Policy) -> str | None:
+    """Why nothing of a local dataset expires; None if it may. A line that is run on the wrong host finds datasets that
+    have all that the other side has, and more, and that no run ever received."""
+    if not local.held_before:
+        return "this line held nothing here when the run began, so it is its first one"
+    if local.snapshots[-1].guid != mutual.local.guid:
+        return f"there are local snapshots newer than the newest common one, {mutual.local.short}"
+    if others_tags(local, policy):
+        return f"another line holds it: {', '.join(others_tags(local, policy))}"
+    return None
 
 
 def may_expire(source: Dataset | None, local: Dataset, policy: Policy, now: int) -> set[int]:
@@ -1254,7 +1498,7 @@ def set_mark(root: str, since: int) -> Command:
 
 
 def clear_mark(root: str) -> Command:
-    return ("zfs", "inherit", FAILING, root)
+    return inherit(root, FAILING)
 
 
 def list_usage(root: str) -> Command:
@@ -1331,6 +1575,34 @@ def make_read_only(name: str) -> Command:
     return ("zfs", "set", "readonly=on", name)
 
 
+LOOKING = ("list", "get", "holds", "send", "allow", "userspace", "version")
+"""Verbs of zfs that change nothing, on either side."""
+
+
+def changed_by(command: Command) -> list[str]:
+    """The datasets that a command changes, by name, or makes. Of a verb that is not known to only look, any word may
+    be one."""
+    if command[0] != "zfs" or (command[1] in LOOKING):
+        return []
+    words = command[2:]
+    if command[1] in ("hold", "release"):
+        words = words[1:]
+    elif command[1] in ("recv", "set", "create", "inherit", "bookmark"):
+        words = words[-1:]
+    return [re.split("[@#]", word)[0] for word in words if not word.startswith("-")]
+
+
+def outside(command: Command, root: str) -> list[str]:
+    """Those datasets that a command would change beside a local tree, which it must not. To be made, its ancestors may;
+    and the root may be renamed aside, or make way."""
+    wrong = [name for name in changed_by(command) if not any(is_below(name, it) for it in (root, root + PLACEHOLDER))]
+    if command[1] == "create":
+        return [name for name in wrong if name not in lineage(root)]
+    if command[1] == "rename":
+        return [name for name in wrong if not (name.startswith(root + ASIDE) and command[-1] == name)]
+    return wrong
+
+
 def create_parent(name: str) -> Command:
     """A placeholder that never mounts. `-u` also spares the mount that only root may do."""
     return ("zfs", "create", "-u", "-o", "canmount=off", name)
@@ -1344,6 +1616,11 @@ def stream_flags(features: Iterable[str]) -> Command:
     """The flags for a pool with these features: a fixed choice, for pools gain features and never lose one. Dropping
     -L between increments lost data once (https://github.com/openzfs/zfs/issues/6224) and is refused since."""
     return tuple(flag for flag, needs in STREAM_FLAGS.items() if set(needs) <= set(features))
+
+
+NOTHING_SET: Mapping[str, str] = {}
+NEVER_SET_AGAIN = ("volsize", "volblocksize", "encryption", "keyformat", "keylocation", "pbkdf2iters", "version")
+"""What zfs recv takes no value for; it is not lost by a receive either."""
 
 
 FEATURE_BITS = {
@@ -1367,7 +1644,7 @@ def send(dataset: Dataset, step: Receive, raw: bool, flags: Command) -> Command:
         return ("zfs", "send", "-t", step.token)
     base: Command = ()
     if step.base is not None:
-        base = ("-I" if step.between else "-i", step.base.name)
+        base = ("-i", step.base.name)
     how = ("-p", "-w") if raw else () if dataset.encrypted else ("-p",)
     return ("zfs", "send", *flags, *how, *base, step.snapshot.name)
 
@@ -1377,21 +1654,48 @@ def estimate(sending: Command) -> Command:
     return (*sending[:2], "-nP", *sending[2:])
 
 
-# Limits are set to none and not only left out: before OpenZFS 2.2 every second increment takes over what -x excludes.
-# Shares are set to off: what is only left out is inherited, and the pool here may well be shared. The mountpoint cannot
-# be said in a word: left out, it follows from the parent's. What the source said of each is kept beside our value as
-# the received one, so that `zfs send -b` gives it back.
 OVERRIDES = (
     "readonly=on",
     "canmount=noauto",
     "sharenfs=off",
     "sharesmb=off",
+    "setuid=off",
+    "devices=off",
+    "zoned=off",
+    "volmode=none",
+    "snapdev=hidden",
     "quota=none",
     "refquota=none",
     "reservation=none",
     "refreservation=none",
+    "snapshot_limit=none",
+    "filesystem_limit=none",
+    "org.openzfs.systemd:ignore=on",
 )
-LEFT_OUT = ("mountpoint",)
+"""What a mirror has of its own, whatever the source says: the properties of zfsprops(7) of OpenZFS 2.4 that are of a
+place, and not of the data.
+
+- Nobody writes to it, mounts it, or sees it over the network: readonly, canmount, sharenfs, sharesmb. What is only left
+  out is inherited, and the pool here may well be shared: so these are set.
+- Mounted to look into it, it hands out no rights: setuid, devices. But exec, which hands out none, is the source's.
+- It stays with this host, and not with a container, which would also keep us from renaming it: zoned.
+- Volumes and their snapshots have no device nodes, in which this host would look for partitions and file systems:
+  volmode, snapdev.
+- Nothing binds what arrives: quotas, reservations and limits. They are set to none and not only left out: before
+  OpenZFS 2.2, and from there to 2.3.9 and 2.4.4, every second increment takes over what -x excludes and what does not
+  inherit.
+- systemd's generator of mount units makes none for it: a unit for canmount=noauto would be started by whatever requires
+  a path below it (https://github.com/openzfs/zfs/issues/17144).
+
+All others come along: they are of the data (recordsize, compression, acltype, ...), or do nothing to a filesystem that
+is read-only and not mounted (sync, overlay, vscan, contexts, users' quotas). What the source said of ours is kept
+beside our value as the received one, so that `zfs send -b` gives it back."""
+
+GENERATED = ("requires", "requires-mounts-for", "before", "after", "wanted-by", "required-by", "nofail")
+LEFT_OUT = ("mountpoint", FAILING, *(f"org.openzfs.systemd:{name}" for name in GENERATED))
+"""What has no value here. The mountpoint cannot be said in a word: left out, it follows from the parent's. systemd's
+generator reads its properties from a table with TABs and newlines, with which one value could forge the row of another
+dataset (history_event-zfs-list-cacher.sh of OpenZFS). `keylocation` cannot be left out: see `Run.key_places`."""
 
 # zfs recv refuses what the kind of dataset does not have (zfsprops(7)).
 OF_FILESYSTEMS = (
@@ -1415,27 +1719,76 @@ def birth(source: Dataset, parent: Dataset | None, step: Receive, policy: Policy
 
 
 def receive(
-    source: Dataset, local: Dataset | None, name: str, properties: Properties = Properties(), born: Command = ()
+    source: Dataset,
+    local: Dataset | None,
+    snapshot: str,
+    properties: Properties = Properties(),
+    born: Command = (),
+    *,
+    own: Mapping[str, str] = NOTHING_SET,
 ) -> Command:
     """The receiving end of a step: resumable, unmounted, and read-only from the first moment.
 
     What we set on the first receive stays as the administrator left it later: increments leave those properties out.
-    -F only where it overwrites nothing: into a filesystem known to be vacant.
+    An existing dataset that never received any properties loses all that are set there when it does so first
+    (first_recvd_props in zfs_ioctl.c): `own` are to be set again in the same moment.
+
+    The snapshot to come is named: then zfs recv takes no package of several datasets or snapshots, which could rename,
+    roll back and destroy whatever is below. -h leaves out holds that the sender puts on it. -F only where it overwrites
+    nothing: into a filesystem known to be vacant, with nothing below it.
     """
     others = (OF_VOLUMES if source.kind == "filesystem" else OF_FILESYSTEMS).split()
-    values = dict(value.partition("=")[::2] for value in (*OVERRIDES, *properties.values))
-    values = {key: value for key, value in values.items() if key not in others and key not in properties.ignored}
+    values = kinds_values(source.kind, properties)
+    said = dict(value.partition("=")[::2] for value in properties.values)
+    values.update({key: value for key, value in said.items() if key not in others and key not in properties.ignored})
     left_out = [key for key in (*LEFT_OUT, *properties.ignored) if key not in others and key not in values]
-    options: list[str] = []
-    if local is None or not local.snapshots:
-        options += [word for key, value in values.items() for word in ("-o", f"{key}={value}")]
-    else:
+    if local is not None and local.snapshots:
         left_out += values
-    options += [word for key in left_out for word in ("-x", key)]
+        values = dict(own)
+    options = [word for key, value in values.items() for word in ("-o", f"{key}={value}")]
+    options += [word for key in left_out if key not in values for word in ("-x", key)]
     if local is None:
         options += born
-    force = ("-F",) if local and local.vacant else ()
-    return ("zfs", "recv", "-s", "-u", *force, *options, name)
+    force = ("-F",) if local and local.vacant and not local.parent else ()
+    return ("zfs", "recv", "-s", "-u", "-h", *force, *options, snapshot)
+
+
+def kinds_values(kind: str, properties: Properties) -> dict[str, str]:
+    """What a mirror of this kind has of its own, if the user does not say otherwise."""
+    others = (OF_VOLUMES if kind == "filesystem" else OF_FILESYSTEMS).split()
+    values = dict(value.partition("=")[::2] for value in OVERRIDES)
+    return {key: value for key, value in values.items() if key not in others and key not in properties.ignored}
+
+
+def list_sources(names: Iterable[str]) -> Command:
+    """Prints which properties are set on these datasets, or were received, and none of their values, which may be any
+    text."""
+    return ("zfs", "get", "-H", "-s", "local,received", "-o", "name,property,source", "all", *names)
+
+
+def get_value(name: str, key: str) -> Command:
+    return ("zfs", "get", "-Hp", "-o", "value", key, name)
+
+
+def list_mounted(names: Iterable[str]) -> Command:
+    return ("zfs", "list", "-H", "-o", "name,mounted", *names)
+
+
+def list_key_roots(names: Iterable[str]) -> Command:
+    """Prints with which dataset each shares its encryption key."""
+    return ("zfs", "list", "-H", "-o", "name,encryptionroot", *names)
+
+
+def set_values(name: str, values: Mapping[str, str]) -> Command:
+    return ("zfs", "set", *(f"{key}={value}" for key, value in values.items()), name)
+
+
+def inherit(name: str, key: str) -> Command:
+    return ("zfs", "inherit", key, name)
+
+
+def unmount(name: str) -> Command:
+    return ("zfs", "unmount", name)
 
 
 def abandon(name: str) -> Command:
@@ -1528,6 +1881,11 @@ def rights_in(text: str, user: str) -> set[str]:
     return {right for name, rights in found if name in ("", user) for right in rights.split(",")}
 
 
+def right_to_set(key: str) -> str:
+    """What an account must be allowed to set a property."""
+    return "userprop" if ":" in key else key
+
+
 def grant(command: Command, account: Account) -> str:
     """What root must run to let the account run `command` in all of the tree; "" if no right is known for it.
 
@@ -1538,7 +1896,7 @@ def grant(command: Command, account: Account) -> str:
         return ""
     values = command[2:-1] if verb in ("create", "recv", "set") else ()
     properties = [name for name, is_set, _ in (word.partition("=") for word in values) if is_set and name != "origin"]
-    rights = [RIGHTS[verb], *("userprop" if ":" in name else name for name in properties)]
+    rights = [RIGHTS[verb], *map(right_to_set, properties)]
     place = re.split("[@#]", command[-1])[0]
     if verb in ("create", "rename") or (verb == "recv" and properties):
         place = place.rpartition("/")[0] or place
@@ -1760,6 +2118,38 @@ class SudoHost:
 
     def piped(self, *commands: Command, then: Command = ()) -> Command:
         return self.host.piped(*map(by_sudo, commands), then=then)
+
+
+class FencedHost:
+    """This host, on which no command changes anything beside the local tree. That holds of all that is planned here;
+    this is the belt beside the braces, for a mistake in that would cost what nobody has a copy of."""
+
+    def __init__(self, host: Host, root: str) -> None:
+        self.host = host
+        self.root = root
+        self.label = host.label
+        self.account = host.account
+        self.connected = host.connected
+        self.has = host.has
+        self.close = host.close
+
+    def ask(self, *commands: Command) -> Answer:
+        self.check(*commands)
+        return self.host.ask(*commands)
+
+    def piped(self, *commands: Command, then: Command = ()) -> Command:
+        self.check(*commands)
+        return self.host.piped(*commands, then=then)
+
+    def check(self, *commands: Command) -> None:
+        """Raises Failure for what would change anything outside."""
+        for command in commands:
+            wrong = outside(command, self.root)
+            if wrong:
+                raise Failure(
+                    f"refusing {' '.join(command[:2])!r}: it names {wrong[0][:NAME_LIMIT]!r}, not in {self.root}",
+                    "this is a fault of the program, and nothing was changed by it: please report it",
+                )
 
 
 def by_sudo(command: Command) -> Command:
@@ -2611,7 +3001,7 @@ def unset_properties(target: Host, receiving: Command, refused: dict[str, str]) 
         return None
     reason = refused[unset[0].partition("=")[0]]
     rights = permit(target, receiving, reason)
-    once = f"for this once, as root: {shlex.join(('zfs', 'set', *unset, receiving[-1]))}"
+    once = f"for this once, as root: {shlex.join(('zfs', 'set', *unset, receiving[-1].partition('@')[0]))}"
     return StreamFailed(f"it has arrived, but without {', '.join(unset)}: {reason}", ways_out(rights, once))
 
 
@@ -2752,30 +3142,71 @@ Reading = tuple[Tree, Union[Failure, None]]
 """A tree with its holds. If those could not be read they are unknown (None), and the reason comes along."""
 
 
-def read_tree(host: Host, root: str, selection: Selection, only: Sequence[str] = ()) -> Reading:
-    """What is selected of a tree, of datasets `only` those, if any is named. Raises Failure if it cannot be listed."""
-    refused: Failure | None = None
-    for _ in range(2):  # a snapshot may go between our two questions, and then one more look will do
-        text = run(host, list_tree(*(only or [root]), alone=bool(only) or not selection.recursive))
-        tree, held = parse_tree(text, root)
-        tree = without_others(selection.of_tree(tree), only)
-        tags: dict[str, frozenset[str]] = {}
-        try:
-            for batch in batches(name for name in held if name.partition("@")[0][len(root) :] in tree):
-                tags.update(parse_holds(run(host, list_holds(batch))))
-        except (LinkLost, Stuck):
-            raise
-        except Failure as failure:
-            refused = failure
-        else:
-            return with_clones(with_tags(tree, tags)), None
-    return with_clones(tree), refused
+def believed(host: Host, look: Callable[[], Reading]) -> Reading:
+    """What a look at a host tells. Where zfs cannot have printed that, look once more: a dataset may come, go or change
+    its name meanwhile. Raises NotBelieved if it is the same then."""
+    with contextlib.suppress(NotBelieved):
+        return look()
+    try:
+        return look()
+    except NotBelieved as failure:
+        raise NotBelieved(
+            f"cannot believe what {host.label} says: {failure.what}",
+            "nothing was done upon it; run zfs list there by hand, and find out what prints that",
+        ) from None
+
+
+def read_tree(
+    host: Host, root: str, selection: Selection, only: Sequence[str] = (), places: Sequence[str] = ()
+) -> Reading:
+    """What is selected of a tree, of datasets `only` those, if any is named. `places` are where it is, if not at its
+    root alone (see `MakeWay`). Raises Failure if it cannot be listed, or not be believed."""
+    roots = [*places] or [root]
+
+    def look() -> Reading:
+        refused: Failure | None = None
+        for _ in range(2):  # a snapshot may go between our two questions, and then one more look will do
+            text = run(host, list_tree(*(only or roots), alone=bool(only) or not selection.recursive))
+            tree, held = parse_tree(text, root, *places)
+            if not only:
+                whole_tree(tree, *(name[len(root) :] for name in roots))
+            tree = without_others(selection.of_tree(tree), only)
+            selected = {name: n for name, n in held.items() if name.partition("@")[0][len(root) :] in tree}
+            try:
+                return with_clones(with_tags(tree, read_tags(host, selected))), None
+            except (LinkLost, Stuck):
+                raise
+            except Failure as failure:
+                refused = failure
+        return with_clones(tree), refused
+
+    return believed(host, look)
+
+
+def read_tags(host: Host, held: dict[str, int]) -> dict[str, frozenset[str]]:
+    """The tags of snapshots that have so many holds each. Raises Failure if there are more or fewer: a tag with a
+    newline can look like the hold of another snapshot."""
+    tags: dict[str, frozenset[str]] = {}
+    for batch in batches(held):
+        tags.update(parse_holds(run(host, list_holds(batch)), held))
+    for name, count in held.items():
+        found = len(tags.get(name, ()))
+        if found != count:
+            raise NotBelieved(f"{name} has {count} holds, and zfs holds tells of {found}", f"see: zfs holds '{name}'")
+    return tags
 
 
 def read_outline(host: Host, root: str, selection: Selection, only: Sequence[str] = ()) -> Reading:
     """As `read_tree`, and with a long history several times as fast: of snapshots only their names, guids and order."""
-    text = run(host, *list_outline(*(only or [root]), alone=bool(only) or not selection.recursive))
-    return with_clones(without_others(selection.of_tree(parse_tree(text, root)[0]), only)), None
+
+    def look() -> Reading:
+        text = run(host, *list_outline(*(only or [root]), alone=bool(only) or not selection.recursive))
+        tree = parse_tree(text, root)[0]
+        if not only:
+            whole_tree(tree, "")
+        return with_clones(without_others(selection.of_tree(tree), only)), None
+
+    return believed(host, look)
 
 
 def without_others(tree: Tree, only: Sequence[str]) -> Tree:
@@ -2795,7 +3226,7 @@ def place_holds(host: Host, tag: str, names: Iterable[str]) -> dict[str, str]:
         answer = host.ask(hold(tag, batch))
         if answer.status != 0:
             # Some may be done, some may have had the tag before: an exit status tells neither, so look.
-            found = parse_holds(host.ask(list_holds(batch)).stdout)
+            found = parse_holds(host.ask(list_holds(batch)).stdout, {*batch})
             missing.update({name: answer.stderr.strip() for name in batch if tag not in found.get(name, ())})
     return missing
 
@@ -2809,7 +3240,7 @@ def ask_about(
     ivsets: dict[str, int] = {}
     for batch in batches(names, BATCH_BYTES // 2 if encrypted else BATCH_BYTES):  # those are named twice
         raw = [name for name in batch if name in encrypted]
-        held, numbers = parse_asked(run(host, *([list_ivsets(raw)] if raw else []), list_holds(batch)))
+        held, numbers = parse_asked(run(host, *([list_ivsets(raw)] if raw else []), list_holds(batch)), {*batch})
         tags.update({name: held.get(name, NO_TAGS) for name in batch})
         ivsets.update(numbers)
     return tags, ivsets
@@ -2874,7 +3305,7 @@ class Run:
         """`jobs` trains at most go side by side; `both` calls two functions and returns what they return."""
         self.policy = policy
         self.source_host = source
-        self.target_host = target
+        self.target_host = FencedHost(target, policy.target_root)
         self.carry = carry
         self.report = report
         self.jobs = jobs
@@ -2883,14 +3314,17 @@ class Run:
         self.target: Tree = {}
         self.briefly = False  # whether of the source no more is asked for than is needed
         self.asked: set[str] = set()  # the snapshots at the source that were asked for by name
-        self.strays: Tree = {}  # what is here of datasets that were renamed, or are gone at the source
+        self.moved: Moved = {}  # what may be here of datasets that were renamed at the source
+        self.held_before: set[str] | None = None  # in which local datasets we held a snapshot when the run began
+        self.left_alone: set[str] = set()  # what could not be made inert, and so is not ours yet
+        self.own_values: dict[str, dict[str, str]] = {}  # what is set here and would be lost, see `receive`
         self.existing: list[str] = []  # of the lineage of the local root
         self.uncreated: dict[str, Failure] = {}  # placeholders that could not be made
         self.failing = False  # whether the local root says that the runs before this one did
         self.features: list[str] | None = None  # of the local pool
         self.order: list[str] = []  # of the datasets of the source
         self.decided: dict[str, tuple[Basis, Plan]] = {}  # the last plan for each, and what it was made from
-        self.brought: set[str] = set()  # the datasets whose streams have come by train
+        self.brought: dict[str, int] = {}  # how many steps a dataset had to go when its streams came by train
         self.rights: list[str] = []  # what root must run to let us move the holds
         self.lost: tuple[str, LinkLost] | None = None  # what was at work when the link broke
 
@@ -2968,7 +3402,8 @@ class Run:
         root = self.policy.source_root
         read = read_outline if self.briefly else read_tree
         try:
-            return read(self.source_host, root, self.policy.selection, only)
+            tree, failure = read(self.source_host, root, self.policy.selection, only)
+            return {key: dataset for key, dataset in tree.items() if not is_set_aside(key)}, failure
         except CommandFailed as failure:
             if f"'{root}': dataset does not exist" in failure.what:
                 failure.hint = f"check -r; is the pool imported there? zpool import {root.split('/')[0]}"
@@ -2977,26 +3412,37 @@ class Run:
     def list_target(self) -> Reading:
         """List the local tree, and what there is of its ancestors."""
         names = lineage(self.policy.target_root)
-        answer = self.target_host.ask(list_existing(names))
-        self.existing = [row[0] for row in fields(answer.stdout, 1)]
-        for name in names:
-            if name not in self.existing and (name == names[0] or not says_absent(answer, name)):
+        root, aside = names[-1], names[-1] + PLACEHOLDER
+        asked = [*names, *([aside] if len(aside) <= NAME_LIMIT else [])]
+        answer = self.target_host.ask(list_existing(asked))
+        existing = [row[0] for row in fields(answer.stdout, 1)]
+        for name in asked:
+            if name not in existing and (name == names[0] or not says_absent(answer, name)):
                 hint = suspended(answer.stderr) or f"is the pool imported? zpool import {names[0]}"
                 raise Failure(f"cannot list {name} on {self.target_host.label}: {answer.stderr.strip()}", hint)
-        if names[-1] not in self.existing:
-            return {}, None
-        self.failing = bool(self.target_host.ask(get_mark(names[-1])).stdout)
-        return read_tree(self.target_host, names[-1], self.policy.selection)
+        self.existing = [name for name in names if name in existing]
+        if root in existing:
+            self.failing = bool(self.target_host.ask(get_mark(root)).stdout)
+        places = [name for name in (root, aside) if name in existing]
+        return read_tree(self.target_host, root, self.policy.selection, (), places) if places else ({}, None)
 
     def list_mirrors(self, names: Sequence[str]) -> Reading:
         """List some datasets of the local tree, if there are any."""
         if not names:
             return {}, None
-        return read_tree(self.target_host, self.policy.target_root, self.policy.selection, names)
+        return read_tree(self.target_host, self.policy.target_root, self.policy.selection, names, self.places)
+
+    @property
+    def places(self) -> tuple[str, str]:
+        """Where the local tree is; the second, while its root is a placeholder that has made way."""
+        return self.policy.target_root, self.policy.target_root + PLACEHOLDER
 
     def take_target(self, reading: Reading) -> None:
-        self.target = self.examined(self.known(self.target_host, reading))
-        self.strays = strays(self.source, self.target)
+        tree = self.known(self.target_host, reading)
+        if self.held_before is None:
+            self.held_before = {key for key, local in tree.items() if newest_received(local, self.policy)}
+        self.target = self.examined(tree)
+        self.moved = moved_mirrors(self.source, self.target, self.policy)
 
     def known(self, host: Host, reading: Reading) -> Tree:
         """A tree that was read; what could not be read of it is reported."""
@@ -3013,18 +3459,44 @@ class Run:
         if local.partial:
             answer = self.target_host.ask(decode_token(local.partial.token))
             local = replace(local, partial=parse_token(local.partial.token, answer.stdout + answer.stderr))
+        local = replace(local, held_before=key in (self.held_before or ()))
         source = self.source.get(key)
-        if source and source.snapshots and not local.snapshots and local.kind == "filesystem":
-            self.target_host.ask(settle(lineage(local.name)[0]))
-            command = count_files(local.name)
-            answer = self.target_host.ask(command)
-            local = replace(local, vacant=answer.status == 0 and count_objects(answer.stdout) == 1)
-            rights = permit(self.target_host, command, answer.stderr)
-            if rights:
-                self.report.failure(
-                    local.name, Failure(f"cannot tell whether it is empty: {answer.stderr.strip()}", rights)
-                )
+        if source and self.selected(key) and not local.snapshots and local.kind == "filesystem":
+            below = self.below(local.name)
+            strangers = tuple(name for name, inner in below.items() if not self.is_known(name, inner, below))
+            local = replace(
+                local, vacant=self.is_empty(local.name), parent=bool(below), strangers=tuple(sorted(strangers))
+            )
         return local
+
+    def is_empty(self, name: str) -> bool:
+        """Whether a filesystem holds no file, and is known not to."""
+        self.target_host.ask(settle(lineage(name)[0]))
+        command = count_files(name)
+        answer = self.target_host.ask(command)
+        rights = permit(self.target_host, command, answer.stderr)
+        if rights:
+            self.report.failure(name, Failure(f"cannot tell whether it is empty: {answer.stderr.strip()}", rights))
+        return answer.status == 0 and count_objects(answer.stdout) == 1
+
+    def below(self, name: str) -> Tree:
+        """What is below a local dataset by name, be it selected or not."""
+        tree = self.known(self.target_host, read_tree(self.target_host, name, Selection()))
+        return {name + key: inner for key, inner in tree.items() if key}
+
+    def is_known(self, name: str, local: Dataset, among: Tree) -> bool:
+        """Whether what is below a dataset, which is to be received there, may be there: a mirror of ours, what we set
+        aside, or an empty parent of such."""
+        key = name[len(self.policy.target_root) :]
+        source = self.source.get(key)
+        if not self.policy.selection.has_dataset(key) or others_tags(local, self.policy):
+            return False
+        if is_set_aside(key) or newest_received(local, self.policy) or (source and local.partial):
+            return True
+        if local.snapshots or local.kind != "filesystem":
+            return bool(source and newest_mutual(source, local))
+        has_children = any(inner.startswith(f"{name}/") for inner in among)
+        return (source is not None or has_children) and self.is_empty(name)
 
     def look_again(self, key: str) -> Dataset | None:
         """List one local dataset anew; None if it is not there."""
@@ -3036,7 +3508,7 @@ class Run:
         for names in batches(self.local_name(key) for key in dict.fromkeys(keys)):
             command = list_tree(*names, alone=True)
             answer = self.target_host.ask(command)
-            found = parse_tree(answer.stdout, self.policy.target_root)[0]
+            found = parse_tree(answer.stdout, *self.places)[0]
             keys_by_name = {name: name[len(self.policy.target_root) :] for name in names}
             if not all(key in found or says_absent(answer, name) for name, key in keys_by_name.items()):
                 output(self.target_host, command, answer)  # what is not listed need not be absent: this raises
@@ -3054,7 +3526,7 @@ class Run:
         names = [(self.local_name(key), self.local_name(key) + some[-1].snapshot.short) for key, some in steps.items()]
         found: Tree = {}
         for batch in batches(name for pair in names for name in pair):
-            found.update(parse_tree(self.target_host.ask(list_exactly(batch)).stdout, self.policy.target_root)[0])
+            found.update(parse_tree(self.target_host.ask(list_exactly(batch)).stdout, *self.places)[0])
         unproven = []
         for key, some in steps.items():
             now = found.get(key)
@@ -3078,7 +3550,10 @@ class Run:
         """All that follows the first survey. What fails on the way is reported, and the rest goes on; a lost link is
         only noted in `lost`, for it may be worth another try."""
         try:
-            touched = self.transfer(self.plan(), now)
+            plans = self.plan()
+            self.make_inert(plans)
+            self.tell_lost_holds()
+            touched = self.transfer(plans, now)
             if touched:  # hours may have gone by: what is to be destroyed is looked at anew as well
                 touched |= self.may_expire(now).keys()
             for _ in range(3):  # what was not known yet, or was renamed at the source, is found by the survey
@@ -3128,8 +3603,13 @@ class Run:
         return is_first and isinstance(plan, Transfer) and inherited[-1] in plan.targets
 
     def former(self, key: str) -> str | None:
-        """As what the mirror of a dataset that has another name at the source by now is still here."""
-        return None if key in self.target else former_key(self.source[key], key, self.strays)
+        """As what the mirror of a dataset is still here that has another name at the source by now, or whose parent had
+        to be made way for."""
+        if key in self.target:
+            return None
+        above = lineage(key)[:-1]
+        made_way = (parent + PLACEHOLDER + key[len(parent) :] for parent in above)
+        return next((old for old in made_way if old in self.target), former_key(self.source[key], key, self.moved))
 
     def mirror(self, key: str) -> Dataset | None:
         """What is here of a dataset; be it, where a rename could not be followed (yet), under its former name."""
@@ -3141,27 +3621,59 @@ class Run:
         old = self.former(key)
         if old is not None:
             self.make_room(key)
-            name = self.local_name(key)
-            self.report.event("rename", name, f"{self.local_name(old)}: now called {name}, as at the source")
-            run(self.target_host, rename(self.local_name(old), self.local_name(key)))
-            self.survey_target()
+            self.move(old, key)
+
+    def move(self, old: str, key: str) -> None:
+        """Rename a local dataset, with all below it."""
+        name = self.local_name(key)
+        self.report.event("rename", name, f"{self.local_name(old)}: now called {name}")
+        run(self.target_host, rename(self.local_name(old), name))
+        if self.held_before is not None:
+            self.held_before |= {key + inner[len(old) :] for inner in self.held_before if is_below(inner, old)}
+        self.survey_target()
+
+    def return_children(self) -> None:
+        """Rename back what was below a placeholder that has made way, once the dataset itself is here."""
+        for old in sorted(self.target):
+            above = old.rpartition("/")[0]
+            home = above[: -len(PLACEHOLDER)]
+            here = self.target.get(home)
+            is_away = above.endswith(PLACEHOLDER) and above not in self.source and not self.target[above].snapshots
+            key = home + old[len(above) :]
+            if is_away and here and here.snapshots and old in self.target and key not in self.target:
+                with told_later():
+                    self.move(old, key)
 
     def plan(self) -> dict[str, Plan]:
         """What to do for each dataset, in order. Those blocked for good are reported, and left out."""
         plans = {}
         self.order = in_order(self.source)
+        self.return_children()
         for key in self.order:
             with told_later():  # its parent may be here when it is its turn
                 self.follow_rename(key)
+        elsewhere: set[str] = set()  # where what is here is no mirror of the source's
         for key in self.order:
             plan = self.decide(key)
+            parent = key.rpartition("/")[0]
             if isinstance(plan, Blocked) and not self.way_out(plan):
                 self.report.failure(self.local_name(key), Failure(plan.reason, plan.hint))
-                continue
-            plans[key] = plan
-            if isinstance(plan, UpToDate):
-                self.tell_in_step(key)
+                elsewhere |= {key} if plan.elsewhere else set()
+            elif key and parent in elsewhere and not self.is_mirrored(key):
+                elsewhere.add(key)
+                if not isinstance(plan, UpToDate):
+                    what = f"skipped, for what {self.local_name(parent)} is here is no mirror of the source's"
+                    self.report.failure(self.local_name(key), Failure(what, PARENT_FIRST))
+            else:
+                plans[key] = plan
+                if isinstance(plan, UpToDate):
+                    self.tell_in_step(key)
         return plans
+
+    def is_mirrored(self, key: str) -> bool:
+        """Whether there is a snapshot here that the source has too."""
+        local = self.mirror(key)
+        return local is not None and newest_mutual(self.source[key], local) is not None
 
     def tell_in_step(self, key: str) -> None:
         what = "in step" if self.selected(key) else "no snapshot to pull"
@@ -3171,6 +3683,71 @@ class Run:
         """What the user has allowed us to do where nothing else helps."""
         allowed = {Rollback: self.policy.rollback, Quarantine: self.policy.quarantine}
         return next((way for way in plan.ways if allowed[type(way)]), None)
+
+    def make_inert(self, plans: dict[str, Plan]) -> None:
+        """See to it that what is here already is as inert as what we receive ourselves, before it is ours: what another
+        tool made, and what an earlier version of this program did. What is set here stays as it is set.
+
+        Where that fails for a dataset which is not ours yet, it is left alone, for it might be mounted or shared.
+        """
+        keys = [key for key in self.target if self.may_be_exposed(key, plans.get(key))]
+        for batch in batches(self.local_name(key) for key in keys):
+            sources = parse_sources(run(self.target_host, list_sources(batch)), batch)
+            mounted = {row[0] for row in fields(run(self.target_host, list_mounted(batch)), 2) if row[1] == "yes"}
+            for name in batch:
+                key = name[len(self.policy.target_root) :]
+                try:
+                    self.make_one_inert(key, sources[name], is_mounted=name in mounted)
+                except CommandFailed as failure:
+                    self.report.failure(name, failure)
+                    if not self.target[key].held_before:
+                        self.left_alone.add(key)
+                        plans.pop(key, None)
+
+    def may_be_exposed(self, key: str, plan: Plan | None) -> bool:
+        """Whether a local dataset is a mirror that is to be taken over, or pulled into."""
+        source, local = self.source.get(key), self.target[key]
+        if source is None or others_tags(local, self.policy) or not newest_mutual(source, local):
+            return False
+        return not local.held_before or isinstance(plan, Transfer)
+
+    def make_one_inert(self, key: str, sources: dict[str, str], *, is_mounted: bool) -> None:
+        """Set what is not set. `sources` says by property whether it is set here, or was received. An administrator may
+        have mounted a mirror of ours; what another tool left mounted is unmounted."""
+        name, local = self.local_name(key), self.target[key]
+        values = kinds_values(self.source[key].kind, self.policy.properties)
+        missing = {it: value for it, value in values.items() if sources.get(it) != "local"}
+        if missing:
+            what = ", ".join(f"{it}={value}" for it, value in missing.items())
+            self.report.event("set", name, f"{name}: set {what}", values=missing)
+            run(self.target_host, set_values(name, missing))
+        if is_mounted and not local.held_before:
+            self.report.event("unmount", name, f"{name}: unmount")
+            run(self.target_host, unmount(name))
+        if sources.get("mountpoint") == "received":
+            run(self.target_host, inherit(name, "mountpoint"))
+        if "received" not in sources.values():
+            own = [it for it, source in sources.items() if source == "local" and it not in NEVER_SET_AGAIN]
+            found = {it: run(self.target_host, get_value(name, it))[:-1] for it in own}
+            self.own_values[key] = {**values, **found}
+
+    def tell_lost_holds(self) -> None:
+        """Tell of a hold at the source that somebody has released, or another backup host with the same tag has moved:
+        the next time the base itself may be gone."""
+        for key, source in self.source.items():
+            local = self.mirror(key)
+            mutual = newest_mutual(source, local) if local and key not in self.left_alone else None
+            if local and mutual and local.held_before and mutual.local == newest_received(local, self.policy):
+                self.tell_if_lost(local.name, mutual.source)
+
+    def tell_if_lost(self, name: str, base: Snapshot) -> None:
+        if base.tags is not None and not base.is_bookmark and self.policy.tag not in base.tags:
+            self.report.notice(
+                "hold lost",
+                name,
+                f"{base.name} is not held by {self.policy.tag} any more, and is needed: somebody has released it, or "
+                "another backup host uses the same tag; let each mirror have a tag of its own",
+            )
 
     def transfer(self, plans: dict[str, Plan], now: int) -> set[str]:
         """Hold, then stream and verify: by the train what goes by train, the rest one by one. Returns what may have
@@ -3189,6 +3766,8 @@ class Run:
                 else:
                     self.report.failure(self.local_name(key), failure)
             done |= failed.keys() if trains else {waiting[0]}
+            with told_later():
+                self.return_children()
             # Of all, for what was in step before may have been renamed aside, with its parent.
             waiting = [key for key in plans if key not in done and not isinstance(self.decide(key), UpToDate)]
         return touched
@@ -3234,15 +3813,17 @@ class Run:
         """What brings a dataset up to date, if that is nothing but streams that are sure to find their place; else
         nothing. Raises Failure if a parent or an origin is missing."""
         plan, source, local = self.decide(key), self.source[key], self.target.get(key)
-        if not isinstance(plan, Transfer) or (local and not local.snapshots) or key in self.brought:
-            return []  # for one that came, and is not in step, steps are counted
+        if not isinstance(plan, Transfer) or (local and not local.snapshots):
+            return []
+        if len(plan.steps) >= self.brought.get(key, len(plan.steps) + 1):
+            return []  # it came, and has no fewer steps to go: from now on they are counted
         if not self.is_held(plan):
             return []
         if local is None and (self.missing_above(key) or self.former(key) is not None):
             return []
         rides = []
-        for step in plan.steps:
-            if isinstance(step, Abandon) or step.token:
+        for step in plan.steps[:MOST_IN_TURN]:
+            if not isinstance(step, Receive) or step.token:
                 return []
             if local is None:
                 self.check_origin(key, step)
@@ -3314,6 +3895,7 @@ class Run:
                 "quarantine", name, f"{name}: renaming it to {aside}, children and all, to pull it afresh"
             )
             run(self.target_host, rename(name, aside))
+            self.held_before = {it for it in self.held_before or () if not is_below(it, key)}
             self.survey_target()
             return
         self.report.notice("rollback", name, f"{name}: {way}")
@@ -3337,6 +3919,8 @@ class Run:
         self.report.step(f"{self.local_name(key)}: {step}")
         if isinstance(step, Abandon):
             self.give_up(key)
+        elif isinstance(step, MakeWay):
+            self.move(key, key + PLACEHOLDER)
         elif self.make_ready(key, step):
             failed = self.ride([[Ride(key, step, self.ends(key, step, self.target.get(key)))]])
             if failed:
@@ -3345,6 +3929,8 @@ class Run:
     def ride(self, trains: Sequence[Sequence[Ride]]) -> dict[str, Failure]:
         """Carry the streams of trains; a listing proves what has arrived. Returns by dataset what failed: of each train
         one, at most, and what arrived otherwise than it should. What was to follow it is still to be done."""
+        places = self.key_places(trains)
+        to_go = {ride.key: len(steps_of(self.decide(ride.key))) for train in trains for ride in train}
         try:
             passages = self.carry(
                 [Train(tuple(ride.ends for ride in train), self.compressible(train[0].key)) for train in trains]
@@ -3354,6 +3940,7 @@ class Run:
         self.look_for([ride for train, it in zip(trains, passages) for ride in train[: len(it.arrived)]])
         self.look_at(ride.key for train, it in zip(trains, passages) for ride in train[len(it.arrived) :][:1])
         failed: dict[str, Failure] = {}
+        self.put_back_key_places(trains, places)
         for train, passage in zip(trains, passages):
             last = {ride.key: ride.step for ride, _ in zip(train, passage.arrived)}
             for ride, arrival in zip(train, passage.arrived):
@@ -3363,7 +3950,7 @@ class Run:
                 wrong = self.disproof(ride.key, last[ride.key]) or unset_properties(
                     self.target_host, ride.ends[1], refused
                 )
-                self.brought.add(ride.key)
+                self.brought[ride.key] = to_go[ride.key]
                 if wrong:
                     failed[ride.key] = wrong
                 else:
@@ -3373,6 +3960,32 @@ class Run:
             if reason:
                 failed[lost.key] = reason
         return failed
+
+    def key_places(self, trains: Sequence[Sequence[Ride]]) -> dict[str, str]:
+        """Where the key of each encryption root is, of what comes raw and is here.
+
+        A raw stream with properties sets `keylocation` to what the source says, each time, and zfs recv lets nobody
+        leave it out: a file of this host, or the address of another (recv_fix_encryption_hierarchy in libzfs).
+        """
+        keys = {ride.key for train in trains for ride in train if self.policy.raw(self.source[ride.key])}
+        names = [self.local_name(key) for key in sorted(keys & self.target.keys())]
+        roots = [
+            row[0]
+            for batch in batches(names)
+            for row in fields(run(self.target_host, list_key_roots(batch)), 2)
+            if row[0] == row[1]
+        ]
+        return {name: run(self.target_host, get_value(name, "keylocation"))[:-1] for name in roots}
+
+    def put_back_key_places(self, trains: Sequence[Sequence[Ride]], before: dict[str, str]) -> None:
+        """Undo what the source has said of that; what has just come has its key from who is asked for it."""
+        for name, place in self.key_places(trains).items():
+            wanted = before.get(name, "prompt")
+            if place != wanted:
+                try:
+                    run(self.target_host, set_values(name, {"keylocation": wanted}))
+                except CommandFailed as failure:
+                    self.report.failure(name, failure)
 
     def disproof(self, key: str, step: Receive) -> StreamFailed | None:
         """What is wrong if a dataset does not end in the snapshot that is said to have arrived."""
@@ -3431,7 +4044,9 @@ class Run:
         source, policy = self.source[key], self.policy
         parent = self.source.get(key.rpartition("/")[0]) if key else None
         born = birth(source, parent, step, policy)
-        receiving = receive(source, local, self.local_name(key), policy.properties, born)
+        name = self.local_name(key) + step.snapshot.short
+        receiving = receive(source, local, name, policy.properties, born, own=self.own_values.get(key, {}))
+        self.target_host.check(receiving)
         return send(source, step, policy.raw(source), self.flags()), receiving
 
     def compressible(self, key: str) -> bool:
@@ -3485,6 +4100,7 @@ class Run:
         wanted = {
             key: converge_holds(source, mirrors.get(key), self.policy, needed.get(source.name, ()))
             for key, source in self.source.items()
+            if key not in self.left_alone
         }
         return {key: moves for key, moves in wanted.items() if moves}
 
@@ -3585,7 +4201,7 @@ class Run:
     def due(self, key: str, now: int) -> tuple[Snapshot, ...]:
         """What is due to be destroyed of a local dataset; why the rest stays is told."""
         local = self.target[key]
-        if key not in self.source:
+        if key not in self.source and PLACEHOLDER not in key:
             self.report.event("gone", local.name, f"{local.name}: not at the source (any more); left as it is")
         expiry = expire(self.source.get(key), local, self.policy, now)
         for snapshot, why in expiry.kept:
@@ -3753,7 +4369,7 @@ class Rehearsal:
             for inner in within(run.target, old):
                 new = key + inner[len(old) :]
                 run.target[new] = renamed(run.target.pop(inner), run.local_name(new))
-            run.strays = strays(run.source, run.target)
+            run.moved = moved_mirrors(run.source, run.target, run.policy)
         plan = run.decide(key)
         way = run.way_out(plan) if isinstance(plan, Blocked) else None
         if way:
@@ -3790,6 +4406,10 @@ class Rehearsal:
         name = self.run.local_name(key)
         if isinstance(step, Abandon):
             self.report.event("abandon", name, f"{name}: {step}")
+            return
+        if isinstance(step, MakeWay):
+            self.report.event("make way", name, f"{name}: {step}")
+            self.run.target.pop(key)
             return
         if key not in self.run.target:
             self.run.check_origin(key, step)
@@ -3881,7 +4501,7 @@ class Doctor:
 
     def rights(self) -> Iterator[Finding]:
         """Of accounts that are not root: what the crontab line needs."""
-        ours = [value.partition("=")[0] for value in OVERRIDES]
+        ours = [right_to_set(value.partition("=")[0]) for value in OVERRIDES]
         for host, place, verbs, properties in (
             (self.run.source_host, self.policy.source_root, RIGHTS_THERE, []),
             (self.run.target_host, self.run.existing[-1], RIGHTS_HERE, ours),
@@ -4700,7 +5320,7 @@ def gauge(meter: Meter, source: Host, trains: Sequence[Train]) -> Callable[[Sequ
     def show(pipelines: Sequence[Pipeline]) -> None:
         at_work = [(number, len(it.arrived), it) for number, it in enumerate(pipelines) if it.receiver]
         if at_work:
-            names = [trains[number].streams[at][1][-1] for number, at, _ in at_work]
+            names = [trains[number].streams[at][1][-1].partition("@")[0] for number, at, _ in at_work]
             sizes = [foretold[number][at][0] for number, at, _ in at_work]
             before = sum(foretold[number][at][1] for number, at, _ in at_work)
             meter.show(

@@ -54,8 +54,9 @@ def source(history: str, name: str = SOURCE, kind: str = "filesystem") -> Datase
 def local(
     history: str, partial: Partial | None = None, name: str = LOCAL, kind: str = "filesystem", vacant: bool = False
 ) -> Dataset:
-    """A dataset here."""
-    return Dataset(name, kind, points(name, history, first_txg=7), partial=partial, vacant=vacant)
+    """A dataset here, in which we held a snapshot when the run began."""
+    snapshots = points(name, history, first_txg=7)
+    return Dataset(name, kind, snapshots, partial=partial, vacant=vacant, held_before=True)
 
 
 def partial(to_guid: int | None, from_guid: int | None = None) -> Partial:

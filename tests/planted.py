@@ -29,7 +29,10 @@ BUGS: dict[str, Edits] = {
         ("            missing = self.hold_targets([plan])", "            missing: dict[str, str] = {}"),
         ("            self.perform(key, plan.steps[0])\n", "            self.perform(key, plan.steps[0])\n            self.hold_targets([plan])\n"),
     ),
-    "what comes along is not held": (("(*step.between, step.snapshot))", "(step.snapshot,))"),),
+    "what comes later is not held": (
+        ("        return tuple(step.snapshot for step in self.steps if isinstance(step, Receive))\n",
+         "        return tuple(step.snapshot for step in self.steps[:1] if isinstance(step, Receive))\n"),
+    ),
     "a host mirrored onto itself": (("            if guids[0] == guids[1]:\n", "            if False:\n"),),
     "a failed sender is taken for a lost link": (("    if not failure.link_held and not source.connected():\n", "    if not source.connected():\n"),),
     "release before hold": (
@@ -88,10 +91,30 @@ BUGS: dict[str, Edits] = {
     "target of a token not held": (("        on_source.add(local.partial.to_guid)\n", "        pass\n"),),
     "plain increments onto a raw mirror": (("    if is_raw and not policy.raw(source):\n", "    if False:\n"),),
     "the origin of a clone expires": (("    if snapshot.cloned:\n", "    if False:\n"),),
-    "what was set aside is renamed back": (("if key and ASIDE not in key and not", "if key and not"),),
+    "what was set aside is renamed back": (("or key in fixed or is_set_aside(key) or", "or key in fixed or"),),
+    "an older common snapshot is enough for a rename": (
+        ("        held = newest_received(local, policy)\n        if not held or not key",
+         "        held = local.snapshots[0] if local.snapshots else None\n        if not held or not key"),
+    ),
+    "the mirror of another line is renamed": (("or key in fixed or", "or"),),
+    "the first run of a line expires": (("    if not local.held_before:\n", "    if False:\n"),),
+    "a mirror that is ahead expires": (("    if local.snapshots[-1].guid != mutual.local.guid:\n", "    if False:\n"),),
+    "names that begin alike are taken for names below": (
+        ("    return name == root or name.startswith(f\"{root}/\")\n", "    return name.startswith(root)\n"),
+    ),
+    "a stream without a name": (
+        ("        name = self.local_name(key) + step.snapshot.short\n", "        name = self.local_name(key)\n"),
+    ),
+    "holds come with the stream": (("\"-s\", \"-u\", \"-h\", *force", "\"-s\", \"-u\", *force"),),
+    "an empty listing is believed": (("    missing = [root for root in roots if root not in tree]\n", "    missing = []\n"),),
+    "strangers below are no matter": (("    if local.strangers:\n", "    if False:\n"),),
+    "received over children": (("    way = (MakeWay(),) if local is not None and local.parent else ()\n", "    way = ()\n"),),
+    "what makes way is lost from sight": (
+        ("        asked = [*names, *([aside] if len(aside) <= NAME_LIMIT else [])]\n", "        asked = names\n"),
+    ),
     "what a clone took over is released": (("*heirs, *([held.source.guid]", "*([held.source.guid]"),),
-    "a copy in place of a clone": (("    if origin and local is None:\n", "    if False:\n"),),
-    "unread holds count as none": (("tags = NO_TAGS if unheld else None", "tags = NO_TAGS"),),
+    "a copy in place of a clone": (("    if origin and (local is None or way):\n", "    if False:\n"),),
+    "unread holds count as none": (("            NO_TAGS if is_known else None,\n", "            NO_TAGS,\n"),),
     "twin at the source forgotten": (
         ("    if twin and twin.tags and policy.tag in twin.tags:\n        return f\"its twin", "    if False:\n        return f\"its twin"),
     ),
@@ -111,9 +134,9 @@ BUGS: dict[str, Edits] = {
     "token given up on any error": (
         ("corrupt = \"resume token is corrupt\" in text", "corrupt = number(\"toguid\") is None"),
     ),
-    "-F onto data": (("    force = (\"-F\",) if local and local.vacant else ()\n", "    force = (\"-F\",) if local else ()\n"),),
-    "first receive onto data": (("    if local is not None and not local.vacant:\n", "    if local is not None and not local.vacant and False:\n"),),
-    "one tag for both sides": (("        return f\"{self.tag}:received\"\n", "        return self.tag\n"),),
+    "-F onto data": (("    force = (\"-F\",) if local and local.vacant and not local.parent else ()\n", "    force = (\"-F\",) if local else ()\n"),),
+    "first receive onto data": (("    if not local.vacant:\n", "    if False:\n"),),
+    "one tag for both sides": (("        return self.tag + RECEIVED\n", "        return self.tag\n"),),
     "names stripped": (("        row = line.split(\"\\t\")\n", "        row = [it.strip() for it in line.split(\"\\t\")]\n"),),
     "only the last status counts": (("    failed = [(program, status, text) for program, status, text in ended if status != 0]\n", "    failed = [(program, status, text) for program, status, text in ended[-1:] if status != 0]\n"),),
     "dead link looks like a clean end": (("channel.status_event.wait(CONNECT_SECONDS) or channel.exit_status == -1", "channel.status_event.wait(CONNECT_SECONDS) and channel.exit_status == 1"),),

@@ -111,12 +111,29 @@ class Store:
     snapshots: dict[str, Point] = field(default_factory=dict)
     bookmarks: dict[str, Point] = field(default_factory=dict)
     files: bool = False
-    readonly: bool = False
-    mark: str = ""
+    values: dict[str, str] = field(default_factory=dict)  # the properties that are set here
+    has_received: bool = False  # whether properties came with a stream
+    mounted: bool = False
     content: int = 0
     partial: Segment | None = None
     pinned: int | None = None
     unborn: bool = False  # a first receive has not come to its end: the dataset is its partial state
+
+    @property
+    def readonly(self) -> bool:
+        return self.values.get("readonly") == "on"
+
+    @readonly.setter
+    def readonly(self, value: bool) -> None:
+        self.values["readonly"] = "on" if value else "off"
+
+    @property
+    def mark(self) -> str:
+        return self.values.get(FAILING, "")
+
+    @mark.setter
+    def mark(self, value: str) -> None:
+        self.values[FAILING] = value
 
     @property
     def newest(self) -> Point | None:
@@ -347,6 +364,9 @@ class Machine:
         return Answer(int(bool(errors)), "", "".join(errors))
 
     def zfs_list(self, words: list[str]) -> Answer:
+        if words[:3] == ["-H", "-o", "name,mounted"]:
+            states = [f"{name}\t{'yes' if self.store(name).mounted else 'no'}\n" for name in words[3:]]
+            return Answer(0, "".join(states), "")
         if words[0] == "-H":
             assert words[:5] == ["-H", "-o", "name", "-t", DATASET_KINDS], words
             lines: list[str] = []
@@ -461,29 +481,45 @@ class Machine:
         return Answer(0, "", "")
 
     def zfs_set(self, words: list[str]) -> Answer:
-        value, name = words
-        if value.startswith(f"{FAILING}="):
-            self.store(name).mark = value.partition("=")[2]
-            return Answer(0, "", "")
-        assert value == "readonly=on", words
-        self.store(name).readonly = True
+        *values, name = words
+        assert values, words
+        assert all(value in OVERRIDES or value.startswith(f"{FAILING}=") for value in values), words
+        self.store(name).values.update(value.partition("=")[::2] for value in values)
+        return Answer(0, "", "")
+
+    def zfs_unmount(self, words: list[str]) -> Answer:
+        (name,) = words
+        if not self.store(name).mounted:
+            raise Refused(f"cannot unmount '{name}': not currently mounted")
+        self.store(name).mounted = False
         return Answer(0, "", "")
 
     def zfs_inherit(self, words: list[str]) -> Answer:
+        """A mark is not handed down here: nothing of the program asks for it below."""
         prop, name = words
-        assert prop == FAILING, words
-        self.store(name).mark = ""
+        assert prop in (FAILING, "mountpoint"), words
+        self.store(name).values.pop(prop, None)
         return Answer(0, "", "")
 
     def zfs_get(self, words: list[str]) -> Answer:
-        """A mark, where it was set. Or what tells pools apart: a machine has one."""
-        if words[0] == "-H":
-            assert words[:-1] == ["-H", "-s", "local", "-o", "value", FAILING], words
+        """A mark, where it was set. What is set here, or came with a stream, and the values of that. Or what tells pools
+        apart: a machine has one."""
+        if words[:3] == ["-H", "-s", "local"]:
+            assert words[3:-1] == ["-o", "value", FAILING], words
             mark = self.store(words[-1]).mark
             return Answer(0, f"{mark}\n" if mark else "", "")
-        assert words[:4] == ["-Hp", "-o", "value", "guid"], words
-        self.store(words[4])
-        return Answer(0, f"{id(self)}\n", "")
+        if words[0] == "-H":
+            assert words[:6] == ["-H", "-s", "local,received", "-o", "name,property,source", "all"], words
+            return Answer(0, "".join(map(self.sources, words[6:])), "")
+        assert words[:3] == ["-Hp", "-o", "value"], words
+        store = self.store(words[4])
+        return Answer(0, f"{id(self) if words[3] == 'guid' else store.values[words[3]]}\n", "")
+
+    def sources(self, name: str) -> str:
+        store = self.store(name)
+        received = ["compression"] * (store.has_received and "compression" not in store.values)
+        rows = [(key, "local") for key in store.values] + [(key, "received") for key in received]
+        return "".join(f"{name}\t{key}\t{source}\n" for key, source in rows)
 
     def zfs_create(self, words: list[str]) -> Answer:
         assert words[:3] == ["-u", "-o", "canmount=off"], words
@@ -574,27 +610,20 @@ class Machine:
         assert [words.pop(0) for _ in range(3)] == ["-L", "-c", "-p"], command
         flag, base_name = (words.pop(0), words.pop(0)) if len(words) > 1 else ("", "")
         (name,) = words
-        assert flag in ("", "-i", "-I"), command
+        assert flag in ("", "-i"), command
         last = self.find(name, f"cannot open '{name}'")
         dataset, _ = split(name)
         store = self.datasets[dataset]
         if not flag:
             return [Segment(store.kind, name, last.guid, last.creation, None)]
-        base = self.base(base_name, dataset, bookmark=flag == "-i")
+        base = self.base(base_name, dataset)
         if base.createtxg >= last.createtxg:
             raise Refused(f"warning: cannot send '{name}': not an earlier snapshot from the same fs")
-        chain = [(name, last)]
-        if flag == "-I":
-            between = [it for it in store.snapshots.items() if base.createtxg < it[1].createtxg < last.createtxg]
-            between.sort(key=lambda it: it[1].createtxg)
-            chain = [(f"{dataset}@{short}", point) for short, point in between] + chain
-        bases = [base.guid, *(point.guid for _, point in chain)]
-        return [Segment(store.kind, n, p.guid, p.creation, b) for (n, p), b in zip(chain, bases)]
+        return [Segment(store.kind, name, last.guid, last.creation, base.guid)]
 
-    def base(self, name: str, dataset: str, *, bookmark: bool) -> Point:
+    def base(self, name: str, dataset: str) -> Point:
         own, mark, short = re.split("([@#])", name)
         assert own == dataset, name
-        assert bookmark or mark == "@", f"-I takes no bookmark: {name}"
         if mark == "@":
             return self.find(name, f"cannot open '{name}'")
         if short not in self.datasets[dataset].bookmarks:
@@ -620,9 +649,10 @@ class Machine:
 
     def receive(self, command: Command, segment: Segment) -> Iterator[None]:
         """Receive one stream. It stops once, half-way: left alone there, it leaves its partial state behind."""
-        name, force = receiving(command, segment.kind)
+        taken = receiving(command, segment.kind)
+        name, short, force = taken.name, taken.short, taken.force
         store = self.datasets.get(name)
-        if not self.permit(name, store, segment, force=force):
+        if not self.permit(name, short, store, segment, force=force):
             return
         if store is None:
             store = Store(segment.kind, unborn=True)
@@ -630,12 +660,12 @@ class Machine:
         if not segment.resumed:
             store.partial = segment
             store.pinned = store.newest.guid if store.newest else None
+            self.take_properties(store, taken)
         yield
         if self.datasets.get(name) is not store and not store.unborn:
             raise Refused(f"cannot open '{name}': dataset does not exist\ncannot receive: dataset does not exist")
-        short = split(segment.name)[1]
         if not store.unborn:
-            self.permit_end(name, store, segment, force=force)
+            self.permit_end(name, short, store, segment, force=force)
         store.kind = segment.kind
         store.content = segment.guid
         store.snapshots[short] = Point(segment.guid, self.next_txg(), segment.creation, segment.guid)
@@ -643,10 +673,17 @@ class Machine:
         store.unborn = False
         store.files = True
 
-    def permit(self, name: str, store: Store | None, segment: Segment, *, force: bool) -> bool:
+    @staticmethod
+    def take_properties(store: Store, taken: Receiving) -> None:
+        """What is set here is lost when properties come with a stream for the first time, unless it is said again."""
+        if not store.has_received:
+            store.values.clear()
+        store.has_received = True
+        store.values.update(taken.values)
+
+    def permit(self, name: str, short: str, store: Store | None, segment: Segment, *, force: bool) -> bool:
         """Refuse what zfs refuses at the head of a stream. False: it is here already, and is left out."""
         cannot = f"cannot receive {'resume' if segment.resumed else 'incremental' if segment.base else 'new'} stream:"
-        short = split(segment.name)[1]
         if store is None:
             parent = name.rpartition("/")[0]
             if segment.base or segment.resumed:
@@ -674,12 +711,12 @@ class Machine:
         assert not store or store.unborn or not force or not store.files, f"-F overwrites what is in {name}"
         return True
 
-    def permit_end(self, name: str, store: Store, segment: Segment, *, force: bool) -> None:
+    def permit_end(self, name: str, short: str, store: Store, segment: Segment, *, force: bool) -> None:
         """Refuse what zfs refuses at the end of a stream into a dataset that was there before: then all of it waits.
 
         With -F whatever came meanwhile, snapshots included, is overwritten.
         """
-        short, later = split(segment.name)[1], store.later(store.pinned)
+        later = store.later(store.pinned)
         if force:
             if any(store.snapshots[it].tags for it in later):
                 what = (
@@ -696,24 +733,37 @@ class Machine:
             raise Refused(f"cannot restore to {name}@{short}: destination already exists")
 
 
-def receiving(command: Command, kind: str) -> tuple[str, bool]:
-    """Where a receiving command puts the stream, and whether with -F; its options must suit the kind of dataset."""
+@dataclass(frozen=True)
+class Receiving:
+    """What a receiving command says: where the stream goes, as which snapshot, with -F or not, what is set with it."""
+
+    name: str
+    short: str
+    force: bool
+    values: dict[str, str]
+
+
+def receiving(command: Command, kind: str) -> Receiving:
+    """Read a receiving command, whose options must suit the kind of dataset."""
     words = list(command)
-    assert [words.pop(0) for _ in range(4)] == ["zfs", "recv", "-s", "-u"], command
+    assert [words.pop(0) for _ in range(5)] == ["zfs", "recv", "-s", "-u", "-h"], command
     force = words[0] == "-F"
     options = words[force:-1]
+    of_filesystems = {"canmount", "quota", "refquota", "filesystem_limit", "setuid", "devices", "zoned", "sharenfs"}
     legal = {*LEFT_OUT, *(override.split("=")[0] for override in OVERRIDES)}
     if kind == "volume":
-        legal = {"reservation", "refreservation", "readonly"}
+        legal -= {*of_filesystems, "sharesmb", "mountpoint"}
     assert len(options) % 2 == 0, command
+    values = {}
     for flag, value in zip(options[::2], options[1::2]):
-        if (flag, value) == ("-x", "encryption"):
-            continue
-        assert value in (OVERRIDES if flag == "-o" else legal), command
+        key, _, said = value.partition("=")
+        if flag == "-o":
+            values[key] = said
         assert flag in ("-o", "-x"), command
-        assert value.split("=")[0] in legal, f"a {kind} has no such property: {command}"
+        assert (flag, value) == ("-x", "encryption") or key in legal, f"a {kind} has no such property: {command}"
     assert words[-1][0] != "-", command
-    return words[-1], force
+    name, short = split(words[-1])
+    return Receiving(name, short, force, values)
 
 
 @dataclass
@@ -780,7 +830,7 @@ class Wire:
 
     def carry(self, trains: Sequence[Train]) -> list[Passage]:
         """One train after the other: nobody can tell the difference, for none knows of the others."""
-        self.trains.append([[receiving[-1] for _, receiving in train.streams] for train in trains])
+        self.trains.append([[receiving[-1].partition("@")[0] for _, receiving in train.streams] for train in trains])
         return [self.passage(train) for train in trains]
 
     def passage(self, train: Train) -> Passage:
@@ -795,12 +845,14 @@ class Wire:
         return Passage(tuple(arrived))
 
     def carry_one(self, sending: Command, receiving: Command) -> None:
+        target = receiving[-1].partition("@")[0]
+        assert "-F" not in receiving or self.target.below(target) == [target], f"-F over what is below {target}"
         self.disturbed(sending, "before")
         try:
             for segment in self.source.send(sending):
                 for _ in self.target.receive(receiving, segment):
                     self.disturbed(sending, "half-way")
-                self.done.append((self.target.label, "recv", segment.name, receiving[-1]))
+                self.done.append((self.target.label, "recv", segment.name, target))
         except Refused as refused:
             raise StreamFailed(f"the stream failed: zfs: {refused}") from None
         self.disturbed(sending, "after")

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from histories import LOCAL, POLICY, SOURCE, TAG, local, partial, shorts, source
+import pytest
+from histories import LOCAL, POLICY, RECEIVED, SOURCE, TAG, local, partial, shorts, source
 
 from zfs_replicate import (
     ASIDE,
@@ -19,10 +20,10 @@ from zfs_replicate import (
     expire,
     former_key,
     in_order,
+    moved_mirrors,
     needed_by_heirs,
     newest_mutual,
     plan_dataset,
-    strays,
     with_clones,
 )
 
@@ -117,12 +118,16 @@ def test_the_origin_of_a_local_clone_is_not_expired() -> None:
 
 
 def formerly(there: Tree, here: Tree, key: str) -> str | None:
-    return former_key(there[key], key, strays(there, here))
+    return former_key(there[key], key, moved_mirrors(there, here, POLICY))
 
 
 def test_a_renamed_dataset_is_known_by_its_snapshots() -> None:
     there = {"": source(""), "/web": source("@a,1 @b,2", f"{SOURCE}/web"), "/db": source("@n,9", f"{SOURCE}/db")}
-    here = {"": local(""), "/www": local("@a,1", name=f"{LOCAL}/www"), "/db": local("@c,3", name=f"{LOCAL}/db")}
+    here = {
+        "": local(""),
+        "/www": local(f"@z,7 @a,1!{RECEIVED}", name=f"{LOCAL}/www"),
+        "/db": local(f"@c,3!{RECEIVED}", name=f"{LOCAL}/db"),
+    }
     assert formerly(there, here, "/web") == "/www"
     there["/old"] = source("@c,3", f"{SOURCE}/old")
     assert formerly(there, here, "/old") == "/db", "what has its name now is another dataset"
@@ -133,3 +138,36 @@ def test_a_renamed_dataset_is_known_by_its_snapshots() -> None:
     aside = {f"/www{ASIDE}2026-11-25-120000": here["/www"]}
     assert formerly(there, aside, "/web") is None
     assert formerly({"/www/web": there["/web"]}, here, "/www/web") is None, "nothing moves below itself"
+
+
+@pytest.mark.parametrize(
+    ("web", "www", "why"),
+    [
+        ("@a,1", f"@a,1 @b,2!{RECEIVED}", "only an older snapshot is in common, as with a copy by send | recv"),
+        ("@a,1 @b,2", "@a,1 @b,2", "we hold nothing there: it never was a mirror of this line"),
+        ("@a,1 @b,2", f"@a,1 @b,2!{RECEIVED}!years:received", "another line holds it"),
+        ("#b,2 @c,3", f"@b,2!{RECEIVED}", "only a bookmark is left of it"),
+        ("@b,2", "@b,2?", "its holds could not be read"),
+    ],
+)
+def test_what_is_not_without_doubt_the_mirror_of_a_renamed_dataset_stays_where_it_is(
+    web: str, www: str, why: str
+) -> None:
+    there = {"": source(""), "/web": source(web, f"{SOURCE}/web")}
+    here = {"": local(""), "/www": local(www, name=f"{LOCAL}/www")}
+    assert formerly(there, here, "/web") is None, why
+
+
+def test_two_datasets_with_the_newest_common_snapshot_at_the_source_are_no_rename() -> None:
+    there = {key: source("@a,1", f"{SOURCE}{key}") for key in ("/web", "/copy")}
+    here = {"/www": local(f"@a,1!{RECEIVED}", name=f"{LOCAL}/www")}
+    assert formerly(there, here, "/web") is formerly(there, here, "/copy") is None
+
+
+def test_a_dataset_with_the_mirror_of_another_line_below_it_is_not_renamed() -> None:
+    there = {"/web": source("@a,1", f"{SOURCE}/web")}
+    here = {
+        "/www": local(f"@a,1!{RECEIVED}", name=f"{LOCAL}/www"),
+        "/www/x": local("@m,9!years:received", name=f"{LOCAL}/www/x"),
+    }
+    assert formerly(there, here, "/web") is None

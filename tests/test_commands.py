@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import string
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -216,10 +217,9 @@ def test_the_shortest_names_fit_too() -> None:
 FULL = Receive(source("@a,1").snapshots[0])
 
 
-def step(history: str, *, intermediates: bool = False) -> tuple[Dataset, Receive]:
+def step(history: str) -> tuple[Dataset, Receive]:
     there = source(history)
-    base, snapshot = (there.bookmarks + there.snapshots)[0], there.snapshots[-1]
-    return there, Receive(snapshot, base, there.snapshots[1:-1] if intermediates else ())
+    return there, Receive(there.snapshots[-1], (there.bookmarks + there.snapshots)[0])
 
 
 def test_send() -> None:
@@ -228,9 +228,6 @@ def test_send() -> None:
     assert send(source("@a,1"), FULL, False, ()) == ("zfs", "send", "-p", f"{SOURCE}@a")
     assert send(*step("@a,1 @b,2"), False, flags)[-3:] == ("-i", f"{SOURCE}@a", f"{SOURCE}@b")
     assert send(*step("#a,1 @b,2"), False, flags)[-3:] == ("-i", f"{SOURCE}#a", f"{SOURCE}@b")
-    assert send(*step("@a,1 @b,2 @c,3", intermediates=True), False, flags)[-3:] == (
-        "-I", f"{SOURCE}@a", f"{SOURCE}@c",
-    )  # fmt: skip
 
 
 def test_an_encrypted_dataset_goes_raw_with_properties_or_plain_without() -> None:
@@ -267,24 +264,45 @@ def options(command: Command, flag: str) -> set[str]:
     return {value for word, value in zip(command, command[1:]) if word == flag}
 
 
+SYSTEMD = ("requires", "requires-mounts-for", "before", "after", "wanted-by", "required-by", "nofail")
+NEVER = {"zfs_replicate:failing", *(f"org.openzfs.systemd:{name}" for name in SYSTEMD)}
+"""What is neither set nor taken over."""
+OF_ALL = {
+    "reservation=none", "refreservation=none", "snapshot_limit=none", "volmode=none", "snapdev=hidden",
+    "org.openzfs.systemd:ignore=on",
+}  # fmt: skip
+"""What filesystems and volumes have of their own, besides readonly."""
+
+
 def test_a_first_receive_sets_what_the_next_leave_alone() -> None:
-    first, later = receive(source("@a,1"), None, "t/a"), receive(source("@a,1"), local("@a,1"), "t/a")
-    limits = {"quota", "refquota", "reservation", "refreservation"}
-    switches = {"readonly=on", "canmount=noauto", "sharenfs=off", "sharesmb=off"}
+    first, later = receive(source("@a,1"), None, "t/a@a"), receive(source("@a,1"), local("@a,1"), "t/a@a")
+    limits = {"quota", "refquota", "reservation", "refreservation", "snapshot_limit", "filesystem_limit"}
+    switches = {
+        "readonly=on", "canmount=noauto", "sharenfs=off", "sharesmb=off", "setuid=off", "devices=off", "zoned=off",
+        "volmode=none", "snapdev=hidden", "org.openzfs.systemd:ignore=on",
+    }  # fmt: skip
     assert options(first, "-o") == {*switches, *(f"{limit}=none" for limit in limits)}
-    assert options(first, "-x") == {"mountpoint"}
+    assert options(first, "-x") == {"mountpoint", *NEVER}
     assert options(later, "-o") == set()
-    assert options(later, "-x") == {"mountpoint", "readonly", "canmount", "sharenfs", "sharesmb", *limits}
+    assert options(later, "-x") == {"mountpoint", *NEVER, *limits, *(switch.split("=")[0] for switch in switches)}
     for command in (first, later):
-        assert command[:4] == ("zfs", "recv", "-s", "-u")
-        assert command[-1] == "t/a"
+        assert command[:5] == ("zfs", "recv", "-s", "-u", "-h")
+        assert command[-1] == "t/a@a", "with the name of its snapshot zfs recv takes no package of others"
+
+
+def test_what_is_set_here_and_would_be_lost_is_set_again() -> None:
+    own = {"compression": "zstd", "readonly": "off", "com.example:note": "two\nlines"}
+    command = receive(source("@a,1"), local("@a,1"), "t/a@b", own=own)
+    assert options(command, "-o") == {"compression=zstd", "readonly=off", "com.example:note=two\nlines"}
+    assert not options(command, "-x") & own.keys()
+    assert "canmount" in options(command, "-x")
 
 
 def test_a_volume_is_not_given_properties_of_a_filesystem() -> None:
     for mine in (None, local("@a,1", kind="volume")):
-        command = receive(source("@a,1", kind="volume"), mine, "t/a")
+        command = receive(source("@a,1", kind="volume"), mine, "t/a@a")
         names = {value.split("=")[0] for value in options(command, "-o") | options(command, "-x")}
-        assert names == {"readonly", "reservation", "refreservation"}
+        assert names == {"readonly", *NEVER, *(value.split("=")[0] for value in OF_ALL)}
 
 
 OWN = Properties(
@@ -294,44 +312,49 @@ OWN = Properties(
 
 
 def test_what_the_mirror_has_of_its_own() -> None:
-    limits = {"quota=none", "refquota=none", "reservation=none", "refreservation=none"}
+    limits = {"quota=none", "refquota=none", "filesystem_limit=none", "setuid=off", "devices=off", "zoned=off"} | OF_ALL
     for_all = {"compression=zstd", "com.sun:auto-snapshot=false", "a:b=c=d"}
-    first = receive(source("@a,1"), None, "t/a", OWN)
+    first = receive(source("@a,1"), None, "t/a@a", OWN)
     assert options(first, "-o") == for_all | limits | {"recordsize=1M", "canmount=on", "sharenfs=off", "sharesmb=off"}
-    assert options(first, "-x") == {"mountpoint", "readonly", "atime", "com.example:x"}
-    later = receive(source("@a,1"), local("@a,1"), "t/a", OWN)
+    assert options(first, "-x") == {"mountpoint", *NEVER, "readonly", "atime", "com.example:x"}
+    later = receive(source("@a,1"), local("@a,1"), "t/a@a", OWN)
     assert options(later, "-o") == set()
     assert options(later, "-x") == options(first, "-x") | {value.split("=")[0] for value in options(first, "-o")}
 
 
 def test_a_volume_gets_only_what_volumes_have() -> None:
-    first = receive(source("@a,1", kind="volume"), None, "t/a", OWN)
-    assert options(first, "-o") == {
-        "reservation=none", "refreservation=none", "compression=zstd", "volblocksize=4k",
-        "com.sun:auto-snapshot=false", "a:b=c=d",
-    }  # fmt: skip
-    assert options(first, "-x") == {"readonly", "com.example:x", "volsize"}
+    first = receive(source("@a,1", kind="volume"), None, "t/a@a", OWN)
+    own = {"compression=zstd", "volblocksize=4k", "com.sun:auto-snapshot=false", "a:b=c=d"}
+    assert options(first, "-o") == OF_ALL | own
+    assert options(first, "-x") == {*NEVER, "readonly", "com.example:x", "volsize"}
 
 
 def test_what_is_set_is_not_left_out() -> None:
-    first = receive(source("@a,1"), None, "t/a", Properties(("mountpoint=none",)))
+    first = receive(source("@a,1"), None, "t/a@a", Properties(("mountpoint=none",)))
     assert "mountpoint=none" in options(first, "-o")
     assert "mountpoint" not in options(first, "-x")
 
 
 @pytest.mark.parametrize("mine", [None, local(""), local("@a,1"), local("@a,1", kind="volume")])
 def test_nothing_is_forced_where_data_may_be(mine: Dataset | None) -> None:
-    assert "-F" not in receive(source("@a,1"), mine, "t/a")
+    assert "-F" not in receive(source("@a,1"), mine, "t/a@a")
 
 
 def test_a_vacant_filesystem_is_overwritten() -> None:
-    assert "-F" in receive(source("@a,1"), local("", vacant=True), "t/a")
+    assert "-F" in receive(source("@a,1"), local("", vacant=True), "t/a@a")
+
+
+def test_nothing_is_forced_over_what_has_children() -> None:
+    assert "-F" not in receive(source("@a,1"), replace(local("", vacant=True), parent=True), "t/a@a")
 
 
 # What an account needs that is not root
 
 MY = Account("keeper", "here", "offsite/vm")
-OURS = "readonly,canmount,sharenfs,sharesmb,quota,refquota,reservation,refreservation"
+OURS = (
+    "readonly,canmount,sharenfs,sharesmb,setuid,devices,zoned,volmode,snapdev,quota,refquota,reservation,refreservation,"
+    "snapshot_limit,filesystem_limit,userprop"
+)
 ONE = Snapshot("offsite/vm/a@one", 1, 1, 0)
 
 
@@ -352,13 +375,13 @@ ONE = Snapshot("offsite/vm/a@one", 1, 1, 0)
         (create_parent("offsite/x/y"), "create,mount,canmount offsite/x"),
         (rename("offsite/vm/a", "offsite/vm/a.old"), "rename,create,mount offsite/vm"),
         (rename("offsite/vm", "offsite/vm.old"), "rename,create,mount offsite"),
-        (receive(source("@a,1"), None, "offsite/vm/a"), f"receive,create,mount,{OURS} offsite/vm"),
-        (receive(source("@a,1"), None, "offsite/vm"), f"receive,create,mount,{OURS} offsite"),
-        (receive(source("@a,1"), local("@a,1"), "offsite/vm"), "receive,create,mount offsite/vm"),
-        (receive(source("@a,1"), local("", vacant=True), "offsite"), f"receive,create,mount,{OURS} offsite"),
+        (receive(source("@a,1"), None, "offsite/vm/a@a"), f"receive,create,mount,{OURS} offsite/vm"),
+        (receive(source("@a,1"), None, "offsite/vm@a"), f"receive,create,mount,{OURS} offsite"),
+        (receive(source("@a,1"), local("@a,1"), "offsite/vm@b"), "receive,create,mount offsite/vm"),
+        (receive(source("@a,1"), local("", vacant=True), "offsite@a"), f"receive,create,mount,{OURS} offsite"),
         (
-            receive(source("@a,1"), None, "offsite/vm", Properties(("a:b=c", "d:e=f", "atime=off"))),
-            f"receive,create,mount,{OURS},userprop,atime offsite",
+            receive(source("@a,1"), None, "offsite/vm@a", Properties(("a:b=c", "d:e=f", "atime=off"))),
+            f"receive,create,mount,{OURS},atime offsite",
         ),
         (hold("tag", ["offsite/my files@one"]), "hold 'offsite/my files'"),
     ],

@@ -13,8 +13,8 @@ is not 1). `there` is a dataset on the pool of the source, `here` one on the poo
 Operations are those of the table OPERATIONS, what administrators do, and of COMMANDS, what the program runs, made by the
 program's own functions; and the streams:
 
-    pull [-F] [-i BASE | -I BASE] SNAPSHOT HERE    send | recv
-    pull [-F] -t HERE                              the rest of what waits in HERE
+    pull [-F] [-i BASE] SNAPSHOT HERE              send | recv
+    pull [-F] -t HERE@SNAPSHOT                     the rest of what waits in HERE
     half pull ...                                  cut off in the middle
     pull ... while OPERATION; OPERATION            done by others half-way
 
@@ -126,7 +126,6 @@ SCENES = {
         weigh there@a => full of some bytes
         weigh -i there@a there@c => incremental of some bytes
         weigh -i there#a there@c => incremental of some bytes
-        weigh -I there@a there@c => incremental; incremental of some bytes
         weigh there@d => ! dataset does not exist
         half pull there@a here => ! incomplete stream
         weigh-rest here => full of some bytes
@@ -223,7 +222,7 @@ SCENES = {
         one here => here: b; here/disk volume:; here/kid:
         snapshot here/kid@c
         exactly here/kid here/kid@c => here/kid: c
-        exactly here here@b here/no here/kid@no here/kid@a => here: b ! dataset does not exist; dataset does not exist
+        exactly here here@b here/no here/kid here/kid@no here/kid@a => here: b; here/kid: a ! dataset does not exist; dataset does not exist
         tree here/no => ! dataset does not exist
         one here/no => ! dataset does not exist
         one here here/no here/kid => here: b; here/disk volume:; here/kid: a c ! dataset does not exist
@@ -297,7 +296,7 @@ SCENES = {
         tree here => here half: a b mine #mine=mine
         rollback here@b
         tree here => here half: a b
-        pull -t here
+        pull -t here@c
         rollback here@a
         tree here => here: a
     """,
@@ -332,10 +331,11 @@ SCENES = {
         tree there => there: a #m=a b c d
         pull there@a here
         pull -i there#m there@b here
-        pull -I there@b there@d here
+        pull -i there@b there@c here
+        pull -i there@c there@d here
         tree here => here: a b c d
         pull -i there@a there@b here
-        pull -I there@b there@d here
+        pull -i there@c there@d here
         pull there@a here => ! must specify -F
         pull -F there@a here => ! destination has snapshots
         rename-snapshot here@d here@e
@@ -404,7 +404,7 @@ SCENES = {
         pull there@a here
         half pull -i there@a there@b here => ! incomplete stream
         tree here => here volume half: a
-        pull -t here
+        pull -t here@b
         tree here => here volume: a b
         half pull there@a here2 => ! incomplete stream
         tree here2 => here2 volume half:
@@ -418,7 +418,7 @@ SCENES = {
         pull there@a here3 => ! must specify -F
         half pull -F there@a here3 => ! incomplete stream
         tree here3 => here3 half:
-        pull -F -t here3
+        pull -F -t here3@a
         tree here3 => here3 volume: a
     """,
     "an interrupted first receive": """
@@ -444,8 +444,8 @@ SCENES = {
         pull there@a here/kid2
         abandon here => ! already exists
         tree here => here half:; here/kid:; here/kid2: a
-        half pull -t here => ! incomplete stream
-        pull -t here
+        half pull -t here@a => ! incomplete stream
+        pull -t here@a
         tree here => here: a; here/kid:; here/kid2: a
         files here => some
         abandon here => ! does not have any resumable receive state
@@ -469,18 +469,18 @@ SCENES = {
         pull -i there@a there@c here => ! partially-complete state
         pull there@c here => ! must specify -F
         snapshot here@b
-        pull -t here => ! kernel modules must be upgraded
+        pull -t here@b => ! kernel modules must be upgraded
         destroy here@b
         rename-snapshot here@a here@b
-        pull -t here => ! already exists
+        pull -t here@b => ! already exists
         rename-snapshot here@b here@a
         write here
-        pull -t here => ! has been modified
+        pull -t here@b => ! has been modified
         tree here => here half: a
         rollback here@a
         destroy-later here@a
         tree here => here half: a
-        pull -t here
+        pull -t here@b
         tree here => here: b
         half pull -i there@b there@c here => ! incomplete stream
         abandon here
@@ -503,8 +503,8 @@ SCENES = {
         tree here => here:; here/kid:
         half pull -F there@a here => ! incomplete stream
         pull -F there@a here => ! partially-complete state
-        pull -t here => ! has been modified
-        pull -F -t here
+        pull -t here@a => ! has been modified
+        pull -F -t here@a
         tree here => here: a; here/kid:
     """,
     "every snapshot between, and one is in the way": """
@@ -517,7 +517,8 @@ SCENES = {
         snapshot there@c
         pull there@a here
         rename-snapshot here@a here@c
-        pull -I there@a there@c here => ! already exists
+        pull -i there@a there@b here
+        pull -i there@b there@c here => ! already exists
         tree here => here: c b
     """,
     "tokens": """
@@ -539,7 +540,7 @@ SCENES = {
         rename there there2
         rename here here2
         token here2 => of there@b from a to b
-        pull -t here2
+        pull -t here2@d
         rename here2 here
         rename there2 there
         tree here => here: a d=b
@@ -549,7 +550,7 @@ SCENES = {
         token here => of there@c from b to c
         destroy-bookmark there#d
         token here => 255 of there@c from b to c ! no longer exists
-        pull -t here => ! no longer exists
+        pull -t here@c => ! no longer exists
         destroy there@c
         token here => 255 of there@c from b to c ! used in the initial send no longer exists
         rename there there2
@@ -572,15 +573,15 @@ SCENES = {
         pull -i there@a there@b here while snapshot here@x => ! kernel modules must be upgraded
         tree here => here half: a x
         destroy here@x
-        pull -t here
+        pull -t here@b
         pull -i there@b there@c here while write here => ! has been modified
         tree here => here half: a b
         rollback here@b
-        pull -t here
+        pull -t here@c
         pull -i there@c there@d here while rename-snapshot here@b here@d => ! already exists
         tree here => here half: a d=b c
         rename-snapshot here@d here@b
-        pull -t here
+        pull -t here@d
         pull -i there@d there@e here while rename here here2 => ! dataset does not exist; dataset does not exist
         tree here2 => here2 half: a b c d
     """,
@@ -593,10 +594,10 @@ SCENES = {
         tree here => here: a
         make here2
         pull -F there@a here2 while snapshot here2@mine; hold keep here2@mine => ! dataset is busy
-        pull -F -t here2 => ! partially-complete state
+        pull -F -t here2@a => ! partially-complete state
         tree here2 => here2 half: mine!1
         release keep here2@mine
-        pull -F -t here2
+        pull -F -t here2@a
         tree here2 => here2: a
     """,
 }
@@ -606,10 +607,17 @@ SCENES = {
 # What both can do
 # ---------------------------------------------------------------------------------------------------------------------
 
+
+def write(machine: Machine, name: str) -> None:
+    """As `change` below, for which read-only is no obstacle."""
+    machine.store(name).readonly = False
+    machine.write(name)
+
+
 OPERATIONS: dict[str, tuple[Callable[..., object], str]] = {
     "create": (lambda machine, name: machine.create(name, files=False), "zfs create -p {}"),
     "volume": (lambda machine, name: machine.create(name, "volume"), "zfs create -p -V 4M {} && udevadm settle"),
-    "write": (Machine.write, "change {}"),
+    "write": (write, "change {}"),
     "snapshot": (Machine.snapshot, "zfs snapshot {}"),
     "rename-snapshot": (lambda machine, name, new: machine.rename(name, new.partition("@")[2]), "zfs rename {} {}"),
     "destroy-later": (Machine.doom, "zfs destroy -d {}"),
@@ -687,14 +695,16 @@ def pull(words: list[str], volumes: set[str]) -> tuple[Command, Command]:
     words = words[force:]
     flag, base = (words[0], words[1]) if words[0][0] == "-" else ("", "")
     name, target = words[-2:]
+    if flag == "-t":
+        name, target = base, base.partition("@")[0]
     kind = "volume" if (target if flag == "-t" else name.partition("@")[0]) in volumes else "filesystem"
     volumes |= {target} if kind == "volume" else set()
-    snapshot = Snapshot(name, 0, 0, 0)
-    step = Receive(snapshot, Snapshot(base, 0, 0, 0) if base else None, (snapshot,) if flag == "-I" else ())
+    step = Receive(Snapshot(name, 0, 0, 0), Snapshot(base, 0, 0, 0) if base else None)
     if flag == "-t":
         step = Receive(step.snapshot, token=TOKEN_OF + target)
     local = Dataset(target, kind, (Snapshot(target + "@", 0, 0, 0),) if flag and not force else (), vacant=force)
-    return send(Dataset("", kind), step, False, ("-L", "-c")), receive(Dataset("", kind), local, target)
+    receiving = receive(Dataset("", kind), local, target + step.snapshot.short)
+    return send(Dataset("", kind), step, False, ("-L", "-c")), receiving
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -886,7 +896,9 @@ class RealStage(Stage):
         between = "| head -c 100000" * line.half
         if line.deeds:
             deeds = "; ".join(map(self.shell, line.deeds))
-            between = f"| {{ head -c 100000; wait_for {line.words[-1]}; {{ {deeds}; }} >/dev/null; cat; }}"
+            between = (
+                f"| {{ head -c 100000; wait_for {line.words[-1].partition('@')[0]}; {{ {deeds}; }} >/dev/null; cat; }}"
+            )
         return f'{sending} 2>sender {between} | {receiving}; judge "${{PIPESTATUS[@]}}"'
 
 

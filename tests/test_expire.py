@@ -57,7 +57,7 @@ def locals_(rng: random.Random) -> Iterator[Dataset]:
         if rng.randrange(2):
             snapshots.append(Snapshot(f"{LOCAL}@s0", FOREIGN, rng.choice((60, 70)), rng.choice(CREATIONS)))
         rng.shuffle(snapshots)
-        yield Dataset(LOCAL, "filesystem", tuple(snapshots))
+        yield Dataset(LOCAL, "filesystem", tuple(snapshots), held_before=rng.randrange(8) > 0)
 
 
 def check(there: Dataset, mine: Dataset, now: int) -> None:
@@ -78,7 +78,9 @@ def check(there: Dataset, mine: Dataset, now: int) -> None:
     may_go = {
         snapshot
         for snapshot in due
-        if snapshot.guid != newest
+        if mine.held_before
+        and mine.snapshots[-1].guid == newest
+        and snapshot.guid != newest
         and snapshot.guid not in pinned
         and snapshot.tags == frozenset()
         and known_to_be_let_go(twins.get(snapshot.guid))
@@ -109,7 +111,7 @@ def test_every_small_state_expires_exactly_what_may_go() -> None:
         expiry = expire(there, state, TEN_DAYS, now)
         destroyed += len(expiry.destroy)
         kept += len(expiry.kept)
-    assert destroyed > 1000  # the cases are worth something
+    assert destroyed > 400  # the cases are worth something
     assert kept > 1000
 
 
@@ -163,7 +165,7 @@ def test_without_keep_days_nothing_goes() -> None:
 
 
 def test_what_the_source_no_longer_has_goes_as_well() -> None:
-    assert expired("@e,5,40", local(THERE + " @mine,9,1")) == "@a @mine"
+    assert expired("@e,5,40", local("@mine,9,1 " + THERE)) == "@mine @a"
 
 
 def test_a_bookmark_is_enough_to_count_from_and_is_no_twin_to_be_held() -> None:
@@ -182,6 +184,13 @@ def test_a_bookmark_is_enough_to_count_from_and_is_no_twin_to_be_held() -> None:
         pytest.param("@a,1 @e,5", local("@a,1,0 @e,5,40", partial(6, 1)), "base of an interrupted", id="base"),
         pytest.param("@a,1 @e,5", local("@a,1,0 @e,5,40", partial(None)), "base of an interrupted", id="maybe-base"),
         pytest.param("@a,1 @e,5", local("@e,5,0 @a,1,40"), "", id="newest-is-not-due"),
+        pytest.param("@a,1 @e,5", local("@a,1,0 @e,5,40 @m,8,41"), "newer than the newest common one, @e", id="ahead"),
+        pytest.param(
+            "@a,1 @e,5", replace(local("@a,1,0 @e,5,40"), held_before=False), "held nothing here when", id="first-run"
+        ),
+        pytest.param(
+            "@a,1 @e,5", local("@a,1,0 @e,5,40!years:received"), "another line holds it: years", id="another-line"
+        ),
     ],
 )
 def test_why_one_past_its_time_is_kept(there: str, mine: Dataset, why: str) -> None:

@@ -7,14 +7,18 @@ import string
 import pytest
 from hypothesis import given, strategies as st
 
+import zfs_replicate
 from zfs_replicate import (
     LIST_COLUMNS,
     NOT_ASKED,
     Dataset,
     Failure,
+    NotBelieved,
     Partial,
     Snapshot,
+    Tree,
     count_objects,
+    in_order,
     number,
     parse_asked,
     parse_estimates,
@@ -22,11 +26,13 @@ from zfs_replicate import (
     parse_mark,
     parse_token,
     parse_tree,
+    whole_tree,
+    with_clones,
     with_tags,
 )
 
 LETTERS = string.ascii_letters + string.digits + "-_.: "
-components = st.text(LETTERS, min_size=1, max_size=20)
+components = st.text(LETTERS, min_size=1, max_size=20).filter(lambda name: name not in (".", ".."))
 datasets = st.lists(components, min_size=1, max_size=4).map(lambda parts: "tank/" + "/".join(parts))
 numbers = st.integers(0, 2**64 - 1)
 tag_names = st.text(string.printable[:95], min_size=1, max_size=30).filter(lambda tag: not tag.startswith("."))
@@ -109,11 +115,11 @@ def test_a_tree() -> None:
         "/disk": Dataset("tank/vm/disk", "volume", (disk,), encrypted=True),
     }
     assert [snapshot.short for snapshot in tree[""].snapshots] == ["@old", "@new"]  # oldest first
-    assert held == ["tank/vm@old"]
+    assert held == {"tank/vm@old": 2}
 
 
 def test_nothing_listed_is_an_empty_tree() -> None:
-    assert parse_tree("", "tank") == ({}, [])
+    assert parse_tree("", "tank") == ({}, {})
 
 
 def test_the_root_may_be_a_pool() -> None:
@@ -188,7 +194,7 @@ def test_every_name_comes_back(root: str, children: list[str], points: list[tupl
             text += row(name + mark + short, "snapshot" if mark == "@" else "bookmark", guid, txg)
     tree, held = parse_tree(text, root)
     assert {root + key for key in tree} == set(names)
-    assert held == []
+    assert held == {}
     for key, dataset in tree.items():
         assert dataset.name == root + key
         back = {(s.name, s.guid, s.createtxg) for s in dataset.snapshots + dataset.bookmarks}
@@ -206,31 +212,31 @@ def test_holds() -> None:
         "tank/my vm @a \toffsite\tThu Nov 16 10:00 2023\n"
         "tank@b\t.send-123-1\tThu Nov 16 10:00 2023\n"
     )
-    assert parse_holds(text) == {
+    assert parse_holds(text, {"tank/my vm @a ", "tank@b"}) == {
         "tank/my vm @a ": frozenset({"keep it ", "offsite"}),
         "tank@b": frozenset({".send-123-1"}),
     }
 
 
 def test_no_holds_print_nothing() -> None:
-    assert parse_holds("") == {}
+    assert parse_holds("", ["tank@a"]) == {}
 
 
 @pytest.mark.parametrize("text", ["tank@a\toffsite\n", "tank@a\toffsite\tThu\tNov\n", "cannot open 'tank@a'\n", "\n"])
 def test_a_line_of_holds_of_another_width_is_refused(text: str) -> None:
     with pytest.raises(Failure, match="columns where 3 were asked for"):
-        parse_holds(text)
+        parse_holds(text, ["tank@a"])
 
 
 @given(st.dictionaries(st.tuples(datasets, components).map("@".join), st.sets(tag_names, min_size=1), max_size=5))
 def test_every_tag_comes_back(holds: dict[str, set[str]]) -> None:
     text = "".join(f"{name}\t{tag}\tThu Nov 16 10:00 2023\n" for name, tags in holds.items() for tag in tags)
-    assert parse_holds(text) == holds
+    assert parse_holds(text, holds) == holds
 
 
 def test_holds_and_numbers_of_encrypted_snapshots_come_in_one_text() -> None:
     text = "tank@a\t18446744073709551615\ntank/plain@a\t-\ntank@a\tkeep\tThu Nov 16 10:00 2023\n"
-    assert parse_asked(text + "tank@a\tx\tThu Nov 16 10:00 2023\n") == (
+    assert parse_asked(text + "tank@a\tx\tThu Nov 16 10:00 2023\n", ["tank@a", "tank/plain@a"]) == (
         {"tank@a": frozenset({"keep", "x"})},
         {"tank@a": 18446744073709551615, "tank/plain@a": 0},
     )
@@ -241,13 +247,13 @@ def test_of_an_outline_neither_holds_nor_age_are_known() -> None:
     tree, held = parse_tree(text, "tank")
     assert tree[""].snapshots == (Snapshot("tank@a", 3, 5, NOT_ASKED, None),)
     assert tree[""].bookmarks == (Snapshot("tank#m", 3, 5, NOT_ASKED),)
-    assert held == []
+    assert held == {}
 
 
 def test_tags_are_filled_in_where_known_and_stay_unknown_elsewhere() -> None:
     text = row("tank", "filesystem") + "".join(row(f"tank@{n}", "snapshot", refs=n, txg=int(n)) for n in "012")
     tree, held = parse_tree(text, "tank")
-    assert held == ["tank@1", "tank@2"]
+    assert held == {"tank@1": 1, "tank@2": 2}
     filled = with_tags(tree, {"tank@1": frozenset({"offsite"})})[""]
     assert [snapshot.tags for snapshot in filled.snapshots] == [frozenset(), {"offsite"}, None]
 
@@ -255,7 +261,7 @@ def test_tags_are_filled_in_where_known_and_stay_unknown_elsewhere() -> None:
 @pytest.mark.parametrize("letter", ["\x0b", "\x1c", "\x85", "\u2028", "é", "\r"], ids=ascii)
 def test_a_tag_of_somebody_else_may_hold_any_letter(letter: str) -> None:
     """zfs checks the length of a tag and no more; a line ends at a newline and nowhere else."""
-    assert parse_holds(f"tank@a\ta{letter}b\tThu Nov 16 10:00 2023\n") == {"tank@a": {f"a{letter}b"}}
+    assert parse_holds(f"tank@a\ta{letter}b\tThu Nov 16 10:00 2023\n", ["tank@a"]) == {"tank@a": {f"a{letter}b"}}
 
 
 # Resume tokens, as `zfs send -nvt` tells of them
@@ -378,3 +384,113 @@ def test_objects_are_counted(text: str, count: int) -> None:
 def test_a_count_of_another_width_is_refused() -> None:
     with pytest.raises(Failure, match="columns"):
         count_objects("root\t1\n")
+
+
+# What zfs cannot print
+
+ROOT = row("tank/vm", "filesystem")
+GOOD = "1-c0ffee-d8-789c63"
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        pytest.param(ROOT + row("tank/vm2", "filesystem"), "not in tank/vm", id="begins-alike"),
+        pytest.param(ROOT + row("tank/vm-yearly@a", "snapshot"), "not in tank/vm", id="snapshot-beside"),
+        pytest.param(ROOT + row("tank", "filesystem"), "not in tank/vm", id="above"),
+        pytest.param(ROOT + row("other/vm", "filesystem"), "not in tank/vm", id="another-pool"),
+        pytest.param(ROOT + row("", "filesystem"), "not in tank/vm", id="no-name"),
+        pytest.param(ROOT + ROOT, "twice", id="a-dataset-twice"),
+        pytest.param(ROOT + 2 * row("tank/vm@a", "snapshot"), "twice", id="a-snapshot-twice"),
+        pytest.param(ROOT + "tank/vm@a\t1\t2\n" + row("tank/vm@a", "snapshot"), "twice", id="twice-in-both-forms"),
+        *(
+            pytest.param(ROOT + row(f"tank/vm/{name}", "filesystem"), "have that name", id=ascii(name)[:20])
+            for name in (
+                "a%b",
+                "a\x00",
+                "a\x1b[2J",
+                "\udcff",
+                "a,b",
+                "",
+                "a//b",
+                "a/",
+                "..",
+                "a/./b",
+                "x" * 248,
+                "a/" * 49,
+            )
+        ),
+        *(
+            pytest.param(ROOT + row(f"tank/vm{name}", "snapshot"), "", id=ascii(name))
+            for name in ("@", "@a@b", "@a#b", "#a", "#a@b", "", "@a/b", "@a%b", "@" + "a" * 249)
+        ),
+        pytest.param(ROOT + row("tank/vm@a", "bookmark"), "no 'bookmark'", id="snapshot-as-bookmark"),
+        pytest.param(ROOT + row("tank/vm@a", "filesystem"), "have that name", id="snapshot-as-filesystem"),
+        pytest.param(ROOT + row("tank/vm/a", "pool"), "no 'pool'", id="no-such-type"),
+        pytest.param(ROOT + row("tank/vm/a@b", "snapshot"), "not that dataset", id="snapshot-of-nothing"),
+        pytest.param(row("tank/vm", "filesystem", token="1-x"), "resume token", id="token"),
+        pytest.param(row("tank/vm", "filesystem", token=f"{GOOD} tank"), "resume token", id="token-and-more"),
+        pytest.param(row("tank/vm", "filesystem", origin="tank/vm"), "origin", id="origin-without-snapshot"),
+        pytest.param(row("tank/vm", "filesystem", origin="tank/vm#a"), "origin", id="origin-a-bookmark"),
+        *(
+            pytest.param(ROOT + f"tank/vm@a\t{guid}\t{txg}\n", "whole number", id=f"{guid}-{txg}"[:20])
+            for guid, txg in (
+                ("abc", 1),
+                ("", 1),
+                (-1, 1),
+                (2**64, 1),
+                ("9" * 5000, 1),
+                (1, "1.5"),
+                (1, "+1"),
+                (1, "-"),
+            )
+        ),
+        pytest.param(ROOT + row("tank/vm@a", "snapshot", refs="x"), "whole number", id="userrefs"),
+        pytest.param(ROOT + row("tank/vm@a", "snapshot", refs="-1"), "whole number", id="userrefs-below-0"),
+    ],
+)
+def test_a_listing_that_zfs_cannot_print_is_not_believed(text: str, why: str) -> None:
+    with pytest.raises(NotBelieved, match=why):
+        parse_tree(text, "tank/vm")
+
+
+def test_a_whole_tree_has_its_root_and_all_parents() -> None:
+    tree, _ = parse_tree(ROOT + row("tank/vm/a", "filesystem") + row("tank/vm/a/b", "filesystem"), "tank/vm")
+    assert whole_tree(tree, "") == tree
+    for missing, told in (("", "its root"), ("/a", "/a")):
+        with pytest.raises(NotBelieved, match=f"without {told}"):
+            whole_tree({key: it for key, it in tree.items() if key != missing}, "")
+
+
+def test_holds_on_what_was_not_asked_about_are_not_believed() -> None:
+    """A tag with a newline forges one."""
+    text = "tank@a\tx\tThu Nov 16 10:00 2023\ntank@b\toffsite:received\tThu Nov 16 10:00 2023\n"
+    with pytest.raises(NotBelieved, match="not asked about: 'tank@b'"):
+        parse_holds(text, {"tank@a"})
+    with pytest.raises(NotBelieved, match="not asked about: 'tank@b'"):
+        parse_asked(text, {"tank@a"})
+
+
+def clones(*origins: tuple[str, str]) -> Tree:
+    return {
+        f"/{name}": Dataset(f"tank/{name}", "filesystem", (Snapshot(f"tank/{name}@s", n, n, n),), origin=origin)
+        for n, (name, origin) in enumerate(origins, 1)
+    }
+
+
+def test_clones_in_a_circle_are_not_believed() -> None:
+    for circle in ([("a", "tank/a@s")], [("a", "tank/b@s"), ("b", "tank/a@s")], [("x", "tank/a@s"), ("a", "tank/a@s")]):
+        with pytest.raises(NotBelieved, match="a clone of its own clone"):
+            with_clones(clones(*circle))
+
+
+def test_a_chain_of_a_thousand_clones_is_no_matter() -> None:
+    chain = clones(*((str(n), f"tank/{n - 1}@s" if n else "") for n in range(1000)))
+    assert len(with_clones(dict(reversed([*chain.items()])))["/999"].inherited) == 999
+    assert in_order(chain)[-1] == "/999"
+
+
+def test_chains_of_clones_that_would_fill_the_memory_are_not_believed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(zfs_replicate, "MOST_INHERITED", 40)
+    with pytest.raises(NotBelieved, match="more than 40 snapshots"):
+        with_clones(clones(*((str(n), f"tank/{n - 1}@s" if n else "") for n in range(10))))

@@ -78,6 +78,10 @@ DIVERGED = {
     "common base gone": blocked(source("@b,2 @c,3"), local(f"@a,1!{RECEIVED}")),
     "wrong tree": blocked(source("@b,2"), local("@x,8")),
     "target not empty": blocked(source("@a,1"), local("")),
+    "others below": blocked(
+        source("@a,1"), replace(local(""), vacant=True, parent=True, strangers=("offsite/home", "offsite/srv"))
+    ),
+    "another line": blocked(source("@a,1 @b,2"), local("@a,1!years:received")),
     "volume and filesystem": blocked(source("@a,1", kind="volume"), local("@a,1")),
     "name too long": blocked(source(f"@a,1 @{LONG},2"), local("@a,1")),
     "raw after plain": blocked(encrypted(source("@a,1 @b,2"), 100), local("@a,1")),
@@ -212,9 +216,12 @@ def test_it_says_what_why_and_the_way_out_with_the_option_last(reason: str) -> N
     assert plan.hint.endswith("--quarantine") == any(isinstance(way, Quarantine) for way in plan.ways)
 
 
+WITHOUT_SIDES = ("name too long", "nested too deep", "token not decoded", "others below", "another line")
+
+
 @pytest.mark.parametrize(
     "reason",
-    [reason for reason in DIVERGED if reason not in ("name too long", "nested too deep", "token not decoded")],
+    [reason for reason in DIVERGED if reason not in WITHOUT_SIDES],
 )
 def test_a_divergence_names_the_newest_snapshots_of_both_sides(reason: str) -> None:
     assert "(newest snapshot here: " in DIVERGED[reason].reason

@@ -36,7 +36,19 @@ from hypothesis import HealthCheck, settings, strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, rule, run_state_machine_as_test
 from simulated import Machine, Near, Refused, Store, Wire, World, days
 
-from zfs_replicate import ASIDE, Answer, Command, Failure, LinkLost, Policy, Report, Run, Selection, list_existing
+from zfs_replicate import (
+    ASIDE,
+    PLACEHOLDER,
+    Answer,
+    Command,
+    Failure,
+    LinkLost,
+    Policy,
+    Report,
+    Run,
+    Selection,
+    list_existing,
+)
 
 COUNTS: collections.Counter[str] = collections.Counter()
 ROOTS = ("backuppool/virt/machines", "offsite/virt/machines", "vault/mirror")
@@ -123,6 +135,12 @@ def guids(store: Store, tag: str = "") -> set[int]:
     return {point.guid for point in store.snapshots.values() if not tag or tag in point.tags}
 
 
+def newest_held_here(store: Store) -> int | None:
+    """The guid of the newest of its snapshots that our line holds."""
+    held = [point for point in store.snapshots.values() if RECEIVED in point.tags]
+    return max(held, key=lambda point: point.createtxg).guid if held else None
+
+
 @dataclass
 class Hop:
     """One job: a tree and its mirror. `mirrored`: the keys that had a common snapshot held on both sides once.
@@ -171,7 +189,14 @@ class Hop:
             and not f"{key}/".startswith(f"{old}/")
         ]
         theirs = self.theirs(key)
-        found = [store for store in found if store.kind == theirs.kind and guids(store) & guids(theirs)]
+        owners = [guids(self.theirs(branch)) for branch in self.branches()]
+        found = [
+            store
+            for store in found
+            if store.kind == theirs.kind
+            and (held := newest_held_here(store)) in guids(theirs)
+            and sum(held in owned for owned in owners) == 1
+        ]
         return found[0] if len(found) == 1 else None
 
     def is_protected(self, key: str) -> bool:
@@ -262,6 +287,8 @@ class Watch:
         self.moments = 0
         self.struck: Command | None = None
         self.expired: set[tuple[str, str]] = set()
+        names = hop.target.below(hop.target_root)
+        self.held_before = {name for name in names if newest_held_here(hop.target.datasets[name]) is not None}
         self.take()
 
     def take(self) -> None:
@@ -321,9 +348,14 @@ class Watch:
 
     def is_renamed(self, name: str, new: str) -> bool:
         """Whether the source has under the new name what is here, and nothing of it under the old one. What is gone
-        from here has moved already, and whoever asked did not get the answer."""
+        from here has moved already, and whoever asked did not get the answer. Or whether a placeholder makes way, or
+        what was below it comes back."""
         if name not in self.hop.target.datasets:
             return True
+        if new == name + PLACEHOLDER or name.replace(PLACEHOLDER, "") == new:
+            return not self.hop.target.datasets[
+                name.partition(PLACEHOLDER)[0] + PLACEHOLDER * (PLACEHOLDER in name)
+            ].snapshots
         old_key, key = (it[len(self.hop.target_root) :] for it in (name, new))
         here = {point.guid for point in self.hop.target.datasets[name].snapshots.values()}
         there = {point.guid for point in self.hop.theirs(key).snapshots.values()}
@@ -336,6 +368,7 @@ class Watch:
             return aside + old[len(name) :] if f"{old}/".startswith(f"{name}/") else old
 
         self.here = {moved(old): points for old, points in self.here.items()}
+        self.held_before = {moved(old) for old in self.held_before} | self.held_before
         self.unborn = {moved(old) for old in self.unborn}
         self.doomed = {(moved(old), short) for old, short in self.doomed}
         self.site.begin_anew(name)
@@ -397,12 +430,23 @@ class Watch:
             return
         assert machine is self.hop.target, f"I4: destroys at the source: {command}"
         name, _, shorts = command[2].partition("@")
+        self.check_is_mirror(name)
         twins = {p.guid: p for p in self.hop.theirs(name[len(self.hop.target_root) :]).snapshots.values()}
         for short in shorts.split(","):
             point = self.hop.target.datasets[name].snapshots.get(short)
             twin = twins.get(point.guid) if point else None
             assert not twin or TAG not in twin.tags, f"I2: {name}@{short} goes, but its twin is held"
             self.expired.add((name, short))
+
+    def check_is_mirror(self, name: str) -> None:
+        """I8: expiry touches only what ends in the newest common snapshot, and was held by us when the run began."""
+        store, key = self.hop.target.datasets[name], name[len(self.hop.target_root) :]
+        assert name in self.held_before, f"I8: expires in {name}, which was none of ours"
+        newest = store.newest
+        assert newest, name
+        if self.neighbour is None:
+            assert newest.guid == self.hop.mutual(key, bookmarks=True), f"I8: expires in {name}, which is ahead"
+        assert ASIDE not in name, f"I8: expires in {name}, which was set aside"
 
 
 @dataclass
@@ -412,6 +456,7 @@ class Outcome:
     writes: list[tuple[str, ...]]
     moments: int
     struck: Command | None
+    held_before: set[str]
 
 
 class Site:
@@ -481,7 +526,7 @@ class Site:
         watch.check()
         hop.note_mirrored()
         self.check_protection()
-        return Outcome(status, report.failures, wire.writes(), watch.moments, watch.struck)
+        return Outcome(status, report.failures, wire.writes(), watch.moments, watch.struck, watch.held_before)
 
     def honest(self, hop: Hop, options: Options) -> Outcome:
         """An undisturbed run, and what must be true after it."""
@@ -499,7 +544,9 @@ class Site:
             hop.check_success(options)
         again = self.watched(hop, options)
         assert again.failures == outcome.failures or outcome.status, f"I5: {again.failures}"
-        assert not again.writes or outcome.status, f"I5: {again.writes}"
+        new = {name for name in hop.target.below(hop.target_root) if name not in outcome.held_before}
+        late = [words for words in again.writes if words[1] == "destroy" and words[2].partition("@")[0] in new]
+        assert again.writes == late or outcome.status, f"I5: {again.writes}"
         return outcome
 
     def calm_end(self, number: int, options: Options) -> dict[str, object]:
