@@ -795,24 +795,44 @@ def inherited_by(
 def parse_token(token: str, text: str) -> Partial:
     """A resume token from what `zfs send -nvt TOKEN` says of it, on either stream and whatever its exit status."""
 
-    def number(key: str) -> int | None:
-        found = re.search(rf"^\s*{key} = 0x([0-9a-f]+)$", text, re.MULTILINE)
+    def bits(key: str) -> int | None:
+        found = re.search(rf"^[ \t]*{key} = 0x([0-9a-f]{{1,16}})$", text, re.MULTILINE)
         return int(found[1], 16) if found else None
 
-    raw = re.search(r"^\s*rawok = 1$", text, re.MULTILINE) is not None
+    raw = re.search(r"^[ \t]*rawok = 1$", text, re.MULTILINE) is not None
     corrupt = "resume token is corrupt" in text
-    return Partial(token, number("toguid"), number("fromguid"), raw, corrupt, number("bytes") or 0)
+    return Partial(token, bits("toguid"), bits("fromguid"), raw, corrupt, bits("bytes") or 0)
 
 
 def parse_estimates(text: str) -> list[tuple[int, int]]:
-    """Of each stream in turn, the bytes that `zfs send -nP` foresees, and those that came of it before."""
-    found = re.findall(r"(.*?)^size\t([0-9]+)$", text, re.MULTILINE | re.DOTALL)
-    return [(int(size), parse_token("", said).bytes) for said, size in found]
+    """Of each stream in turn, the bytes that `zfs send -nP` foresees, and those that came of it before. What is no
+    number of 64 bits is passed over."""
+    found = []
+    before = 0
+    # Line by line, each looked at once: the source may say much that is neither.
+    for line in re.finditer(r"^(?:size\t([0-9]{1,20})|[ \t]*bytes = 0x([0-9a-f]{1,16}))$", text, re.MULTILINE):
+        if line[2]:
+            before = int(line[2], 16)
+        elif int(line[1]) < 2**64:
+            found.append((int(line[1]), before))
+            before = 0
+    return found
 
 
 def parse_usage(text: str) -> dict[str, tuple[int, int]]:
     """By snapshot, bytes that only it needs and bytes written until it, from `zfs list -Hp -o name,used,written`."""
-    return {name: (int(used), int(written)) for name, used, written in fields(text, 3)}
+    return {
+        name: (number(used, f"used of {name}"), number(written, f"written of {name}"))
+        for name, used, written in fields(text, 3)
+    }
+
+
+def parse_space(text: str) -> tuple[int, int]:
+    """Bytes used and available, from `zfs list -Hp -o used,available` of one dataset."""
+    rows = list(fields(text, 2))
+    if len(rows) != 1:
+        raise Failure(f"zfs printed {len(rows)} lines where one was asked for", "run it by hand: -vv shows it")
+    return number(rows[0][0], "used"), number(rows[0][1], "available")
 
 
 def parse_mark(text: str, root: str, now: float) -> int | None:
@@ -824,7 +844,7 @@ def parse_mark(text: str, root: str, now: float) -> int | None:
 
 def count_objects(text: str) -> int:
     """Files and directories in a filesystem, from `zfs userspace -Hp -o objused`."""
-    return sum(int(row[0]) for row in fields(text, 1) if row[0] not in ("-", "none"))
+    return sum(number(row[0], "objused") for row in fields(text, 1) if row[0] not in ("-", "none"))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -2167,8 +2187,18 @@ def installed(program: str) -> bool:
     return shutil.which(program, path=environment()["PATH"]) is not None
 
 
+MOST_TOLD = 1e24
+"""What is beyond any number of 64 bits is no count of anything; a format may not even take it."""
+
+
+def tellable(figure: float) -> float:
+    """The figure, or the nearest that can be written in some digits; 0 for none at all (NaN)."""
+    return max(min(figure, MOST_TOLD), -MOST_TOLD) if figure == figure else 0  # noqa: PLR0124 -- NaN is not itself
+
+
 def duration(seconds: float) -> str:
     """As --stall-timeout takes it: `90s`, `30m`, `2h`."""
+    seconds = tellable(seconds)
     for unit, size in (("h", 3600), ("m", 60)):
         if seconds >= size and seconds % size == 0:
             return f"{seconds / size:.0f}{unit}"
@@ -2177,10 +2207,11 @@ def duration(seconds: float) -> str:
 
 def human(count: float) -> str:
     """A number of bytes, as zfs says it: `512B`, `1.50K`, `12.0M`, `345G`."""
-    units = iter("BKMGTPE")
-    unit = next(units)
-    while count >= 999.5:
-        count, unit = count / 1024, next(units)
+    count, unit = tellable(count), "B"
+    for larger in "KMGTPE":
+        if count < 999.5:
+            break
+        count, unit = count / 1024, larger
     digits = 0 if unit == "B" or count >= 99.95 else 1 if count >= 9.995 else 2
     return f"{count:.{digits}f}{unit}"
 
@@ -3130,7 +3161,11 @@ def is_alive(pid: int) -> bool:
 
 
 def clock(moment: float) -> str:
-    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(moment))
+    """A moment in local time; as the number that it is, where no calendar goes so far."""
+    try:
+        return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(moment))
+    except (OverflowError, OSError, ValueError):
+        return f"{tellable(moment):.0f}"
 
 
 def overlap(one: str, other: str) -> bool:
@@ -4463,7 +4498,7 @@ class Doctor:
     def examine(self) -> Iterator[Finding]:
         """All findings. One that cannot be made does not keep the others from being made; but without both trees
         there is nothing to say of them."""
-        there = int(run(self.run.source_host, tell_time()))
+        there = run(self.run.source_host, tell_time())
         yield Finding(f"{self.run.source_host.label}: reached, recognised, logged in")
         for look in (self.programs, lambda: self.clocks(there)):
             yield from self.tried(look)
@@ -4474,20 +4509,25 @@ class Doctor:
     def tried(self, look: Callable[[], Iterator[Finding]]) -> Iterator[Finding]:
         try:
             yield from look()
-        except CommandFailed as failure:
+        except (LinkLost, Stuck):
+            raise
+        except Failure as failure:
             yield Finding(failure.what, failure.hint or "see what it says")
 
     def programs(self) -> Iterator[Finding]:
         for host in (self.run.source_host, self.run.target_host):
             said = run(host, tell_version()).split()
-            known = re.match(r"zfs-(\d+)\.(\d+)", said[0]) if said else None
+            known = re.match(r"zfs-([0-9]{1,4})\.([0-9]{1,4})(?![0-9])", said[0]) if said else None
             old = not known or (int(known[1]), int(known[2])) < (2, 1)
-            yield Finding(f"{host.label}: OpenZFS {' '.join(said)}", "use 2.1 or newer" if old else "")
+            yield Finding(f"{host.label}: OpenZFS {' '.join(said[:2])}", "use 2.1 or newer" if old else "")
         missing = not buffer_stage("1M")
         yield Finding(f"mbuffer: {'missing' if missing else 'here'}", "apt install mbuffer" if missing else "")
 
-    def clocks(self, there: int) -> Iterator[Finding]:
-        skew = abs(there - int(run(self.run.target_host, tell_time())))
+    def clocks(self, there: str) -> Iterator[Finding]:
+        """What the clock `there` has told, beside ours."""
+        here = run(self.run.target_host, tell_time())
+        theirs = number(there.strip(), f"the date on {self.run.source_host.label}")
+        skew = abs(theirs - number(here.strip(), f"the date on {self.run.target_host.label}"))
         what = f"clocks: {duration(skew)} apart"
         yield Finding(what, "keep-days counts by them: set both by NTP" if skew > MOST_SKEW else "")
 
@@ -4541,14 +4581,15 @@ class Doctor:
         """Health, room and features of the local pool."""
         name = lineage(self.policy.target_root)[0]
         known = dict(fields(run(self.run.target_host, list_features(name)), 2))
-        health, percent = known["health"], int(known["capacity"])
+        health = known.get("health", "health unknown")
         yield Finding(f"{name}: {health}", "" if health == "ONLINE" else f"zpool status {name}")
+        percent = number(known.get("capacity", ""), f"capacity of {name}")
         yield Finding(
             f"{name}: {percent} % full", "make room, or expire earlier: -k" if percent >= FULL_PERCENT else ""
         )
         if not self.run.target:
-            used = int(run(self.run.source_host, list_space(self.policy.source_root)).split()[0])
-            available = int(run(self.run.target_host, list_space(self.run.existing[-1])).split()[1])
+            used, _ = parse_space(run(self.run.source_host, list_space(self.policy.source_root)))
+            _, available = parse_space(run(self.run.target_host, list_space(self.run.existing[-1])))
             what = f"{name}: {available:,} bytes available, {used:,} used by {self.policy.source_root}"
             yield Finding(what, "make room: a first pull may not fit" if available < used else "")
         lacks = [f for f in FEATURE_BITS.values() if known.get(f"feature@{f}") not in ("enabled", "active")]
@@ -4719,6 +4760,7 @@ def status_data(it: Standing) -> dict[str, Any]:
 
 def span(seconds: float) -> str:
     """An age at a glance: `45m`, `30h`, `12d`."""
+    seconds = tellable(seconds)
     for unit, size, most in (("m", 60, 120), ("h", 3600, 72)):
         if seconds < size * most:
             return f"{max(seconds, 0) // size:.0f}{unit}"
@@ -4799,7 +4841,7 @@ def pace(arrived: int, seconds: float) -> str:
 
 def minutes(seconds: float) -> str:
     """A time to go or gone by: `0:05`, `12:34`, `1:02:03`."""
-    whole = int(seconds)
+    whole = int(tellable(seconds))
     return (
         f"{whole // 3600}:{whole // 60 % 60:02}:{whole % 60:02}" if whole >= 3600 else f"{whole // 60}:{whole % 60:02}"
     )

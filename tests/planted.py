@@ -132,7 +132,7 @@ BUGS: dict[str, Edits] = {
         ("    if target and ends_match and partial.raw == policy.raw(source) and not local.changed:\n", "    if target:\n"),
     ),
     "token given up on any error": (
-        ("corrupt = \"resume token is corrupt\" in text", "corrupt = number(\"toguid\") is None"),
+        ("corrupt = \"resume token is corrupt\" in text", "corrupt = bits(\"toguid\") is None"),
     ),
     "-F onto data": (("    force = (\"-F\",) if local and local.vacant and not local.parent else ()\n", "    force = (\"-F\",) if local else ()\n"),),
     "first receive onto data": (("    if not local.vacant:\n", "    if False:\n"),),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import string
 
 import pytest
@@ -28,6 +29,8 @@ from zfs_replicate import (
     parse_tree,
     whole_tree,
     with_clones,
+    parse_space,
+    parse_usage,
     with_tags,
 )
 
@@ -331,6 +334,29 @@ def test_every_token_comes_back(to_guid: int, from_guid: int | None, dataset: st
 # zfs send -nP
 
 
+@pytest.mark.parametrize("text", ["x\n", "\n", "\t", "size\tx\n", "bytes = 0x1\n", "size\t1\r"])
+@pytest.mark.parametrize("size", [40_000, 10_000_000])
+def test_an_endless_answer_without_sizes_is_read_once(text: str, size: int) -> None:
+    """In a moment; with the square of its length it would be days."""
+
+    def too_long(number: int, frame: object) -> None:
+        raise AssertionError("takes too long")
+
+    before = signal.signal(signal.SIGALRM, too_long)
+    signal.alarm(60)
+    try:
+        assert parse_estimates(text * (size // len(text))) == []
+        assert parse_token("1-x", text * (size // len(text))).to_guid is None
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+
+
+@pytest.mark.parametrize("size", [str(2**64), "9" * 30, "9" * 5_000, "-1", "1.5", "", " 7", "\u0667"])
+def test_a_size_that_is_none_is_passed_over(size: str) -> None:
+    assert parse_estimates(f"size\t{size}\nsize\t{2**64 - 1}\n") == [(2**64 - 1, 0)]
+
+
 def test_the_size_of_a_stream() -> None:
     """As OpenZFS 2.1.11 and 2.3.2 print it."""
     text = "incremental\t1\tp/a@2\t1059376\nincremental\t2\tp/a@3\t534352\nsize\t1593728\n"
@@ -379,6 +405,31 @@ def test_since_when_runs_fail(text: str, since: int | None) -> None:
 )
 def test_objects_are_counted(text: str, count: int) -> None:
     assert count_objects(text) == count
+
+
+@pytest.mark.parametrize("word", ["x", "", "-1", str(2**64), "9" * 5_000])
+def test_a_figure_that_is_none_is_refused(word: str) -> None:
+    with pytest.raises(Failure, match="used of tank/a@b should be a whole number"):
+        parse_usage(f"tank/a@b\t{word}\t1\n")
+    with pytest.raises(Failure, match="written of tank/a@b should be a whole number"):
+        parse_usage(f"tank/a@b\t1\t{word}\n")
+    with pytest.raises(Failure, match="objused should be a whole number"):
+        count_objects(f"{word}\n")
+    with pytest.raises(Failure, match="used should be a whole number"):
+        parse_space(f"{word}\t1\n")
+    with pytest.raises(Failure, match="available should be a whole number"):
+        parse_space(f"1\t{word}\n")
+
+
+def test_figures_of_usage_and_space() -> None:
+    assert parse_usage("tank/a@b\t4096\t0\n") == {"tank/a@b": (4096, 0)}
+    assert parse_space("1\t18446744073709551615\n") == (1, 2**64 - 1)
+
+
+@pytest.mark.parametrize("text", ["", "x\n", "1\t2", "1\t2\n1\t2\n"])
+def test_space_of_another_shape_is_refused(text: str) -> None:
+    with pytest.raises(Failure):
+        parse_space(text)
 
 
 def test_a_count_of_another_width_is_refused() -> None:

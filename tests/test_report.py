@@ -8,20 +8,30 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import pytest
-from histories import LOCAL, SOURCE
+from histories import LOCAL, POLICY, SOURCE
+from hypothesis import example, given, strategies as st
 from prometheus_client.parser import text_string_to_metric_families
 
 from zfs_replicate import (
+    Account,
+    Answer,
     Arrival,
+    Command,
+    Dataset,
+    Doctor,
     Ending,
     Failure,
+    Finding,
     Meter,
     Progress,
     Receive,
     Report,
+    Run,
     Snapshot,
     Standing,
+    clock,
     document,
+    duration,
     human,
     log_line,
     metrics,
@@ -62,6 +72,23 @@ LINE = ["-h", "HOST", "-r", "backuppool/virt/machines", "-l", LOCAL, "-t", "offs
 )
 def test_sizes_are_told_as_zfs_tells_them(count: float, text: str) -> None:
     assert human(count) == text
+
+
+@given(st.floats() | st.integers() | st.integers(-(10**400), 10**400))
+@example(10**30)
+@example(10**400)
+@example(-(10**400))
+@example(float("inf"))
+@example(float("nan"))
+def test_any_figure_can_be_told(figure: float) -> None:
+    for told in (human(figure), duration(figure), clock(figure), span(figure), minutes(figure)):
+        assert 0 < len(told) <= 40
+
+
+def test_a_moment_beyond_any_calendar_is_told_as_its_number() -> None:
+    assert clock(10**18) == "1000000000000000000"
+    assert clock(10**20) == "100000000000000000000"
+    assert human(10**30) == "867362E"
 
 
 def test_times() -> None:
@@ -301,3 +328,105 @@ def test_the_line_for_the_log() -> None:
     assert log_line(parse(LINE), report, Ending(NOW, 12.4, 0)) == (
         f"HOST:{SOURCE} -> {LOCAL}: exit=0 streams=1 bytes=1048576 expired=0 failures=0 seconds=12"
     )
+
+
+# --- What the doctor reads --------------------------------------------------------------------------------------------
+
+
+class Says:
+    """A host that gives the same answer to every command that begins with these words."""
+
+    def __init__(self, label: str, **answers: str) -> None:
+        self.label = label
+        self.account: Account | None = None
+        self.answers = answers
+
+    def ask(self, *commands: Command) -> Answer:
+        ((program, *words),) = commands
+        key = program if program == "date" else f"{program}_{words[0]}"
+        return Answer(0, self.answers[key], "")
+
+    def has(self, program: str) -> bool:
+        return False
+
+    def piped(self, *commands: Command, then: Command = ()) -> Command:
+        raise AssertionError("the doctor sends nothing")
+
+    def connected(self) -> bool:
+        return True
+
+    def close(self) -> None:
+        pass
+
+
+GOOD = {
+    "date": "1700000000\n",
+    "zfs_version": "zfs-2.3.2-1\nzfs-kmod-2.3.2-1\n",
+    "zfs_list": "1000\t2000\n",
+    "zpool_get": "health\tONLINE\ncapacity\t7\nfeature@large_blocks\tenabled\n",
+}
+
+
+def examined(**answers: str) -> dict[str, str]:
+    """What the doctor finds, and the remedies, where the source gives such answers and this host good ones; what is said
+    of this host's pool, where it gives them."""
+    source, target = Says("source", **{**GOOD, **answers}), Says("this host", **{**GOOD, **answers})
+    run = Run(POLICY, source, target, lambda trains: [], Report())
+    run.existing = ["offsite"]
+    doctor = Doctor(run)
+    looks = (doctor.programs, lambda: doctor.clocks(source.answers["date"]), doctor.pool)
+    found: list[Finding] = [finding for look in looks for finding in doctor.tried(look)]
+    return {finding.what: finding.remedy for finding in found}
+
+
+def test_the_doctor_is_content_with_two_good_hosts() -> None:
+    found = examined()
+    assert found["source: OpenZFS zfs-2.3.2-1 zfs-kmod-2.3.2-1"] == ""
+    assert found["clocks: 0s apart"] == ""
+    assert found["offsite: ONLINE"] == found["offsite: 7 % full"] == ""
+    assert found[f"offsite: 2,000 bytes available, 1,000 used by {SOURCE}"] == ""
+
+
+NONSENSE = ["", "\n", "abc\n", "9" * 400 + "\n", "9" * 5_000 + "\n", "-1\n", "1e9\n", "\u0661\n"]
+
+
+@pytest.mark.parametrize("text", NONSENSE)
+def test_a_date_that_is_none_is_a_finding(text: str) -> None:
+    remedies = [
+        remedy for what, remedy in examined(date=text).items() if what.startswith("the date on source should be")
+    ]
+    assert len(remedies) == 1
+    assert remedies[0]
+
+
+@pytest.mark.parametrize("text", ["", "zfs-" + "9" * 5_000 + ".9.1\n", "zfs-0.8.6-1\n", "zfs-2.0.7\n", "abc\n"])
+def test_a_version_that_is_none_or_old_is_a_finding(text: str) -> None:
+    remedies = {what: remedy for what, remedy in examined(zfs_version=text).items() if ": OpenZFS" in what}
+    assert set(remedies.values()) == {"use 2.1 or newer"}
+
+
+@pytest.mark.parametrize("text", ["zfs-2.1.11-1\n", "zfs-2.4\n", "zfs-10.0.0-rc1\n"])
+def test_a_version_that_is_new_enough_is_no_finding(text: str) -> None:
+    assert {remedy for what, remedy in examined(zfs_version=text).items() if ": OpenZFS" in what} == {""}
+
+
+@pytest.mark.parametrize("text", ["", "x\n", "x\ty\n", "1\t2\n3\t4\n", "9" * 30 + "\t1\n", "1\t-\n"])
+def test_space_that_cannot_be_read_is_a_finding(text: str) -> None:
+    found = examined(zfs_list=text)
+    assert not [what for what in found if "bytes available" in what]
+    assert [what for what, remedy in found.items() if remedy]
+
+
+@pytest.mark.parametrize(
+    "text", ["", "health\tONLINE\n", "health\tONLINE\ncapacity\t-\n", "capacity\t" + "9" * 400 + "\n"]
+)
+def test_a_pool_that_tells_no_capacity_is_a_finding(text: str) -> None:
+    assert [remedy for what, remedy in examined(zpool_get=text).items() if what.startswith("capacity of offsite")]
+
+
+@pytest.mark.parametrize("creation", [10**18, 10**19, 10**20])
+def test_a_snapshot_of_an_age_beyond_any_calendar_is_no_trouble(creation: int) -> None:
+    run = Run(POLICY, Says("source"), Says("this host"), lambda trains: [], Report())
+    run.source = {"": Dataset(SOURCE, "filesystem", (Snapshot(f"{SOURCE}@a", 1, 1, creation),))}
+    (finding,) = Doctor(run).trees()
+    assert finding == Finding(f"{SOURCE}: 1 datasets, 1 snapshots, the newest of {creation}")
