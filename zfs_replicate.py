@@ -1819,9 +1819,18 @@ def decode_token(token: str) -> Command:
     return ("zfs", "send", "-nvt", token)
 
 
+FEATURES = tuple(dict.fromkeys((*FEATURE_BITS.values(), *(need for needs in STREAM_FLAGS.values() for need in needs))))
+"""Those of a pool that streams need."""
+
+
 def list_features(pool: str) -> Command:
-    """Prints properties of the pool; among them one of `disabled`, `enabled`, `active` for each `feature@NAME`."""
-    return ("zpool", "get", "-Hp", "-o", "property,value", "all", pool)
+    """Prints health and capacity of the pool, and one of `disabled`, `enabled`, `active` for `feature@NAME` of those
+    FEATURES that its zfs knows: the others it passes over.
+
+    By name, for a pool may have properties of its users too, which are printed as they are, newlines and all.
+    """
+    names = ("health", "capacity", *(f"feature@{name}" for name in FEATURES))
+    return ("zpool", "get", "-Hp", "-o", "property,value", ",".join(names), pool)
 
 
 def settle(pool: str) -> Command:
@@ -1945,8 +1954,10 @@ ALIVE_SETTINGS = (
     f"ServerAliveCountMax={LINK_SECONDS // KEEPALIVE_SECONDS}",
     f"ConnectTimeout={CONNECT_SECONDS:.0f}",
     "BatchMode=yes",
+    "UpdateHostKeys=no",
 )
-"""Of every ssh client we start: no question asked, no endless wait."""
+"""Of every ssh client we start: no question asked, no endless wait; and no further key of a host is taken over, with
+which somebody could pose as it after it was made anew."""
 
 
 @dataclass(frozen=True)

@@ -528,11 +528,13 @@ class Machine:
         return Answer(0, "", "")
 
     def zpool_get(self, words: list[str]) -> Answer:
-        """A pool that knows all features."""
-        assert words[:4] == ["-Hp", "-o", "property,value", "all"], words
-        assert words[4] in self.datasets
-        features = {feature for needs in STREAM_FLAGS.values() for feature in needs}
-        return Answer(0, "".join(f"feature@{feature}\tenabled\n" for feature in features), "")
+        """A pool that knows the features which the flags of a stream need, and passes over others."""
+        assert words[:3] == ["-Hp", "-o", "property,value"], words
+        names, pool = words[3:]
+        assert pool in self.datasets
+        values = {f"feature@{feature}": "enabled" for needs in STREAM_FLAGS.values() for feature in needs}
+        values |= {"health": "ONLINE", "capacity": "7"}
+        return Answer(0, "".join(f"{name}\t{values[name]}\n" for name in names.split(",") if name in values), "")
 
     def zpool_sync(self, words: list[str]) -> Answer:
         (pool,) = words

@@ -790,7 +790,7 @@ def test_proxy_jump_becomes_a_client_that_forwards(ssh_config: SshConfig, jump: 
     proxy = resolve("vault").proxy
     assert proxy is not None
     assert proxy[0] == "ssh"
-    assert "BatchMode=yes" in proxy
+    assert {"BatchMode=yes", "UpdateHostKeys=no"} <= set(proxy)
     rest = [word for word in proxy[1:] if word != "-o" and "=" not in word]
     assert [word for word in rest if word not in ("-W", "[v.example]:2022")] == list(words)
     assert proxy[proxy.index("-W") + 1] == "[v.example]:2022"
@@ -928,6 +928,7 @@ def test_client_is_never_interactive(ssh_config: SshConfig) -> None:
           ForwardAgent yes
           ForwardX11 yes
           StrictHostKeyChecking no
+          UpdateHostKeys yes
         """
     )
     client = ssh_client(resolve("vault"), "/private/master")
@@ -937,6 +938,7 @@ def test_client_is_never_interactive(ssh_config: SshConfig) -> None:
     assert {
         "requesttty false",
         "batchmode yes",
+        "updatehostkeys false",
         "compression no",
         "controlmaster auto",
         "controlpath /private/master",
