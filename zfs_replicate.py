@@ -63,6 +63,7 @@ import pwd
 import random
 import re
 import select
+import selectors
 import shlex
 import shutil
 import signal
@@ -1949,6 +1950,15 @@ LINK_SECONDS = 60
 END_SECONDS = 5
 """How long a process may take to end when told to."""
 
+OUTPUT_BYTES = 192 << 20
+"""The most that a command may print. The longest answer is the listing of a tree: of a million snapshots, with names of
+130 bytes, it is as long. All of it is in memory, as bytes and then as text."""
+COMPLAINT_BYTES = 8 * BATCH_BYTES
+"""How much is kept of a command's stderr, the last of it. zfs says a line of each name, some 6 times as long as a short
+one: what it says of BATCH_BYTES of names is kept whole, and read name by name."""
+READ_BYTES = 64 * 1024
+"""How much to read at a time: what a pipe holds."""
+
 ALIVE_SETTINGS = (
     f"ServerAliveInterval={KEEPALIVE_SECONDS}",
     f"ServerAliveCountMax={LINK_SECONDS // KEEPALIVE_SECONDS}",
@@ -1969,7 +1979,7 @@ class Answer:
     stderr: str
 
     @classmethod
-    def of(cls, status: int, stdout: bytes, stderr: bytes) -> Answer:
+    def of(cls, status: int, stdout: bytes | bytearray, stderr: bytes | bytearray) -> Answer:
         return cls(status, stdout.decode(errors="surrogateescape"), stderr.decode(errors="surrogateescape"))
 
 
@@ -2011,7 +2021,8 @@ def output(host: Host, command: Command, answer: Answer) -> str:
         )
     if answer.status != 0:
         said = answer.stderr.strip() or f"exit status {answer.status} and no message"
-        hint = permit(host, command, said) or suspended(said) or in_use(said)
+        hint = suspended(said) or in_use(said)
+        hint = permit(host, command, said) or (hint and f"on {host.label}: {hint}")
         raise CommandFailed(f"{' '.join(command[:2])} failed on {host.label}: {said}", hint)
     return answer.stdout
 
@@ -2037,6 +2048,60 @@ def stuck(host: Host, command: Command, patience: float) -> Stuck:
         f"{' '.join(command[:2])} on {host.label} has not ended after {duration(patience)}",
         "is the pool suspended, or very busy? zpool status; patience is a matter of --stall-timeout",
     )
+
+
+class Output:
+    """All that a command prints, as it comes: `add` raises Failure when it is more than OUTPUT_BYTES. `doing` names the
+    command, `label` its host."""
+
+    def __init__(self, doing: str, label: str) -> None:
+        self.doing = doing
+        self.label = label
+        self.kept = bytearray()
+
+    def add(self, data: bytes) -> None:
+        self.kept += data
+        if len(self.kept) > OUTPUT_BYTES:
+            raise Failure(
+                f"{self.doing} on {self.label} has printed more than {human(OUTPUT_BYTES)}: no listing is so long",
+                "see what it prints when run by hand (-vv shows it); "
+                "a tree of millions of snapshots is mirrored in parts, with a line for each",
+            )
+
+
+class Tail:
+    """The last `most` bytes of what a program says, however much that is."""
+
+    def __init__(self, most: int) -> None:
+        self.most = most
+        self.kept = bytearray()
+
+    def add(self, data: bytes) -> None:
+        self.kept += data
+        if len(self.kept) > 2 * self.most:  # not at each word, or every one would move all of it
+            del self.kept[: -self.most]
+
+    def last(self) -> bytearray:
+        return self.kept[-self.most :]
+
+
+def listen(process: subprocess.Popen[bytes], output: Output, complaints: Tail, until: float) -> None:
+    """Take what a process prints, both ends side by side, until it has ended. Raises TimeoutExpired if it has not by
+    then, however much it still has to say."""
+    with selectors.DefaultSelector() as selector:
+        selector.register(process.stdout, selectors.EVENT_READ, output.add)  # type: ignore[arg-type]  # it is a pipe
+        selector.register(process.stderr, selectors.EVENT_READ, complaints.add)  # type: ignore[arg-type]
+        while selector.get_map():
+            left = until - time.monotonic()
+            if left <= 0:
+                raise subprocess.TimeoutExpired(process.args, left)
+            for key, _ in selector.select(left):
+                data = os.read(key.fd, READ_BYTES)
+                if data:
+                    key.data(data)
+                else:
+                    selector.unregister(key.fileobj)
+    process.wait(max(until - time.monotonic(), 0))
 
 
 def tell_nobody(line: str) -> None:
@@ -2080,7 +2145,8 @@ def own_name() -> str:
 
 
 class LocalHost:
-    """This machine. A command that has not ended after `patience` seconds is given up."""
+    """This machine. A command that has not ended after `patience` seconds is given up, and one that prints more than
+    OUTPUT_BYTES as well."""
 
     def __init__(
         self,
@@ -2108,11 +2174,12 @@ class LocalHost:
             stack.callback(end, process)
             stack.callback(process.stdout.close)  # type: ignore[union-attr]  # it is a pipe
             stack.callback(process.stderr.close)  # type: ignore[union-attr]
+            output, complaints = Output(" ".join(command[:2]), self.label), Tail(COMPLAINT_BYTES)
             try:
-                stdout, stderr = process.communicate(timeout=self.patience)
+                listen(process, output, complaints, time.monotonic() + self.patience)
             except subprocess.TimeoutExpired:
                 raise stuck(self, command, self.patience) from None
-        return Answer.of(process.returncode, stdout, stderr)
+        return Answer.of(process.returncode, output.kept, complaints.last())
 
     def has(self, program: str) -> bool:
         return installed(program)
@@ -2410,15 +2477,22 @@ class SshHost:
     def exchange(self, transport: Any, doing: str, line: str) -> Answer:
         if transport is None or not transport.is_active():
             raise OSError("it is closed")
+        until = time.monotonic() + self.patience
         channel = self.channel(transport)
+        output, complaints = Output(doing, self.label), Tail(COMPLAINT_BYTES)
         # Both ends are drained before the status is asked for: an undrained stderr stalls stdout after some 2 MiB.
         with contextlib.closing(channel):
             channel.settimeout(self.patience)
             with bounded(transport):
                 channel.exec_command(line)
             channel.shutdown_write()
-            errors = in_background(channel.makefile_stderr("rb").read)
-            output, complaints = channel.makefile("rb").read(), errors.result()
+            complained = in_background(lambda: drain(channel, channel.recv_stderr, complaints.add, until))
+            try:
+                drain(channel, channel.recv, output.add, until)
+            except Failure:
+                transport.close()  # of a closed channel paramiko keeps all that still comes
+                raise
+            complained.result()
             if not channel.status_event.wait(CONNECT_SECONDS) or channel.exit_status == -1:
                 if channel.eof_received:  # sshd itself closed it; a dead link only looks like an end
                     raise LinkLost(
@@ -2426,7 +2500,7 @@ class SshHost:
                         "a shutdown, or was memory short? its kernel's log tells: dmesg",
                     )
                 raise OSError("the command ended without an exit status")
-        return Answer.of(channel.exit_status, output, complaints)
+        return Answer.of(channel.exit_status, output.kept, complaints.last())
 
     def channel(self, transport: Any) -> Any:
         """A channel for one command. That for the next one is opened while this one is at work, which saves it a round
@@ -2486,6 +2560,20 @@ class SshHost:
         if self.streams is not None:
             self.control("exit")  # or it ends by itself, when nothing has used it for a while
             self.streams.cleanup()
+
+
+def drain(channel: Any, receive: Callable[[int], bytes], take: Callable[[bytes], None], until: float) -> None:
+    """Take all that comes at one end of a channel. Raises socket.timeout if that is not all by then: paramiko's own
+    timeout is for each piece of it."""
+    while True:
+        left = until - time.monotonic()
+        if left <= 0:
+            raise socket.timeout
+        channel.settimeout(left)
+        data = receive(READ_BYTES)
+        if not data:
+            return
+        take(data)
 
 
 @contextlib.contextmanager

@@ -27,6 +27,7 @@ import zfs_replicate
 from zfs_replicate import (
     AES,
     CHACHA,
+    COMPLAINT_BYTES,
     KEEPALIVE_SECONDS,
     LINK_SECONDS,
     PACKERS,
@@ -43,6 +44,7 @@ from zfs_replicate import (
     Stopped,
     Stuck,
     SudoHost,
+    Tail,
     dial,
     fast_cipher,
     knows_aes,
@@ -256,7 +258,7 @@ def test_what_zfs_says_is_told_with_the_way_out(
     with pytest.raises(CommandFailed) as caught:
         run(LocalHost(), ("zfs", "list", "tank"))
     assert caught.value.what == f"zfs list failed on this host: {said}"
-    assert caught.value.hint == hint
+    assert caught.value.hint == f"on this host: {hint}"
 
 
 def test_missing_program_is_named(host: Host) -> None:
@@ -310,7 +312,7 @@ def test_much_on_both_outputs_does_not_block(host: Host) -> None:
     answer = host.ask(shell(script, str(4 * MEBIBYTE)))
     assert answer.status == 0
     assert answer.stdout == "o" * 4 * MEBIBYTE
-    assert answer.stderr == "e" * 4 * MEBIBYTE
+    assert answer.stderr == "e" * COMPLAINT_BYTES
 
 
 def test_environment_finds_zfs_and_speaks_english(host: Host) -> None:
@@ -349,6 +351,76 @@ def test_close_twice_is_harmless(name: str, tmp_path: Path, monkeypatch: pytest.
     with HOSTS[name](tmp_path, monkeypatch) as host:
         host.close()
         host.close()
+
+
+# --- Bounds: what no command can make us wait for, or keep -------------------------------------------------------------
+
+ENDLESS = ("sh", "-c", "exec cat /dev/zero")
+COMPLAINS = ("sh", "-c", "exec cat /dev/zero >&2")
+DRIBBLES = ("sh", "-c", "for i in $(seq 200); do echo line; sleep 0.05; done")
+COMPLAINS_AT_TIMES = ("sh", "-c", "for i in $(seq 200); do echo line >&2; sleep 0.05; done")
+LIVES_ON = ("sh", "-c", "exec >&- 2>&-; sleep 10")
+
+
+@pytest.fixture(params=["local", "ssh"])
+def bounded_host(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[LocalHost | SshHost]:
+    """One that may print a mebibyte."""
+    monkeypatch.setattr(zfs_replicate, "OUTPUT_BYTES", MEBIBYTE)
+    host: LocalHost | SshHost = LocalHost() if request.param == "local" else request.getfixturevalue("source")
+    host.ask(("true",))
+    yield host
+
+
+def test_a_command_that_prints_without_end_is_ended(bounded_host: LocalHost | SshHost) -> None:
+    with pytest.raises(Failure, match=r"^sh -c on .* has printed more than 1.00M: ") as caught:
+        bounded_host.ask(ENDLESS)
+    assert type(caught.value) is Failure
+    assert "in parts" in caught.value.hint
+
+
+def test_who_floods_us_over_ssh_is_heard_no_more(
+    source: SshHost, server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """paramiko keeps what still comes for a channel that we have closed."""
+    monkeypatch.setattr(zfs_replicate, "OUTPUT_BYTES", MEBIBYTE)
+    with pytest.raises(Failure, match="has printed more than"):
+        source.ask(ENDLESS)
+    assert eventually(lambda: not server.transports[0].is_active())
+    with pytest.raises(LinkLost, match="it is closed"):
+        source.ask(("true",))
+
+
+@pytest.mark.parametrize("command", [COMPLAINS, DRIBBLES, COMPLAINS_AT_TIMES, LIVES_ON])
+def test_a_command_has_one_deadline_whatever_it_says(
+    bounded_host: LocalHost | SshHost, monkeypatch: pytest.MonkeyPatch, command: Command
+) -> None:
+    monkeypatch.setattr(bounded_host, "patience", 1.0)
+    with pytest.raises(Stuck, match=r"^sh -c on .* has not ended after 1s\n"):
+        bounded_host.ask(command)
+
+
+def test_much_that_is_printed_in_time_is_an_answer(bounded_host: LocalHost | SshHost) -> None:
+    answer = bounded_host.ask(shell('head -c "$1" /dev/zero', str(MEBIBYTE)))
+    assert answer == Answer(0, "\0" * MEBIBYTE, "")
+
+
+def test_of_many_words_the_last_are_kept() -> None:
+    tail, said = Tail(100), bytearray()
+    for number in range(1000):
+        word = b"%d " % number * (number % 7)
+        tail.add(word)
+        said += word
+        assert tail.last() == said[-100:]
+        assert len(tail.kept) <= 200 + len(word)
+    tail.add(b"x" * 1000)
+    assert tail.last() == b"x" * 100
+    assert len(tail.kept) == 100
+
+
+def test_what_zfs_says_of_a_batch_of_names_is_kept_whole() -> None:
+    names = next(zfs_replicate.batches(f"a@{number:x}" for number in range(100_000)))
+    told = "".join(f"cannot hold snapshot '{name}': tag already exists on this dataset\n" for name in names)
+    assert len(told) < COMPLAINT_BYTES
 
 
 # --- SSH: the login ---------------------------------------------------------------------------------------------------
@@ -613,7 +685,7 @@ def test_flood_of_complaints_does_not_block(source: SshHost, server: Server) -> 
     source.ask(("true",))  # which brings along what programs are there
     server.fault = Fault.FLOOD
     answer = source.ask(("echo", "done"))
-    assert answer == Answer(0, "y" * FLOOD_BYTES + "done\n", "x" * FLOOD_BYTES)
+    assert answer == Answer(0, "y" * FLOOD_BYTES + "done\n", "x" * COMPLAINT_BYTES)
 
 
 def test_signal_ends_the_wait_for_an_answer(source: SshHost, server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
