@@ -128,11 +128,19 @@ class Stuck(Failure):
 
 class StreamFailed(Failure):
     """A stream did not arrive whole. `link_held` says that the sender's own exit status came through: so the link is
-    not to blame."""
+    not to blame.
 
-    def __init__(self, what: str, hint: str = "", *, link_held: bool = False) -> None:
+    `sender_said` and `receiver_said` are the words of either end that failed. What is wrong here the receiver alone can
+    say: the sender is another host, and may say what it likes.
+    """
+
+    def __init__(
+        self, what: str, hint: str = "", *, link_held: bool = False, sender_said: str = "", receiver_said: str = ""
+    ) -> None:
         super().__init__(what, hint)
         self.link_held = link_held
+        self.sender_said = sender_said
+        self.receiver_said = receiver_said
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -2909,7 +2917,7 @@ class Pipeline:
         """All have ended."""
         self.is_over = True
         try:
-            blame([stage.ended() for stage in self.feeders] + self.broken)
+            blame([stage.ended() for stage in self.feeders], self.broken)
         except StreamFailed as failure:
             self.failure = failure
 
@@ -3028,15 +3036,18 @@ def stalled(patience: float, moved: int, running: Sequence[str]) -> StreamFailed
 
 SSH_FAILED = 255
 
-REMEDIES = {
+SENDING_REMEDIES = {
     "dataset key must be loaded": "load it at the source (zfs load-key), or mirror raw, to another place",
+}
+RECEIVING_REMEDIES = {
     "inherited key must be loaded": "load the key of the local parent (zfs load-key)",
 }
 """What to do when zfs send or zfs recv says so."""
 
 
-def blame(ended: Sequence[Ended]) -> None:
-    """Raise for the stages that failed: what those say that say something."""
+def blame(feeders: Sequence[Ended], receivers: Sequence[Ended]) -> None:
+    """Raise for the stages that failed: what those say that say something. The first of the feeders is the sender."""
+    ended = [*feeders, *receivers]
     failed = [(program, status, text) for program, status, text in ended if status != 0]
     if not failed:
         return
@@ -3045,9 +3056,18 @@ def blame(ended: Sequence[Ended]) -> None:
     # That the next process went away is no cause: it says itself why.
     causes = [each for each in spoken if each[0] != "mbuffer" or "Broken pipe" not in each[1]]
     what = "; ".join([f"{program}: {text}" for program, text in causes or spoken] or silent)
-    hint = next((remedy for words, remedy in REMEDIES.items() if words in what), "")
-    # ssh ends with 255 if the link broke, or if a signal ended the command there; else with the command's own status.
-    raise StreamFailed(f"the stream failed: {what}", hint, link_held=ended[0][1] != SSH_FAILED)
+    sender_said = "".join(text for _, status, text in feeders[:1] if status != 0)
+    receiver_said = "".join(text for _, status, text in receivers if status != 0)
+    remedies = ((sender_said, SENDING_REMEDIES), (receiver_said, RECEIVING_REMEDIES))
+    hint = next((remedy for said, table in remedies for words, remedy in table.items() if words in said), "")
+    raise StreamFailed(
+        f"the stream failed: {what}",
+        hint,
+        # ssh ends with 255 if the link broke, or if a signal ended the command there; else with its own status.
+        link_held=ended[0][1] != SSH_FAILED,
+        sender_said=sender_said,
+        receiver_said=receiver_said,
+    )
 
 
 @dataclass(frozen=True)
@@ -3110,10 +3130,13 @@ def explained(failure: StreamFailed, source: Host, sending: Command, target: Hos
         return LinkLost(
             f"the link to {source.label} broke: {failure.what}", "what arrived is kept; the next run goes on from there"
         )
-    for host, command, verb in ((source, sending, "send"), (target, receiving, "receive")):
-        denied = re.search(f"cannot {verb}[^;]*: permission denied", failure.what)
-        failure.hint = failure.hint or (permit(host, command, failure.what) if denied else "")
-    if re.search("out of space|quota exceeded", failure.what):
+    for host, command, verb, said in (
+        (source, sending, "send", failure.sender_said),
+        (target, receiving, "receive", failure.receiver_said),
+    ):
+        denied = re.search(f"cannot {verb}[^;]*: permission denied", said)
+        failure.hint = failure.hint or (permit(host, command, said) if denied else "")
+    if re.search("out of space|quota exceeded", failure.receiver_said):
         failure.hint = "make space; what arrived is kept, and the next run goes on from there"
     return failure
 
@@ -4134,10 +4157,11 @@ class Run:
         """A failed stream with the way out that the listing after it suggests. None where ZFS found what no listing
         shows: it is noted in `target`, and the plan, made anew, will say what it means."""
         now = self.target.get(ride.key)
-        if now and "has been modified" in failure.what:
+        said = failure.receiver_said if isinstance(failure, StreamFailed) else ""
+        if now and "has been modified" in said:
             self.target[ride.key] = replace(now, changed=True)
             return None
-        missing = " or ".join(lacking(failure.what, self.features or ()))
+        missing = " or ".join(lacking(said, self.features or ()))
         if missing:
             failure.hint = f"the pool here lacks {missing}: zpool upgrade, with a newer OpenZFS if need be"
         elif now and now.partial and now.partial.token == ride.step.token and not failure.hint:

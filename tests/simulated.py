@@ -851,18 +851,23 @@ class Wire:
         assert "-F" not in receiving or self.target.below(target) == [target], f"-F over what is below {target}"
         self.disturbed(sending, "before")
         try:
-            for segment in self.source.send(sending):
+            segments = self.source.send(sending)
+        except Refused as refused:
+            raise StreamFailed(f"the stream failed: zfs: {refused}", sender_said=str(refused)) from None
+        try:
+            for segment in segments:
                 for _ in self.target.receive(receiving, segment):
                     self.disturbed(sending, "half-way")
                 self.done.append((self.target.label, "recv", segment.name, target))
         except Refused as refused:
-            raise StreamFailed(f"the stream failed: zfs: {refused}") from None
+            raise StreamFailed(f"the stream failed: zfs: {refused}", receiver_said=str(refused)) from None
         self.disturbed(sending, "after")
 
     def disturbed(self, sending: Command, moment: str) -> None:
+        """An answer in place of the stream is what the sender says."""
         answer = self.at(self.source, sending, moment)
         if answer:
-            raise StreamFailed(f"the stream failed: {answer.stderr}")
+            raise StreamFailed(f"the stream failed: {answer.stderr}", sender_said=answer.stderr)
 
     def writes(self) -> list[tuple[str, ...]]:
         """The commands so far that change something, each after the label of its machine."""

@@ -809,6 +809,23 @@ def test_a_stream_that_fails_ends_its_train_and_the_rest_goes_by_the_next(mirror
     assert mirrored.here("/disk") == f"a!{RECEIVED}"
 
 
+@pytest.mark.parametrize("way", ["rollback", "quarantine"])
+def test_what_the_source_says_of_this_host_is_not_believed(mirrored: Job, way: str) -> None:
+    """That the mirror has been modified zfs recv alone can say: nothing is rolled back or set aside for it."""
+    said = f"cannot receive: destination {LOCAL} has been modified; pool must be upgraded; out of space"
+    mirrored.snapshot("b")
+
+    def lying(where: Machine, command: Command, moment: str) -> Answer | None:
+        return Answer(1, "", said) if command[1] == "send" and moment == "before" else None
+
+    found = mirrored.replicate(status=1, at=lying, rollback=way == "rollback", quarantine=way != "rollback")
+    assert found.count(said) == len(EACH)
+    assert "lacks" not in found
+    assert not mirrored.done("rollback", "rename", "recv", "destroy")
+    mirrored.replicate()
+    assert mirrored.here() == f"a b!{RECEIVED}"
+
+
 @pytest.mark.parametrize("every", [False, True])
 def test_an_increment_lists_long_histories_twice(mirrored: Job, every: bool) -> None:
     mirrored.snapshot("b")

@@ -374,18 +374,15 @@ def test_sender_whose_own_status_came_through_is_no_lost_link() -> None:
 
 
 def test_blame_names_nobody_if_all_went_well() -> None:
-    blame([])
-    blame([("ssh", 0, "a warning"), ("zfs", 0, "another")])
+    blame([], [])
+    blame([("ssh", 0, "a warning")], [("zfs", 0, "another")])
 
 
 def test_blame_names_those_with_something_to_say() -> None:
     with pytest.raises(StreamFailed) as caught:
         blame(
-            [
-                ("ssh", -13, ""),
-                ("mbuffer", 1, "mbuffer: error: outputThread"),
-                ("zfs", 1, "cannot receive: out of space"),
-            ]
+            [("ssh", -13, ""), ("mbuffer", 1, "mbuffer: error: outputThread")],
+            [("zfs", 1, "cannot receive: out of space")],
         )
     assert caught.value.what == (
         "the stream failed: mbuffer: mbuffer: error: outputThread; zfs: cannot receive: out of space"
@@ -395,14 +392,14 @@ def test_blame_names_those_with_something_to_say() -> None:
 def test_blame_passes_over_what_is_but_a_consequence() -> None:
     noise = ("mbuffer", 1, "mbuffer: error: outputThread: error writing to <stdout>: Broken pipe")
     with pytest.raises(StreamFailed, match=r"^the stream failed: zfs: cannot receive: out of space$"):
-        blame([("ssh", 0, ""), noise, ("zfs", 1, "cannot receive: out of space")])
+        blame([("ssh", 0, ""), noise], [("zfs", 1, "cannot receive: out of space")])
     with pytest.raises(StreamFailed, match=r"^the stream failed: mbuffer: mbuffer: error"):
-        blame([("ssh", 0, ""), noise, ("zfs", -9, "")])
+        blame([("ssh", 0, ""), noise], [("zfs", -9, "")])
 
 
 def test_blame_tells_a_status_where_nobody_speaks() -> None:
     with pytest.raises(StreamFailed, match=r"^the stream failed: ssh ended by signal 13; zfs ended with status 2$"):
-        blame([("ssh", -13, ""), ("mbuffer", 0, "a warning"), ("zfs", 2, "")])
+        blame([("ssh", -13, ""), ("mbuffer", 0, "a warning")], [("zfs", 2, "")])
 
 
 # --- Rights -----------------------------------------------------------------------------------------------------------
@@ -442,6 +439,38 @@ def test_missing_right_of_either_end_is_told_with_what_grants_it() -> None:
 def test_lack_of_space_is_told_with_what_comes_next(words: str) -> None:
     failure = told("exit 0", f"cat >/dev/null; echo 'cannot receive incremental stream: {words}' >&2; exit 1")
     assert failure.hint == "make space; what arrived is kept, and the next run goes on from there"
+
+
+HERE = (
+    "cannot receive incremental stream: destination offsite/vm/a has been modified since most recent snapshot",
+    "cannot receive new filesystem stream: permission denied",
+    "cannot receive incremental stream: out of space",
+    "destination offsite/vm/a space quota exceeded.",
+    "cannot receive: stream has unsupported feature, feature flags = 80000",
+    "cannot receive: pool must be upgraded to receive this stream.",
+    "cannot receive new filesystem stream: inherited key must be loaded",
+)
+"""What zfs recv says of this host."""
+
+
+@pytest.mark.parametrize("words", HERE)
+@pytest.mark.parametrize("receiver", ["exit 0", "echo 'cannot receive: failed to read from stream' >&2; exit 1"])
+def test_words_of_the_sender_are_not_taken_for_the_receivers(words: str, receiver: str) -> None:
+    failure = told(f"echo '{words}' >&2; exit 1", f"cat >/dev/null; {receiver}")
+    assert words in failure.what
+    assert failure.sender_said == words
+    assert failure.receiver_said == ("" if receiver == "exit 0" else "cannot receive: failed to read from stream")
+    assert failure.hint == ""
+
+
+def test_words_of_the_receiver_are_not_taken_for_the_senders() -> None:
+    said = "warning: cannot send 'tank/vm/a@b': dataset key must be loaded"
+    failure = told(f'echo "{said}" >&2; exit 1', "cat >/dev/null")
+    assert failure.hint.startswith("load it at the source")
+    assert (failure.sender_said, failure.receiver_said) == (said, "")
+    failure = told("exit 0", f'cat >/dev/null; echo "{said}" >&2; exit 1')
+    assert (failure.sender_said, failure.receiver_said) == ("", said)
+    assert failure.hint == ""
 
 
 def test_our_own_property_that_could_not_be_set_is_a_failure_though_zfs_recv_succeeds() -> None:
