@@ -2740,13 +2740,26 @@ def buffer_stage(size: str, rate: str | None = None) -> tuple[Command, ...]:
     return (("mbuffer", "-q", "-m", size, *limit),) if installed("mbuffer") else ()
 
 
+SAID_BYTES = 64 * 1024
+"""How much is kept of what a process of a stream says, the last of it: more than zfs recv says of all properties."""
+
+
 @dataclass(frozen=True)
 class Stage:
-    """One process of a pipeline. Its stderr goes to a file, which cannot fill up and block as a pipe can."""
+    """One process of a pipeline. What it says on its stderr is read as it comes: else the pipe would fill up, and the
+    process wait for ever. Nobody waits for the end of that pipe: others may keep it open, as a master of ssh does."""
 
     program: str
     process: subprocess.Popen[bytes]
     errors: IO[bytes]
+    tail: Tail
+
+    def hear(self) -> bool:
+        """Take what it has said by now, and no more. Returns whether there was anything."""
+        waiting = 0 if self.errors.closed else in_pipe(self.errors)
+        if waiting:
+            self.tail.add(os.read(self.errors.fileno(), waiting))
+        return waiting > 0
 
     def has_ended(self) -> bool:
         """Without laying it to rest: what it has read can still be asked."""
@@ -2763,9 +2776,9 @@ class Stage:
         return int(found["rchar"]), int(found["wchar"])
 
     def said(self, lines: int = 5) -> str:
-        """The last lines it wrote to its stderr; 0: all of them."""
-        self.errors.seek(0)
-        return "\n".join(self.errors.read().decode(errors="replace").strip().splitlines()[-lines:])
+        """The last lines it wrote to its stderr; 0: all that is kept of them."""
+        self.hear()
+        return "\n".join(self.tail.last().decode(errors="replace").strip().splitlines()[-lines:])
 
     def ended(self) -> Ended:
         """How it ended, once it has."""
@@ -2781,8 +2794,8 @@ class Transport:
     """How streams are carried: through what `buffer`, by which of the PACKERS ("": none), and what is done about them
     meanwhile.
 
-    A pipeline through which no byte has moved for `patience` seconds is ended; `moved` is called when one has.
-    `inherit` are open files that what receives keeps open should we be killed.
+    A pipeline whose receiver has been given nothing for `patience` seconds, or less than FLOOR, is ended; `moved` is
+    called when it has been given something. `inherit` are open files that what receives keeps open should we be killed.
     """
 
     buffer: tuple[Command, ...] = ()
@@ -2807,6 +2820,9 @@ SHOW_SECONDS = 1.0
 """How often to show it, if somebody looks on."""
 TAIL_FACTOR = 4
 """How much longer zfs recv may be quiet when all bytes are in its hands: it still has to write and account for them."""
+FLOOR = 300
+"""Bytes a second that a stream brings at least, once it has begun, on the average of a patience: in an hour that is a
+mebibyte. No line is so slow; but a peer that keeps us waiting is."""
 
 
 class Pipeline:
@@ -2830,7 +2846,8 @@ class Pipeline:
         self.pipe: IO[bytes] | None = None  # the end of it that is still to be read
         self.before = 0  # bytes of the streams that have arrived
         self.since = self.moved_at = self.next_look = time.monotonic()
-        self.count = 0
+        self.count: int | None = None  # bytes at the last look at the receiver at hand
+        self.mark: tuple[float, int] | None = None  # when FLOOR was kept last, and the bytes by then
         try:
             for command in feeders:
                 self.feeders.append(self.start(command, subprocess.PIPE))
@@ -2851,23 +2868,22 @@ class Pipeline:
         """Start a process at the open end of the pipe. Raises StreamFailed if that cannot be done."""
         is_last = stdout == subprocess.DEVNULL
         try:
-            errors = self.stack.enter_context(tempfile.TemporaryFile())
             process = subprocess.Popen(
                 command,
                 stdin=self.pipe or subprocess.DEVNULL,
                 stdout=stdout,
-                stderr=errors,
+                stderr=subprocess.PIPE,
                 env=environment(),
                 pass_fds=self.transport.inherit if is_last else (),
             )
         except OSError as error:
-            hint = "is it installed, and is there space for temporary files?"
-            raise StreamFailed(f"cannot start {command[0]}: {error.strerror}", hint) from None
+            raise StreamFailed(f"cannot start {command[0]}: {error.strerror}", "is it installed?") from None
+        errors = self.stack.enter_context(process.stderr)  # type: ignore[arg-type]  # it is a pipe
         self.stack.callback(end, process)
         if not is_last:
             self.close_pipe()  # ours would keep it open after this process has gone
             widen(process.stdout)  # type: ignore[arg-type]  # it is a pipe
-        return Stage(command[0], process, errors)
+        return Stage(command[0], process, errors, Tail(SAID_BYTES))
 
     def close_pipe(self) -> None:
         if self.pipe:
@@ -2876,7 +2892,9 @@ class Pipeline:
 
     def receive_next(self) -> None:
         self.receiver = self.start(self.waiting.pop(0), subprocess.DEVNULL)
-        self.since = time.monotonic()
+        self.since = self.moved_at = time.monotonic()
+        self.next_look = self.since + self.look_seconds
+        self.count = self.mark = None
 
     def give_up(self, failure: StreamFailed) -> None:
         self.failure = failure
@@ -2903,6 +2921,7 @@ class Pipeline:
         if ended[1] == 0:
             self.before += arrival.bytes
             self.arrived.append(arrival)
+            self.transport.moved()
         else:
             self.broken = [ended]
         if self.broken or not self.waiting:
@@ -2921,22 +2940,47 @@ class Pipeline:
         except StreamFailed as failure:
             self.failure = failure
 
+    @property
+    def look_seconds(self) -> float:
+        """After how long to look next."""
+        return min(WATCH_SECONDS, self.transport.patience / 2)
+
     def watch(self) -> None:
-        """Give up when no byte has moved for too long. Where the kernel counts none (no /proc), only keepalives guard
-        the link."""
+        """Give up when for too long no byte has come to the receiver, or too few. What others read and write does not
+        count: a peer can make ssh do that as slowly as it likes. Where the kernel counts nothing, only keepalives guard
+        the link.
+
+        A stream begins with the first byte after the first look, by which a receiver has read its own libraries: until
+        then zfs send may search as long as patience lasts.
+        """
         now = time.monotonic()
         if now < self.next_look:
             return
-        self.next_look = now + min(WATCH_SECONDS, self.transport.patience / 2)
-        count = sum(sum(stage.moved()) for stage in self.stages())
+        self.next_look = now + self.look_seconds
+        given = self.given()
+        count = sum(sum(stage.moved()) for stage in self.stages()) if given is None else given
+        if count != self.count:
+            if self.count is not None and (not self.mark or count - self.mark[1] >= FLOOR * self.transport.patience):
+                self.mark = (now, count)
+            self.count, self.moved_at = count, now
+            self.transport.moved()
+        if given is None:
+            return
         running = self.running()
         may_be_tail = self.feeders and (self.waiting or running == [self.receiver])
         patience = self.transport.patience * (TAIL_FACTOR if may_be_tail else 1)
-        if count != self.count:
-            self.count, self.moved_at = count, now
-            self.transport.moved()
-        elif count and now - self.moved_at >= patience:
-            self.give_up(stalled(patience, self.came(self.receiver), [stage.program for stage in running]))
+        since, then = self.mark or (now, count)
+        if now - self.moved_at >= patience or now - since >= patience:
+            few = count - then if now - self.moved_at < patience else 0
+            programs = [stage.program for stage in running]
+            self.give_up(stalled(patience, self.came(self.receiver), programs, few))
+
+    def given(self) -> int | None:
+        """Bytes that the receivers have been given so far. None where the kernel counts none: without /proc, or of a
+        process that is root's by sudo."""
+        if self.receiver and not any(self.counter(self.receiver).moved()):
+            return None
+        return self.before + self.came(self.receiver)
 
     def stages(self) -> list[Stage]:
         return [*self.feeders, *([self.receiver] if self.receiver else [])]
@@ -2950,15 +2994,21 @@ class Pipeline:
         more, for programs read other things as well; and may be secret, if it is root's by sudo."""
         if not receiver:
             return 0
-        feeder = self.feeders[-1] if self.feeders else receiver
-        if feeder.program not in ("mbuffer", *PACKERS):
+        counter = self.counter(receiver)
+        if counter is receiver:
             return receiver.moved()[0]
         written = waiting = 0
         for _ in range(COUNTS):
-            written, waiting = feeder.moved()[1], in_pipe(self.pipe)
-            if feeder.moved()[1] == written:
+            written, waiting = counter.moved()[1], in_pipe(self.pipe)
+            if counter.moved()[1] == written:
                 break
         return max(written - waiting - self.before, 0)
+
+    def counter(self, receiver: Stage) -> Stage:
+        """By whose counts it is known what a receiver has been given: those of the last feeder, if it does nothing but
+        feed."""
+        feeder = self.feeders[-1] if self.feeders else receiver
+        return feeder if feeder.program in ("mbuffer", *PACKERS) else receiver
 
     def buffered(self) -> int:
         """Bytes that wait in the buffer."""
@@ -3003,32 +3053,37 @@ def convey(pipelines: Sequence[Pipeline], show: Callable[[], None] | None = None
                 shown = time.monotonic()
                 show()
             until = min(until, shown + SHOW_SECONDS)
-        await_end(running, until - time.monotonic())  # not of those that run now: one may have ended since we looked
+        # Not the end of those that run now: one may have ended since we looked.
+        await_news(running, [stage for it in at_work for stage in it.stages()], until - time.monotonic())
 
 
 POLL_SECONDS = 0.02
 """How often to look for the end of a process where it cannot be awaited."""
 
 
-def await_end(pids: Iterable[int], seconds: float) -> None:
-    """Wait until one of our processes ends, or for some seconds; a moment where the kernel cannot tell."""
+def await_news(pids: Iterable[int], stages: Iterable[Stage], seconds: float) -> None:
+    """Wait until one of our processes ends, or a stage says something, which is taken, or for some seconds; a moment
+    where the kernel cannot tell of an end."""
     with contextlib.ExitStack() as stack:
-        watched = []
+        speakers = {stage.errors.fileno(): stage for stage in stages if not stage.errors.closed}
+        watched: list[int] = []
         try:
             for pid in pids:
                 watched.append(os.pidfd_open(pid))
                 stack.callback(os.close, watched[-1])
         except (AttributeError, OSError):  # not Linux, or before 5.3
-            time.sleep(POLL_SECONDS)
-        else:
-            select.select(watched, [], [], max(seconds, 0))
+            watched, seconds = [], min(seconds, POLL_SECONDS)
+        ready, _, _ = select.select([*watched, *speakers], [], [], max(seconds, 0))
+        for speaker in (speakers[it] for it in ready if it in speakers):
+            if not speaker.hear():
+                speaker.errors.close()  # nobody has it open any more
 
 
-def stalled(patience: float, moved: int, running: Sequence[str]) -> StreamFailed:
-    """What to say of a stream that stands still after `moved` bytes."""
+def stalled(patience: float, moved: int, running: Sequence[str], few: int = 0) -> StreamFailed:
+    """What to say of a stream that stands still after `moved` bytes, or nearly: a `few` of them have come lately."""
+    lately = f"no more than {few:,} bytes of the stream have come in" if few else "no byte of the stream has moved for"
     return StreamFailed(
-        f"no byte of the stream has moved for {duration(patience)}: it stands after some {moved:,} bytes, "
-        f"with {', '.join(running)} still at work",
+        f"{lately} {duration(patience)}: it stands after some {moved:,} bytes, with {', '.join(running)} still at work",
         "what arrived is kept, and the next run goes on from there; if it happens again, look at zpool status on "
         "both sides, or be more patient: --stall-timeout",
     )
@@ -3120,6 +3175,7 @@ def await_login(source: Host, first: Pipeline) -> None:
     """Wait until the connection of the first stream stands; if it never does, that one tells."""
     until = time.monotonic() + CONNECT_SECONDS
     while first.feeders and not first.feeders[0].has_ended() and not source.connected() and time.monotonic() < until:
+        first.feeders[0].hear()  # it may have much to say before
         time.sleep(0.1)
 
 
@@ -3142,7 +3198,7 @@ def explained(failure: StreamFailed, source: Host, sending: Command, target: Hos
 
 
 def refused_properties(said: str) -> dict[str, str]:
-    """Which properties zfs recv could not set, and why: to it that is no failure."""
+    """Which properties zfs recv could not set, and why: to it that is no failure. SAID_BYTES have room for all."""
     return dict(re.findall(r"cannot receive (\S+) property on .*: (.*)", said))
 
 
@@ -5221,8 +5277,8 @@ def parser() -> argparse.ArgumentParser:
         help="send encrypted datasets as plain ones; their keys must be loaded at the source, and a mirror stays as it "
         "began")  # fmt: skip
     add("--stall-timeout", type=time_span, default=duration(STALL_SECONDS), metavar="DURATION",
-        help="give up a stream through which no byte moves, or a command that does not answer, for so long: "
-        "90s, 30m, 2h (default: %(default)s)")  # fmt: skip
+        help="give up a stream of which nothing comes for so long, or next to nothing, and a command that has not "
+        "ended by then: 90s, 30m, 2h (default: %(default)s)")  # fmt: skip
     add("--retries", type=count, default=0, metavar="N",
         help="when the link is lost, list and plan anew up to N times, with growing pauses (default: %(default)s, "
         "the next run goes on)")  # fmt: skip

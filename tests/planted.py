@@ -145,7 +145,21 @@ BUGS: dict[str, Edits] = {
         ("[*place, *map(destroy_bookmark, marks.remove)]", "[*map(destroy_bookmark, marks.remove), *place]"),
     ),
     "blocked without asking for the way out": (("        allowed = {Rollback: self.policy.rollback, Quarantine", "        allowed = {Rollback: True, Quarantine"),),
-    "nobody watches the stream": (("        elif count and now - self.moved_at >= patience:\n", "        elif False:\n"),),
+    "nobody watches the stream": (("        if now - self.moved_at >= patience or now - since >= patience:\n", "        if False:\n"),),
+    "a dribble is a stream": (("        if now - self.moved_at >= patience or now - since >= patience:\n", "        if now - self.moved_at >= patience:\n"),),
+    "what any process reads is movement": (("for stage in self.stages()) if given is None else given\n", "for stage in self.stages())\n"),),
+    "the sender speaks for the receiver": (
+        ("        said = failure.receiver_said if isinstance(failure, StreamFailed) else \"\"\n", "        said = failure.what\n"),
+    ),
+    "a hint from what another host says": (("\"out of space|quota exceeded\", failure.receiver_said)", "\"out of space|quota exceeded\", failure.what)"),),
+    "a command prints as much as it likes": (("        if len(self.kept) > OUTPUT_BYTES:\n", "        if False:\n"),),
+    "a command complains as much as it likes": (("        if len(self.kept) > 2 * self.most:", "        if False:"),),
+    "patience for each piece of an answer": (
+        ("        if left <= 0:\n            raise socket.timeout\n        channel.settimeout(left)\n", ""),
+    ),
+    "the end of what a stage says is awaited": (
+        ("        waiting = 0 if self.errors.closed else in_pipe(self.errors)\n", "        waiting = 0 if self.errors.closed else 1\n"),
+    ),
     "the lock is not inherited": (("                pass_fds=self.transport.inherit if is_last else (),\n", ""),),
     "sent without a hold": (
         ("        if not self.is_held(plan):\n            return []\n", ""),

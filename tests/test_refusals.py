@@ -151,6 +151,13 @@ def broken_link() -> Failure:
 PLAIN = zfs_replicate.Transport()
 
 
+def flooded() -> Failure:
+    output = zfs_replicate.Output("zfs list", "HOST")
+    with pytest.raises(Failure) as caught:
+        output.add(bytes(zfs_replicate.OUTPUT_BYTES + 1))
+    return caught.value
+
+
 def held_lock(path: Path, pid: int, alive: bool) -> Failure:
     """What is said of a lock whose holder moved nothing for an hour."""
     path.write_text(f"{pid} 1700000000 {LOCAL}\n", encoding="utf-8")
@@ -179,6 +186,8 @@ def refusals(scratch: Path) -> Iterator[tuple[str, str]]:
         said_by_run("half-way"),
         broken_link(),
         stalled(3600, 1_234_567_890, ("ssh", "mbuffer", "zfs")),
+        stalled(3600, 1_234_567_890, ("ssh", "mbuffer", "zfs"), 4_711),
+        flooded(),
         held_lock(scratch / "stuck", 4711, alive=True),
         held_lock(scratch / "orphan", 4711, alive=False),
     ):

@@ -8,7 +8,8 @@ import os
 import shutil
 import signal
 import subprocess
-from typing import TYPE_CHECKING, Any
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any, Callable
 
 import pytest
 from ssh_server import PATIENCE, Fault, Server
@@ -16,6 +17,7 @@ from test_hosts import MEBIBYTE, SshConfig, executable, shell
 
 from zfs_replicate import (
     PACKERS,
+    SAID_BYTES,
     Account,
     Arrival,
     Command,
@@ -26,6 +28,7 @@ from zfs_replicate import (
     LocalHost,
     Pipeline,
     SshHost,
+    Stage,
     Stopped,
     StreamFailed,
     Train,
@@ -182,6 +185,153 @@ def test_only_the_last_lines_are_told() -> None:
     with pytest.raises(StreamFailed) as caught:
         stream([shell("seq 100 >&2; printf '\\377' >&2; exit 1")])
     assert caught.value.what == "the stream failed: sh: 97\n98\n99\n100\n\ufffd"
+
+
+# --- Bounds: what no stage can make us wait for, or keep ---------------------------------------------------------------
+
+
+def test_of_what_a_stage_says_without_end_the_last_is_kept() -> None:
+    """In memory, and nowhere else; the longest line is as long."""
+    flood = shell('echo first >&2; head -c "$1" /dev/zero | tr "\\0" e >&2; echo last >&2; exit 1', str(9 * MEBIBYTE))
+    with contextlib.closing(Pipeline([flood], [("cat",)], PLAIN)) as pipeline:
+        convey([pipeline])
+        assert pipeline.failure
+        assert pipeline.failure.sender_said.endswith("elast")
+        assert len(pipeline.failure.what) < SAID_BYTES + 100
+        assert len(pipeline.feeders[0].tail.kept) <= 3 * SAID_BYTES
+
+
+def test_nothing_waits_for_others_who_keep_the_stderr_of_a_stage(tmp_path: Path) -> None:
+    """A master of ssh lives on for a minute, and may have inherited it."""
+    sender = shell('sleep 60 >/dev/null & echo $! > "$1"; echo some; echo "a word" >&2', str(tmp_path / "pid"))
+    try:
+        stream([sender, into(tmp_path / "out")])
+        assert (tmp_path / "out").read_text() == "some\n"
+        os.kill(int((tmp_path / "pid").read_text()), 0)  # it is still there
+    finally:
+        os.kill(int((tmp_path / "pid").read_text()), signal.SIGKILL)
+
+
+TALK = "while :; do echo word >&2; sleep 0.05; done"
+
+
+def test_words_without_a_byte_of_the_stream_are_no_movement() -> None:
+    moved: list[int] = []
+    transport = Transport(patience=1.0, moved=lambda: moved.append(1))
+    with pytest.raises(StreamFailed, match=r"no byte of the stream has moved for 1s: .* with sh, cat still at work"):
+        stream([shell(TALK), ("cat",)], transport=transport)
+    assert len(moved) <= 1, "a receiver has begun, and that is all"
+
+
+def test_a_byte_at_times_is_no_stream() -> None:
+    sender = shell("while :; do printf x; sleep 0.05; done")
+    with pytest.raises(StreamFailed, match=r"no more than \d+ bytes of the stream have come in 1s: ") as caught:
+        stream([sender, ("cat",)], transport=Transport(patience=1.0))
+    assert caught.value.hint.endswith("--stall-timeout")
+
+
+HOUR = 3600
+
+
+class Watched(Pipeline):
+    """A pipeline of which the test says what has come by when, and which processes still run."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, coming: Callable[[int], int | None]) -> None:
+        self.now = 0
+        self.coming = coming
+        self.at_work: list[int] = [0, 1]
+        self.told: list[int] = []
+        monkeypatch.setattr("zfs_replicate.time", SimpleNamespace(monotonic=lambda: self.now))
+        transport = Transport(patience=HOUR, moved=lambda: self.told.append(self.now))
+        super().__init__([("sleep", "60")], [("sleep", "60")] * 2, transport)
+        monkeypatch.undo()
+        self.clock = SimpleNamespace(monotonic=lambda: self.now)
+
+    def given(self) -> int | None:
+        return self.coming(self.now)
+
+    def running(self) -> list[Stage]:
+        return [self.stages()[number] for number in self.at_work]
+
+    def watch_for(self, monkeypatch: pytest.MonkeyPatch, seconds: int, *, waiting: bool = False) -> int | None:
+        """When it gives up; None if it does not."""
+        if not waiting:
+            self.waiting.clear()
+        with monkeypatch.context() as patch:
+            patch.setattr("zfs_replicate.time", self.clock)
+            while self.now < seconds and not self.is_over:
+                self.now += 5
+                self.watch()
+        return self.now if self.is_over else None
+
+
+def ended_at(
+    monkeypatch: pytest.MonkeyPatch,
+    coming: Callable[[int], int | None],
+    *,
+    tail_from: int = 10**9,
+    waiting: bool = False,
+) -> tuple[int | None, list[int]]:
+    """When a stream that comes like this is given up, within 24 hours, and when it was told to have moved."""
+    with contextlib.closing(Watched(monkeypatch, coming)) as it:
+        ended = it.watch_for(monkeypatch, min(tail_from, 24 * HOUR), waiting=waiting)
+        if ended is None and tail_from < 24 * HOUR:
+            it.at_work = [1]
+            ended = it.watch_for(monkeypatch, 24 * HOUR, waiting=waiting)
+        return ended, it.told
+
+
+def test_a_slow_line_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """400 bytes a second, or all of an hour's at once."""
+    assert ended_at(monkeypatch, lambda now: 400 * now)[0] is None
+    assert ended_at(monkeypatch, lambda now: now // 3000 * 2**21)[0] is None
+
+
+def test_a_line_that_dribbles_is_ended_in_an_hour(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At once, or after much has come."""
+    ended, told = ended_at(monkeypatch, lambda now: now // 60)
+    assert ended is not None
+    assert HOUR <= ended <= HOUR + 120
+    assert told
+    ended, told = ended_at(monkeypatch, lambda now: 10**6 * min(now, 7 * HOUR) + now)
+    assert ended is not None
+    assert 8 * HOUR - 10 <= ended <= 8 * HOUR + 10
+
+
+def test_a_stream_may_be_searched_for_before_it_comes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the receiver has read of its own by the first look is no beginning."""
+    assert ended_at(monkeypatch, lambda now: 60_000 + max(now - HOUR + 60, 0) * 400)[0] is None
+    ended, told = ended_at(monkeypatch, lambda now: 60_000)
+    assert ended == HOUR + 5
+    assert told == [5]
+
+
+def test_the_tail_of_a_small_stream_may_take_longer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whole after a minute, and less than the floor asks for in an hour."""
+    for waiting in (False, True):  # where others wait behind it, nobody knows whether it is whole
+        ended, _ = ended_at(monkeypatch, lambda now: min(now, 60) * 100, tail_from=65, waiting=waiting)
+        assert ended is not None
+        assert 4 * HOUR <= ended <= 4 * HOUR + 70
+
+
+def test_where_nobody_counts_nobody_gives_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without /proc, or with a receiver that is root's: but what does move keeps the lock."""
+    monkeypatch.setattr(Stage, "moved", lambda stage: (0, 0))
+    ended, told = ended_at(monkeypatch, lambda now: None)
+    assert (ended, told) == (None, [5])
+
+
+def test_what_cannot_be_counted_is_told_apart_from_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    with contextlib.closing(Pipeline([("sleep", "60")], [("sleep", "60")], PLAIN)) as pipeline:
+        receiver = pipeline.receiver
+        assert receiver
+        monkeypatch.setattr(Stage, "moved", lambda stage: (7, 5) if stage is receiver else (0, 0))
+        assert pipeline.given() == 7
+        monkeypatch.setattr(Stage, "moved", lambda stage: (0, 0) if stage is receiver else (7, 5))
+        assert pipeline.given() is None
+        pipeline.receiver = None
+        assert pipeline.given() == 0
+        pipeline.receiver = receiver
 
 
 # --- Trains -----------------------------------------------------------------------------------------------------------
