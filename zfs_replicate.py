@@ -56,6 +56,7 @@ import fnmatch
 import functools
 import hashlib
 import heapq
+import io
 import json
 import logging
 import os
@@ -103,6 +104,43 @@ class Failure(Exception):
 
     def __str__(self) -> str:
         return f"{self.what}\n{self.hint}".strip()
+
+
+MOST_LINES = 10
+MOST_SAID = 2048
+"""What others said is shown up to so many lines and bytes."""
+
+
+def printable(text: str) -> str:
+    """The text, with an escape for each character that a terminal could act upon, or that turns the order of others
+    round. Newlines stay; a TAB becomes a space."""
+    return text if text.isprintable() else "".join(map(shown, text))
+
+
+def shown(letter: str) -> str:
+    """A letter as `printable` has it."""
+    if letter.isprintable() or letter == "\n":
+        return letter
+    if letter == "\t":
+        return " "
+    number = ord(letter)
+    if 0xDC80 <= number <= 0xDCFF:  # stands for a byte that is no UTF-8 (https://peps.python.org/pep-0383/)
+        number -= 0xDC00
+    return f"\\x{number:02x}" if number < 0x100 else f"\\u{number:04x}" if number < 0x10000 else f"\\U{number:08x}"
+
+
+def excerpt(text: str) -> str:
+    """The beginning of what somebody else said, printable; `...` where more of it is left out."""
+    lines = text[:MOST_SAID].split("\n")
+    whole = printable("\n".join(lines[:MOST_LINES]))
+    head = whole.encode()[:MOST_SAID].decode(errors="ignore")
+    is_cut = len(text) > MOST_SAID or len(lines) > MOST_LINES or head != whole
+    return head + "..." * is_cut
+
+
+def few(names: Sequence[str], most: int = 3) -> str:
+    """The first of many names, and how many there are besides."""
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def ways_out(*hints: str) -> str:
@@ -3440,8 +3478,17 @@ def place_holds(host: Host, tag: str, names: Iterable[str]) -> dict[str, str]:
         if answer.status != 0:
             # Some may be done, some may have had the tag before: an exit status tells neither, so look.
             found = parse_holds(host.ask(list_holds(batch)).stdout, {*batch})
-            missing.update({name: answer.stderr.strip() for name in batch if tag not in found.get(name, ())})
+            said = answer.stderr.strip()
+            missing.update({name: said for name in batch if tag not in found.get(name, ())})
     return missing
+
+
+def refusals(missing: dict[str, str]) -> str:
+    """What `place_holds` could not hold, each message of zfs once."""
+    names: dict[str, list[str]] = {}
+    for name, said in missing.items():
+        names.setdefault(said, []).append(name)
+    return "; ".join(f"{few(some)}: {excerpt(said)}" for said, some in names.items())
 
 
 def ask_about(
@@ -4093,9 +4140,10 @@ class Run:
                 continue
             missing = self.hold_targets([plan])  # all were held together before; ask again where that failed
             if missing:
-                said = "; ".join(f"{name}: {message}" for name, message in missing.items())
-                rights = permit(self.source_host, hold(self.policy.tag, missing), said)
-                raise Failure(f"cannot hold {said}", ways_out("nothing was sent that may vanish meanwhile", rights))
+                rights = permit(self.source_host, hold(self.policy.tag, missing), "".join({*missing.values()}))
+                raise Failure(
+                    f"cannot hold {refusals(missing)}", ways_out("nothing was sent that may vanish meanwhile", rights)
+                )
             self.perform(key, plan.steps[0])
         raise StreamFailed(f"still not in step after {most} steps", "run again; if it stays so, report it")
 
@@ -4385,8 +4433,8 @@ class Run:
 
     def check_holds(self) -> None:
         for key, moves in self.wanted_moves().items():
-            not_placed = ", ".join(moves.place_source + moves.place_local)
-            not_released = ", ".join(moves.release_source + moves.release_local)
+            not_placed = few(moves.place_source + moves.place_local)
+            not_released = few(moves.release_source + moves.release_local)
             what = [f"not held: {not_placed}"] * bool(not_placed) + [f"still held: {not_released}"] * bool(not_released)
             hint = "; ".join(["the next run tries again", *(self.rights or ["see who may hold and release"])])
             self.report.failure(self.local_name(key), Failure("; ".join(what), hint))
@@ -4514,12 +4562,13 @@ def release_all(host: Host, root: str, tag: str, report: Report) -> list[Snapsho
     after = whole(host, root, Selection()) if ours else {}
     still = {s.name for dataset in after.values() for s in dataset.snapshots if tag in (s.tags or ())}
     for snapshot in ours:
-        if snapshot.name in still:
-            hint = permit(host, release(tag, [snapshot.name]), said) or "see who may release it"
-            report.failure(snapshot.name, Failure(f"still held by {tag}: {said.strip()}", hint))
-        else:
+        if snapshot.name not in still:
             dataset = snapshot.name.partition("@")[0]
             report.event("release", dataset, f"{snapshot.name}: released {tag}", snapshot=snapshot.short, tag=tag)
+    if still:
+        names = [snapshot.name for snapshot in ours if snapshot.name in still]
+        hint = permit(host, release(tag, names), said) or "see who may release them"
+        report.failure(root, Failure(f"{few(names)}: still held by {tag}: {said.strip()}", hint))
     return [mark for dataset in tree.values() for mark in dataset.bookmarks]
 
 
@@ -4754,7 +4803,9 @@ class Doctor:
             if lost:
                 name = self.run.source[key].name
                 what = f"{name}: the hold {tag} is on older snapshots too, where no run looks for it: {len(lost)}"
-                yield Finding(what, f"on {self.run.source_host.label}: {shlex.join(release(tag, lost))}")
+                some = next(batches(lost, MOST_SAID // 2))  # a name cut short could be that of another one
+                again = "; then --doctor again" * (len(some) < len(lost))
+                yield Finding(what, f"on {self.run.source_host.label}: {shlex.join(release(tag, some))}{again}")
 
     def pool(self) -> Iterator[Finding]:
         """Health, room and features of the local pool."""
@@ -4836,10 +4887,10 @@ class Report:
         return self.tallies.setdefault(dataset, Tally())
 
     def say(self, line: str, file: IO[str] | None = None) -> None:
-        """A line of its own, whatever progress is being shown."""
+        """A line of its own, whatever progress is being shown; where it has more, these are indented."""
         if self.meter:
             self.meter.clear()
-        print(line, file=file or sys.stderr, flush=True)
+        print(paragraph(line), file=file or sys.stderr, flush=True)
 
     def step(self, line: str) -> None:
         if self.steps:
@@ -4878,18 +4929,22 @@ class Report:
 
     def finding(self, finding: Finding) -> None:
         """One line of --doctor, on stdout, and the remedy below it."""
-        print(f"{'!!' if finding.remedy else 'ok'}  {finding.what}")
-        if finding.remedy:
-            print(f"    {finding.remedy}")
+        told = [f"{'!!' if finding.remedy else 'ok'}  {finding.what}", *filter(None, [finding.remedy])]
+        self.say("\n".join(map(excerpt, told)), sys.stdout)
 
     def failure(self, subject: str, failure: Failure) -> None:
         """Say it once, however often it is found."""
-        text = f"zfs_replicate: {subject}: {failure}".replace("\n", "\n    ")
-        if text not in self.failures:
-            self.failures.append(text)
+        what, hint = excerpt(failure.what), excerpt(failure.hint)
+        text = f"zfs_replicate: {subject}: {what}\n{hint}".strip()
+        if paragraph(text) not in self.failures:
+            self.failures.append(paragraph(text))
             self.tally(subject).failures += 1
-            self.events.append({"event": "failure", "dataset": subject, "what": failure.what, "hint": failure.hint})
+            self.events.append({"event": "failure", "dataset": subject, "what": what, "hint": hint})
             self.say(text)
+
+
+def paragraph(text: str) -> str:
+    return printable(text).replace("\n", "\n    ")
 
 
 STATUS_HEAD = ("DATASET", "NEWEST COMMON", "AGE", "BEHIND", "LACKING", "HELD", "PARTIAL", "PINNED")
@@ -5384,7 +5439,7 @@ def attempt(options: argparse.Namespace, report: Report, alone: Lock) -> int:
     lost: tuple[str, Failure] | None = None
     for pause in (0.0, *pauses(options.retries)):
         if lost:
-            report.step(f"{lost[0]}: {lost[1].what}; trying again in {pause:.0f} s")
+            report.step(f"{lost[0]}: {excerpt(lost[1].what)}; trying again in {pause:.0f} s")
             alone.moved()
             time.sleep(pause)
         try:
@@ -5445,7 +5500,7 @@ def tell_status(options: argparse.Namespace, report: Report) -> int:
     if options.json:
         report.events = [status_data(it) for it in found]
     else:
-        print("\n".join(status_table(found, time.time())))
+        print(printable("\n".join(status_table(found, time.time()))))
     return 3 if report.failures else 0
 
 
@@ -5456,12 +5511,12 @@ def check(options: argparse.Namespace) -> int:
         found = list(standings_here(host, policy_of(options)))
         mark = run(host, get_mark(options.local_fs))
     except Failure as failure:
-        print(f"ZFS_REPLICATE UNKNOWN - {failure.what}".replace("\n", " ").replace("|", "/"))
+        print(f"ZFS_REPLICATE UNKNOWN - {excerpt(failure.what)}".replace("\n", " ").replace("|", "/"))
         return 3
     now = time.time()
     failing = parse_mark(mark, options.local_fs, now)
     status, line = verdict(found, failing, last_moved(options.local_fs, now), options.max_age * 3600, now)
-    print(line)
+    print(printable(line))
     return status
 
 
@@ -5619,8 +5674,8 @@ def write_log(options: argparse.Namespace, report: Report, ending: Ending) -> No
     """Tell the system's log each failure, and how the run ended."""
     syslog.openlog("zfs_replicate", syslog.LOG_PID, syslog.LOG_DAEMON)
     for failure in report.failures:
-        syslog.syslog(syslog.LOG_ERR, " ".join(failure.removeprefix("zfs_replicate: ").split()))
-    syslog.syslog(syslog.LOG_ERR if ending.status else syslog.LOG_INFO, log_line(options, report, ending))
+        syslog.syslog(syslog.LOG_ERR, excerpt(" ".join(failure.removeprefix("zfs_replicate: ").split())))
+    syslog.syslog(syslog.LOG_ERR if ending.status else syslog.LOG_INFO, printable(log_line(options, report, ending)))
 
 
 def write_metrics(options: argparse.Namespace, report: Report, ending: Ending) -> None:
@@ -5668,6 +5723,9 @@ def act(options: argparse.Namespace, report: Report) -> int:
 
 def main(argv: list[str] | None = None) -> int:
     """The program. Returns its exit code."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # cron's locale knows ASCII alone
+            stream.reconfigure(errors="backslashreplace")
     options = parse(argv)
     report = report_for(options)
     began = time.time()

@@ -163,7 +163,8 @@ BUGS: dict[str, Edits] = {
     "the lock is not inherited": (("                pass_fds=self.transport.inherit if is_last else (),\n", ""),),
     "sent without a hold": (
         ("        if not self.is_held(plan):\n            return []\n", ""),
-        ("            if missing:\n                said = \"; \"", "            if False:\n                said = \"; \""),
+        ("            if missing:\n                rights = permit(self.source",
+            "            if False:\n                rights = permit(self.source"),
     ),
     "what was in step stays behind when its parent is set aside": (
         ("            waiting = [key for key in plans if", "            waiting = [key for key in waiting if"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import re
 import shlex
@@ -194,6 +195,39 @@ def test_bytes_that_no_name_has_are_refused_in_one_line_whatever_the_locale(opti
     assert done.returncode == 2
     assert len(done.stderr.splitlines()) == 1
     assert f"argument {option}".encode() in done.stderr
+
+
+TALKATIVE = """#!/bin/sh
+printf 'cannot open \\342\\200\\256\\303\\251\\033[2J\\377|\\r\\n' >&2
+exit 1
+"""
+"""A zfs that answers all questions with an error in letters of its own."""
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
+@pytest.mark.parametrize(
+    ("look", "status"),
+    [("--check", 3), ("--status", 3), ("--doctor", 1), ("--dry-run", 3), ("--json", 3), ("-vv", 3)],
+)
+def test_what_zfs_says_is_told_whatever_the_locale(look: str, status: int, encoding: str, tmp_path: Path) -> None:
+    program = tmp_path / "zfs"
+    program.write_text(TALKATIVE, encoding="ascii")
+    program.chmod(0o755)
+    done = subprocess.run(
+        [sys.executable, zfs_replicate.__file__, *words(h="localhost"), look],
+        env={"PATH": f"{tmp_path}:/usr/bin:/bin", "LC_ALL": "C", "PYTHONIOENCODING": encoding},
+        capture_output=True,
+    )
+    said = (done.stdout + done.stderr).decode(encoding)
+    assert done.returncode == status, said
+    assert "Traceback" not in said
+    accent = r"\xe9" if encoding == "ascii" else "é"
+    assert rf"cannot open \u202e{accent}\x1b[2J\xff" in said
+    if look == "--json":
+        assert json.loads(done.stdout)["exit"] == 3
+    if look == "--check":
+        assert len(done.stdout.splitlines()) == 1
+        assert b"|" not in done.stdout
 
 
 GOOD = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import re
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -15,6 +16,8 @@ from prometheus_client.parser import text_string_to_metric_families
 from zfs_replicate import (
     Account,
     Answer,
+    MOST_LINES,
+    MOST_SAID,
     Arrival,
     Command,
     Dataset,
@@ -32,26 +35,109 @@ from zfs_replicate import (
     clock,
     document,
     duration,
+    excerpt,
+    few,
     human,
     log_line,
     metrics,
     minutes,
     pace,
     parse,
+    printable,
     span,
     status_data,
     status_table,
     success_in,
     summary,
     verdict,
+    write_log,
     write_metrics,
 )  # fmt: skip
 
 if TYPE_CHECKING:
     from pathlib import Path
 
+HOSTILE = "\x1b]0;owned\x07\x1b[2J\rgone\x00\x7f\x9b31m\u202e\u2066\u200f\u2028\udcff\ud800\U000e0041\tend"
+ESCAPED = r"\x1b]0;owned\x07\x1b[2J\x0dgone\x00\x7f\x9b31m\u202e\u2066\u200f\u2028\xff\ud800\U000e0041 end"
 STEP = Receive(Snapshot(f"{LOCAL}@b", 2**64 - 1, 9, 9), Snapshot(f"{LOCAL}@a", 7, 1, 1))
 LINE = ["-h", "HOST", "-r", "backuppool/virt/machines", "-l", LOCAL, "-t", "offsite"]
+
+
+def test_what_a_terminal_could_act_upon_is_shown_as_an_escape() -> None:
+    assert printable(HOSTILE) == ESCAPED
+    assert printable(f"{HOSTILE}\n{HOSTILE}") == f"{ESCAPED}\n{ESCAPED}"
+    legal = "backuppool/virt/machines/a b-_.:c@2023-11-14 é 日本\\"
+    assert printable(legal) == legal
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("", ""),
+        ("one\ntwo", "one\ntwo"),
+        ("\n".join("x" * MOST_LINES), "\n".join("x" * MOST_LINES)),
+        ("\n".join("x" * MOST_LINES) + "\ny", "\n".join("x" * MOST_LINES) + "..."),
+        ("x" * MOST_SAID, "x" * MOST_SAID),
+        ("x" * MOST_SAID + "y", "x" * MOST_SAID + "..."),
+        ("\x1b" * MOST_SAID, r"\x1b" * (MOST_SAID // 4) + "..."),
+        ("é" * MOST_SAID, "é" * (MOST_SAID // 2) + "..."),
+        ("x" * 10_000_000, "x" * MOST_SAID + "..."),
+    ],
+    ids=["nothing", "all", "ten-lines", "eleven-lines", "2-KB", "more", "escapes", "letters", "10-MB"],
+)
+def test_of_what_others_say_the_beginning_is_shown(text: str, shown: str) -> None:
+    assert excerpt(text) == shown
+
+
+def test_of_many_names_few_are_told() -> None:
+    assert few(["a"]) == "a"
+    assert few(["a", "b", "c"]) == "a, b, c"
+    assert few(["a", "b", "c", "d", "e"]) == "a, b, c and 2 more"
+
+
+def test_whatever_is_told_is_printable_and_each_paragraph_keeps_its_indent(capsys: pytest.CaptureFixture[str]) -> None:
+    report = Report(2)
+    said = f"{HOSTILE}\nzfs_replicate: all is well"
+    told = f"{ESCAPED}\n    zfs_replicate: all is well"
+    report.step(said)
+    report.event("kind", "dataset", said)
+    report.notice("kind", "dataset", said)
+    report.command(said)
+    report.failure("dataset", Failure(said, said))
+    assert capsys.readouterr().err == (
+        f"{told}\n{told}\nzfs_replicate: {told}\n    {told}\nzfs_replicate: dataset: {told}\n    {told}\n"
+    )
+    report.finding(Finding(said))
+    report.finding(Finding(said, said))
+    assert capsys.readouterr().out == f"ok  {told}\n!!  {told}\n    {told}\n"
+    (failure,) = (event for event in report.events if event["event"] == "failure")
+    assert failure["what"] == f"{ESCAPED}\nzfs_replicate: all is well"
+
+
+def test_a_failure_is_short_whatever_was_said(capsys: pytest.CaptureFixture[str]) -> None:
+    report = Report()
+    report.failure("dataset", Failure("\n" * 500 + "x" * 1_000_000, "y" * 1_000_000))
+    report.failure("dataset", Failure("z" * 1_000_000, "w\n" * 1_000_000))
+    report.finding(Finding("x\n" * 1_000_000, "y" * 1_000_000))
+    told = capsys.readouterr()
+    assert len(told.err) < 9 * 1024
+    assert len(told.err.splitlines()) < 40
+    assert len(told.out) < 5 * 1024
+    assert len(json.dumps(report.events)) < 9 * 1024
+    assert report.failures[1].count("...") == 2
+
+
+def test_the_log_takes_any_words(monkeypatch: pytest.MonkeyPatch) -> None:
+    logged: list[bytes] = []
+    monkeypatch.setattr("syslog.syslog", lambda _level, line: logged.append(line.encode()))
+    report = Report()
+    report.failure(f"{LOCAL}/\udcff", Failure(f"{HOSTILE}\n{'x' * 5000}", HOSTILE))
+    options = parse(["-h", "HO\udcffST", *LINE[2:], "--syslog"])
+    write_log(options, report, Ending(NOW, 1, 3))
+    first, last = logged
+    assert first.startswith(rf"{LOCAL}/\xff: \x1b]0;owned".encode())
+    assert len(first) <= MOST_SAID + 3
+    assert last.startswith(rf"HO\xffST:{SOURCE}".encode())
 
 
 @pytest.mark.parametrize(

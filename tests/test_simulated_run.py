@@ -341,6 +341,19 @@ def test_what_cannot_be_held_leaves_no_placeholder_behind(job: Job) -> None:
     assert sorted(job.backup.datasets) == before
 
 
+def test_one_message_on_many_holds_is_told_once(mirrored: Job) -> None:
+    for number in range(300):
+        mirrored.source.snapshot(f"{SOURCE}@n{number}")
+
+    def refused(where: Machine, command: Command, moment: str) -> Answer | None:
+        is_hold = where is mirrored.source and command[1] == "hold" and moment == "before"
+        return Answer(1, "", "no\n" + "x" * 20_000) if is_hold else None
+
+    said = mirrored.replicate(status=1, every=True, at=refused)
+    assert f"cannot hold {SOURCE}@n0, {SOURCE}@n1, {SOURCE}@n10 and 297 more: no\n" in said
+    assert len(said) < 5000
+
+
 def test_one_snapshot_that_cannot_be_held_stops_only_its_own_dataset(mirrored: Job) -> None:
     """It vanished after the listing: the status of the command says nothing of the others."""
     mirrored.snapshot("b")
@@ -1199,7 +1212,9 @@ def test_a_hold_that_stays_is_no_success(mirrored: Job) -> None:
     retire(
         Near(mirrored.wire, mirrored.source), Near(mirrored.wire, mirrored.backup), Policy(SOURCE, LOCAL, TAG), report
     )
-    assert f"{SOURCE}@a: still held by {TAG}: permission denied" in "\n".join(report.failures)
+    (failure,) = report.failures
+    assert failure.startswith(f"zfs_replicate: {SOURCE}: {SOURCE}@a, {SOURCE}/")
+    assert f"@a and 1 more: still held by {TAG}: permission denied" in failure
     assert mirrored.here() == "a"
 
 
