@@ -538,7 +538,7 @@ class Standing:
     `source` "" says that there is nothing at the source (any more), None that the source was not asked: then `common`
     is what we hold here, and of the rest nothing is known. `behind` snapshots are newer there, of `lacking` bytes.
     `pinned` are the bytes at the source that only the common snapshot needs, `partial` those here of an interrupted
-    receive.
+    receive. `received` says by our own clock when the common snapshot came, where that was asked for.
     """
 
     name: str
@@ -550,6 +550,7 @@ class Standing:
     lacking: int | None = None
     pinned: int | None = None
     partial: int | None = None
+    received: float | None = None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -754,6 +755,13 @@ def parse_sources(text: str, asked: Iterable[str]) -> dict[str, dict[str, str]]:
             raise NotBelieved(f"zfs told of what it was not asked about: {name[:NAME_LIMIT]!r}")
         found[name][key] = source
     return found
+
+
+def parse_hold_dates(text: str, tag: str) -> dict[str, str]:
+    """By snapshot name since when `tag` is on it, as `zfs holds -H` says. A line that says something else is passed
+    over."""
+    rows = (line.split("\t") for line in text.split("\n"))
+    return {row[0]: row[2] for row in rows if len(row) == 3 and row[1] == tag}
 
 
 def parse_holds(text: str, asked: Container[str]) -> dict[str, frozenset[str]]:
@@ -4529,10 +4537,26 @@ def standings(it: Run) -> Iterator[Standing]:
 def standings_here(target: Host, policy: Policy) -> Iterator[Standing]:
     """Where all local datasets stand that ever were in step, by what is here. Raises Failure if that is unknown."""
     tree = whole(target, policy.target_root, policy.selection)
-    for key in sorted(tree, key=lambda key: key.split("/")):
-        found = standing_alone(tree[key], policy)
-        if ASIDE not in key and found.common:
-            yield found
+    keys = sorted((key for key in tree if ASIDE not in key), key=lambda key: key.split("/"))
+    found = [it for it in (standing_alone(tree[key], policy) for key in keys) if it.common]
+    came = arrivals(target, policy.received_tag, [it.common.name for it in found if it.common])
+    for it in found:
+        yield replace(it, received=came.get(it.common.name) if it.common else None)
+
+
+def arrivals(target: Host, tag: str, names: Iterable[str]) -> dict[str, float]:
+    """When these local snapshots came, by our own clock: that is when `tag` was placed on them. When a snapshot was
+    made, its source says."""
+    found = {}
+    for batch in batches(names):
+        for name, date in parse_hold_dates(target.ask(list_holds(batch)).stdout, tag).items():
+            with contextlib.suppress(ValueError, OverflowError):
+                found[name] = time.mktime(time.strptime(date, HOLD_DATE))
+    return found
+
+
+HOLD_DATE = "%a %b %d %H:%M %Y"
+"""As zfs prints it, in local time; since 1970 (-p) only from 2.2 on."""
 
 
 def retire(source: Host, target: Host, policy: Policy, report: Report) -> None:
@@ -4731,7 +4755,7 @@ class Doctor:
         for look in (self.programs, lambda: self.clocks(there)):
             yield from self.tried(look)
         self.run.begin()
-        for look in (self.trees, self.rights, self.plans, self.holds, self.pool, self.mirror):
+        for look in (self.trees, self.rights, self.plans, self.dates, self.holds, self.pool, self.mirror):
             yield from self.tried(look)
 
     def tried(self, look: Callable[[], Iterator[Finding]]) -> Iterator[Finding]:
@@ -4793,6 +4817,14 @@ class Doctor:
             what = {UpToDate: "in step", Transfer: "to be pulled", Blocked: "blocked"}[type(plan)]
             counts[what] = counts.get(what, 0) + 1
         yield Finding(f"{self.policy.target_root}: " + ", ".join(f"{n} {what}" for what, n in counts.items()))
+
+    def dates(self) -> Iterator[Finding]:
+        """What was made in the future."""
+        for source, local in ((it, self.run.target.get(key)) for key, it in self.run.source.items()):
+            mutual = newest_mutual(source, local) if local else None
+            if mutual and mutual.local.creation > time.time() + MOST_SKEW:
+                what = f"{mutual.local.name} is dated {clock(mutual.local.creation)}, in the future"
+                yield Finding(what, "compare the clocks (date) on both hosts")
 
     def holds(self) -> Iterator[Finding]:
         """Holds at the source that nobody but a person can have placed, and that no run looks for."""
@@ -4966,7 +4998,7 @@ def status_row(it: Standing, now: float) -> tuple[str, ...]:
     return (
         it.name,
         common if it.source != "" else f"{common} (gone at the source)",
-        span(now - it.common.creation) if it.common else "-",
+        "-" if not it.common else "future" if is_ahead(it, now) else span(now - it.common.creation),
         "?" if it.behind is None else str(it.behind),
         "?" if it.lacking is None else human(it.lacking),
         sides if it.held_there is None else held[it.held_here, it.held_there],
@@ -5001,6 +5033,11 @@ def span(seconds: float) -> str:
     return f"{seconds // DAY:.0f}d"
 
 
+def is_ahead(it: Standing, now: float) -> bool:
+    """Whether its source dates the newest common snapshot into the future."""
+    return it.common is not None and it.common.creation > now + MOST_SKEW
+
+
 def verdict(
     found: Sequence[Standing], failing: int | None, ran: float | None, max_age: float, now: float
 ) -> tuple[int, str]:
@@ -5008,16 +5045,23 @@ def verdict(
     (https://www.monitoring-plugins.org/doc/guidelines.html).
 
     `failing` says since when runs fail, `ran` when there last was one. A mirror that is late is so for one of three
-    reasons: nothing runs, or runs fail, or they do not and the source has nothing newer.
+    reasons: nothing runs, or runs fail, or they do not and the source has nothing newer. A snapshot is as old as its
+    source says, and at least as old as it has been here: so no date keeps a mirror young to which nothing comes.
     """
     if not found:
         return 3, "ZFS_REPLICATE UNKNOWN - nothing here was ever in step"
-    ages = {it.name: now - it.common.creation for it in found if it.common}
+    ages = {it.name: now - min(it.common.creation, it.received or now, now) for it in found if it.common}
     late = [name for name, age in ages.items() if age > max_age]
     worst = max(ages, key=lambda name: ages[name])
     oldest = f"{worst} is of {span(ages[worst])} ago"
     fails = f"runs fail since {clock(failing)}" if failing else ""
-    figures = f"age={max(ages[worst], 0):.0f}s;;{max_age:.0f};0 datasets={len(ages)};;;0 late={len(late)};;;0"
+    figures = f"age={ages[worst]:.0f}s;;{max_age:.0f};0 datasets={len(ages)};;;0 late={len(late)};;;0"
+    ahead = [it.common for it in found if it.common and is_ahead(it, now)]
+    if ahead:
+        what = f"{few([it.name for it in ahead], 1)} dated {clock(ahead[0].creation)}, in the future"
+        fails = f"; {fails}" if fails else ""
+        clocks = f"compare the clocks (date) on both hosts; {len(late)} of {len(ages)} late, {oldest}{fails}"
+        return 2, f"ZFS_REPLICATE CRITICAL - {what}: {clocks} | {figures}"
     if late:
         idle = ran is None or now - ran > max_age
         none = f"no run since {clock(ran)}" if ran else "no run since this machine came up"
@@ -5034,7 +5078,8 @@ METRICS = (
     ("last_run_duration_seconds", "How long the last run took."),
     ("last_run_exit_code", "Exit code of the last run: 0 is success."),
     ("last_run_failures", "What failed in the last run."),
-    ("dataset_common_timestamp_seconds", "When the newest common snapshot was made."),
+    ("dataset_common_timestamp_seconds", "When the newest common snapshot was made, as its source says."),
+    ("dataset_received_timestamp_seconds", "When the newest common snapshot came here."),
     ("dataset_last_run_received_bytes", "Bytes received by the last run."),
     ("dataset_last_run_receive_seconds", "Seconds that the streams of the last run took."),
     ("dataset_last_run_expired_snapshots", "Snapshots that the last run expired."),
@@ -5050,7 +5095,7 @@ def metrics(tree: str, report: Report, found: Sequence[Standing], ending: Ending
     for it in found:
         tally = report.tallies.get(it.name, Tally())
         common = it.common.creation if it.common else 0
-        figures = (common, tally.bytes, tally.seconds, tally.expired, tally.failures)
+        figures = (common, it.received or 0, tally.bytes, tally.seconds, tally.expired, tally.failures)
         for (name, _), value in zip(METRICS[len(of_run) :], figures):
             values.setdefault(name, {})[it.name] = value
     lines = []

@@ -16,6 +16,7 @@ Every moment at which the program could die, or somebody else could act, passes 
 from __future__ import annotations
 
 import re
+import time
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Callable
 
@@ -81,6 +82,7 @@ class Point:
     creation: int
     content: int = 0
     tags: set[str] = field(default_factory=set)
+    held: dict[str, int] = field(default_factory=dict)  # since when, by tag; what was there before the story is of old
     doomed: bool = False
 
 
@@ -223,7 +225,7 @@ class Machine:
         point = self.find(name, f"cannot open '{name}'", 2)
         if mark in self.store(dataset).bookmarks:
             raise Refused(f"cannot create bookmark '{dataset}#{mark}': bookmark exists")
-        self.store(dataset).bookmarks[mark] = replace(point, tags=set(), doomed=False)
+        self.store(dataset).bookmarks[mark] = replace(point, tags=set(), held={}, doomed=False)
 
     def rename(self, name: str, new: str) -> None:
         """Rename a snapshot: holds go with it."""
@@ -239,6 +241,7 @@ class Machine:
         if tag in point.tags:
             raise Refused(f"cannot hold snapshot '{name}': tag already exists on this dataset")
         point.tags.add(tag)
+        point.held[tag] = self.world.now
 
     def release(self, tag: str, name: str) -> None:
         point = self.find(name, f"cannot release hold from snapshot '{name}'")
@@ -436,8 +439,10 @@ class Machine:
         lines: list[str] = []
 
         def show(name: str) -> None:
-            tags = sorted(self.find(name, f"cannot open '{name}'").tags)
-            lines.extend(f"{name}\t{tag}\tThu Nov 16 10:00 2023\n" for tag in tags)
+            point = self.find(name, f"cannot open '{name}'")
+            for tag in sorted(point.tags):
+                date = time.strftime("%a %b %e %H:%M %Y", time.localtime(point.held.get(tag, 0)))
+                lines.append(f"{name}\t{tag}\t{date}\n")
 
         return replace(self.each(words, show), stdout="".join(lines))
 

@@ -26,6 +26,7 @@ from __future__ import annotations
 
 import re
 import shlex
+import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Callable
@@ -36,6 +37,7 @@ from simulated import Machine, Refused, World
 from site_pair import DISK
 
 from zfs_replicate import (
+    HOLD_DATE,
     LIST_COLUMNS,
     Answer,
     Command,
@@ -60,6 +62,7 @@ from zfs_replicate import (
     list_tree,
     list_usage,
     parse_estimates,
+    parse_hold_dates,
     parse_token,
     parse_tree,
     parse_usage,
@@ -138,6 +141,8 @@ SCENES = {
         hold other there@a
         hold keep there@a there@b there@c => ! tag already exists; dataset does not exist
         hold keep there/no@a => ! dataset does not exist
+        since keep there@a there@b => there@a since some time; there@b since some time
+        since no there@a
         holds there@a there@b => there@a keep; there@a other; there@b keep
         holds there@c there@a there/no@a => there@a keep; there@a other ! dataset does not exist; dataset does not exist
         tree there => there: a!2 b!1
@@ -634,6 +639,7 @@ COMMANDS: dict[str, Callable[..., Command]] = {
     "hold": lambda tag, *names: hold(tag, names),
     "release": lambda tag, *names: release(tag, names),
     "holds": lambda *names: list_holds(names),
+    "since": lambda _tag, *names: list_holds(names),
     "destroy": lambda *names: destroy(points(names)),
     "destroy-bookmark": lambda name: ("zfs", "destroy", name),
     "rollback": lambda name: ("zfs", "rollback", "-r", name),
@@ -762,6 +768,11 @@ class Teller:
         if line.operation.startswith("weigh") and "size" in text:
             kinds = re.findall("^(full|incremental)\t", text, re.MULTILINE)
             return f"{'; '.join(kinds)}{' of some bytes' * (parse_estimates(text)[0][0] > 0)}"
+        if line.operation == "since" and text:
+            found = parse_hold_dates(text, line.words[0])
+            return "; ".join(
+                f"{name} since some time" for name, date in found.items() if time.strptime(date, HOLD_DATE)
+            )
         if line.operation == "holds":
             return "; ".join(sorted(f"{name} {tag}" for name, tag, _ in fields(text, 3)))
         return "; ".join(text.splitlines())

@@ -23,6 +23,7 @@ from zfs_replicate import (
     number,
     parse_asked,
     parse_estimates,
+    parse_hold_dates,
     parse_holds,
     parse_mark,
     parse_token,
@@ -365,6 +366,18 @@ def test_the_size_of_a_stream() -> None:
     assert parse_estimates(text) == [(1593728, 0)]
     assert parse_estimates(text + rest + text) == [(1593728, 0), (2637648, came), (1593728, 0)]
     assert parse_estimates(text + INCREMENTAL) == [(1593728, 0)]
+
+
+def test_since_when_a_tag_is_on_a_snapshot() -> None:
+    text = (
+        "tank/a b@1\tours:received\tThu Nov 16 10:00 2023\ntank/a b@1\tother\tFri Nov 17 10:00 2023\n"
+        "tank/a@2\tours:received\tWed Nov  1 09:05 2023\ntank/a@3\tother\tFri Nov 17 10:00 2023\n"
+    )
+    dates = {"tank/a b@1": "Thu Nov 16 10:00 2023", "tank/a@2": "Wed Nov  1 09:05 2023"}
+    assert parse_hold_dates(text, "ours:received") == dates
+    foreign = "tank/a@2\tours:received\tmore\tWed Nov  1 09:05 2023\n\nnonsense\n"
+    assert parse_hold_dates(foreign + text + "cut", "ours:received") == dates
+    assert parse_hold_dates("", "ours:received") == {}
 
 
 # zfs get

@@ -307,14 +307,16 @@ def test_the_table_of_the_status() -> None:
         Standing(f"{LOCAL}/new", f"{SOURCE}/new", None, behind=1, held_there=False, lacking=0, pinned=0),
         Standing(f"{LOCAL}/old", "", common(hours=2000), True),
         Standing(f"{LOCAL}/alone", None, common(hours=0.5), True),
+        Standing(f"{LOCAL}/ahead", None, common(hours=-0.5), True),
     ]
     assert status_table(found, NOW) == [
-        "DATASET                      NEWEST COMMON                 AGE  BEHIND  LACKING  HELD        PARTIAL  PINNED",
-        "offsite/virt/machines        @monday                        2h       3    5.00G  both              -   12.0K",
-        "offsite/virt/machines/www    @monday                        4d       0       0B  there only    1.00M      0B",
-        "offsite/virt/machines/new    none                            -       1       0B  no                -      0B",
-        "offsite/virt/machines/old    @monday (gone at the source)  83d       ?        ?  here              -       ?",
-        "offsite/virt/machines/alone  @monday                       30m       ?        ?  here              -       ?",
+        "DATASET                      NEWEST COMMON                    AGE  BEHIND  LACKING  HELD        PARTIAL  PINNED",
+        "offsite/virt/machines        @monday                           2h       3    5.00G  both              -   12.0K",
+        "offsite/virt/machines/www    @monday                           4d       0       0B  there only    1.00M      0B",
+        "offsite/virt/machines/new    none                               -       1       0B  no                -      0B",
+        "offsite/virt/machines/old    @monday (gone at the source)     83d       ?        ?  here              -       ?",
+        "offsite/virt/machines/alone  @monday                          30m       ?        ?  here              -       ?",
+        "offsite/virt/machines/ahead  @monday                       future       ?        ?  here              -       ?",
     ]
     assert status_data(found[1]) == {
         "dataset": f"{LOCAL}/www",
@@ -333,6 +335,12 @@ def test_the_table_of_the_status() -> None:
 
 FRESH, LATE = Standing(LOCAL, None, common()), Standing(f"{LOCAL}/www", None, common(hours=50))
 LIMIT = 30 * HOUR
+CAME_LONG_AGO = Standing(f"{LOCAL}/mail", None, common(hours=2), received=NOW - 50 * HOUR)
+CAME_LATELY = Standing(f"{LOCAL}/mail", None, common(hours=2), received=NOW - HOUR)
+CAME_TOMORROW = Standing(f"{LOCAL}/mail", None, common(hours=2), received=NOW + 50 * HOUR)
+OLD_BUT_CAME_LATELY = Standing(f"{LOCAL}/mail", None, common(hours=50), received=NOW - HOUR)
+IN_2100 = Standing(f"{LOCAL}/mail", None, common(hours=-670_000), received=NOW - HOUR)
+A_LITTLE_AHEAD = Standing(f"{LOCAL}/mail", None, common(hours=-0.08), received=NOW - HOUR)
 
 
 @pytest.mark.parametrize(
@@ -351,6 +359,19 @@ LIMIT = 30 * HOUR
         ([FRESH, LATE], None, NOW - 2 * LIMIT, 2, "CRITICAL - 1 of 2 late, .*; no run since 20"),
         ([FRESH, LATE], None, None, 2, "CRITICAL - 1 of 2 late, .*; no run since this machine came up"),
         ([], None, None, 3, "UNKNOWN - nothing here was ever in step"),
+        ([CAME_LATELY], None, NOW - 60, 0, "OK - none of 1 late, .*/mail is of 2h ago"),
+        ([CAME_TOMORROW], None, NOW - 60, 0, "OK - none of 1 late, .*/mail is of 2h ago"),
+        ([A_LITTLE_AHEAD], None, NOW - 60, 0, "OK - none of 1 late, .*/mail is of 60m ago"),
+        ([CAME_LONG_AGO], None, NOW - 60, 2, "CRITICAL - 1 of 1 late, .*/mail is of 50h ago; runs succeed: the source"),
+        ([OLD_BUT_CAME_LATELY], None, NOW - 60, 2, "CRITICAL - 1 of 1 late, .*/mail is of 50h ago"),
+        (
+            [FRESH, IN_2100],
+            None,
+            NOW - 60,
+            2,
+            f"CRITICAL - {LOCAL}@monday dated 2100-.*, in the future: compare the clocks .*; 0 of 2 late, .* is of 2h ago ",
+        ),
+        ([IN_2100] * 3, NOW - 99, None, 2, "CRITICAL - .*@monday and 2 more .* in the future: .*; runs fail since"),
     ],
 )
 def test_the_verdict_for_monitoring(
@@ -377,9 +398,10 @@ def test_metrics_are_read_by_the_client_library_of_prometheus() -> None:
     report = Report()
     report.pulled(LOCAL, STEP, Arrival(2**20, 2.5))
     report.expired(Snapshot(f"{LOCAL}@old", 1, 1, 1), "expired")
-    text = metrics(LOCAL, report, [FRESH, LATE], Ending(NOW, 12.5, 0), NOW + 12.5)
+    found_here = [FRESH, replace(LATE, received=NOW - 49 * HOUR)]
+    text = metrics(LOCAL, report, found_here, Ending(NOW, 12.5, 0), NOW + 12.5)
     families = {family.name: family for family in text_string_to_metric_families(text)}
-    assert len(families) == 10
+    assert len(families) == 11
     assert all(family.type == "gauge" and family.documentation for family in families.values())
     found = {
         (sample.name.removeprefix("zfs_replicate_"), sample.labels.get("dataset")): sample.value
@@ -394,6 +416,8 @@ def test_metrics_are_read_by_the_client_library_of_prometheus() -> None:
     assert found["dataset_last_run_receive_seconds", LOCAL] == 2.5
     assert found["dataset_last_run_expired_snapshots", LOCAL] == 1
     assert found["dataset_common_timestamp_seconds", f"{LOCAL}/www"] == NOW - 50 * HOUR
+    assert found["dataset_received_timestamp_seconds", f"{LOCAL}/www"] == NOW - 49 * HOUR
+    assert found["dataset_received_timestamp_seconds", LOCAL] == 0
     assert success_in(text) == NOW + 12.5
     assert success_in("") == 0
 

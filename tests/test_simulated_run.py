@@ -1171,6 +1171,35 @@ def test_where_each_dataset_stands(mirrored: Job) -> None:
     ]
 
 
+def test_when_a_snapshot_came_is_known_by_our_own_clock_alone(mirrored: Job) -> None:
+    world = mirrored.source.world
+    came, policy = world.now, Policy(SOURCE, LOCAL, TAG)
+    world.now += days(36500)
+    mirrored.snapshot("b")
+    world.now = came + 3600
+    mirrored.replicate()
+    (root, *_) = here = list(standings_here(mirrored.backup, policy))
+    assert root.common
+    assert root.common.creation == came + days(36500)
+    assert all(it.received is not None and 0 <= came + 3600 - it.received < 60 for it in here)
+    run = Run(policy, mirrored.source, mirrored.backup, mirrored.wire.carry, Report())
+    run.begin()
+    assert {finding.what.partition(" ")[0] for finding in Doctor(run).dates()} == {f"{LOCAL}{key}@b" for key in EACH}
+
+
+@pytest.mark.parametrize(
+    "date", ["", "-", "yesterday", "1700000000", "Thu Nov 16 10:00 99999", "Thu Nov 31 10:00 2023"]
+)
+def test_a_date_that_is_none_leaves_open_when_a_snapshot_came(mirrored: Job, date: str) -> None:
+    def dated(where: Machine, command: Command, moment: str) -> Answer | None:
+        is_asked = command[1] == "holds" and len(command) == 3 + len(EACH) and moment == "before"
+        return Answer(0, "".join(f"{name}\t{RECEIVED}\t{date}\n" for name in command[3:]), "") if is_asked else None
+
+    mirrored.wire.at = dated
+    here = list(standings_here(Near(mirrored.wire, mirrored.backup), Policy(SOURCE, LOCAL, TAG)))
+    assert [it.received for it in here] == [None] * len(EACH)
+
+
 def retired(job: Job) -> list[str]:
     report = Report(steps=io.StringIO())
     job.wire.done.clear()

@@ -189,6 +189,12 @@ def test_monitoring(site: Site) -> None:
     assert logged[-1].startswith(f"source:{TREE} -> {MIRROR}: exit=3 streams=0 bytes=0 expired=0 failures=1")
     site.replicate_silently()
     assert site.backup.run(f"zfs get -H -o value zfs_replicate:failing {MIRROR}").stdout == "-\n"
+    site.source.shift_clock(3)
+    site.snapshot("tomorrow")
+    site.replicate_silently()
+    said = looking_on(site, "--check", status=2)
+    assert re.match(rf"ZFS_REPLICATE CRITICAL - {MIRROR}@tomorrow and 2 more dated 20\S+ \S+, in the future: ", said)
+    assert "future" in looking_on(site, "--status")
 
 
 def test_the_end_of_a_mirror(site: Site) -> None:
