@@ -29,7 +29,7 @@ Exit codes
     0      in step, or nothing to do, or another run of this job is at work and moving
     1      a dataset failed or is blocked; the others were done
     2      usage
-    3      could not start: login, listing, a run that holds the lock and is stuck
+    3      could not start: login, listing, a run of another job on this tree, or one that is stuck
     128+n  ended by signal n
 
 Rooms of this file, in reading order; a room uses only rooms above it
@@ -69,6 +69,7 @@ import shlex
 import shutil
 import signal
 import socket
+import stat
 import struct
 import subprocess
 import sys
@@ -2192,10 +2193,14 @@ def account_of(user: str, host: str, tree: str) -> Account | None:
 
 def own_name() -> str:
     """The user of this process; not $USER, which su and cron may leave as it was."""
+    return user_name(os.geteuid())
+
+
+def user_name(number: int) -> str:
     try:
-        return pwd.getpwuid(os.geteuid()).pw_name
+        return pwd.getpwuid(number).pw_name
     except KeyError:
-        return str(os.geteuid())
+        return str(number)
 
 
 class LocalHost:
@@ -3280,22 +3285,122 @@ class Ride:
     ends: tuple[Command, Command]
 
 
-class Lock:
-    """The lock of a local tree: held as long as its file is open, here or in the `zfs recv` that inherits it. So what
-    a killed run leaves behind keeps the next one out until it has ended. The kernel drops it with the last of them.
+class LockFile:
+    """A file that is locked: a regular one of this account alone. Raises Failure if it cannot be that."""
 
-    The file says who took it last, and when; its time of change is when something last moved. So of a lock that is
-    taken can be told: by a live run; by what a run left behind that has ended; by one that has not said so yet (empty).
+    def __init__(self, path: str) -> None:
+        self.path = path
+        try:  # O_NONBLOCK: a FIFO must not keep us waiting
+            flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
+            self.descriptor = os.open(path, flags, 0o600)
+        except OSError as error:
+            raise Failure(f"cannot open the lock file {path}: {error.strerror}", "see who owns it") from None
+        why = strange(os.fstat(self.descriptor), os.geteuid())
+        if why:
+            self.close()
+            raise Failure(f"{path} is no lock file of ours: {why}", f"see who made it, then: rm {shlex.quote(path)}")
+
+    def close(self) -> None:
+        os.close(self.descriptor)
+
+    def take(self, how: int) -> bool:
+        """Lock the file, fcntl.LOCK_EX for us alone or LOCK_SH together with others, unless somebody else has it."""
+        try:
+            fcntl.flock(self.descriptor, how | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        except OSError as error:
+            raise Failure(f"cannot lock {self.path}: {error.strerror}", "its file system may know no locks") from None
+        return True
+
+    def holder(self) -> Holder | None:
+        """Who took it last for himself alone; None if he does not say, or not yet."""
+        text = os.pread(self.descriptor, MOST_SAID * 2, 0).decode("ascii", errors="replace")
+        found = re.fullmatch("([1-9][0-9]{0,6}) ([0-9]{1,11}) ([ -~]+)\n", text)
+        return Holder(int(found[1]), int(found[2]), found[3]) if found else None
+
+    def moved(self) -> float:
+        return os.fstat(self.descriptor).st_mtime
+
+
+@dataclass(frozen=True)
+class Holder:
+    """Who has taken a lock, when, and for which job: the words of the command line that make it one."""
+
+    pid: int
+    since: int
+    job: str
+
+    def __str__(self) -> str:
+        return f"pid {self.pid}, since {clock(self.since)}"
+
+
+class Lock:
+    """The lock of a local tree, and a share in those of the trees that it lies in: held as long as their files are
+    open, here or in the `zfs recv` that inherits them. So what a killed run leaves behind keeps the next one out until
+    it has ended. The kernel drops it with the last of them.
+
+    Its own file says who took it last, when and for which job; its time of change is when something last moved. So of a
+    lock that is taken can be told: by a live run; by what a run left behind that has ended; by one that has not said so
+    yet (empty); by the run of another job.
     """
 
-    def __init__(self, file: IO[str], tree: str) -> None:
-        self.file = file
-        file.truncate(0)
-        file.write(f"{os.getpid()} {time.time():.0f} {tree}\n")
-        file.flush()
+    def __init__(self, own: LockFile, above: Sequence[LockFile], job: str) -> None:
+        self.filenos = (own.descriptor, *(it.descriptor for it in above))
+        try:
+            os.ftruncate(own.descriptor, 0)
+            os.pwrite(own.descriptor, f"{os.getpid()} {time.time():.0f} {job}\n".encode("ascii"), 0)
+        except OSError as error:
+            raise Failure(f"cannot write the lock file {own.path}: {error.strerror}", "is there space?") from None
 
     def moved(self) -> None:
-        os.utime(self.file.fileno())
+        os.utime(self.filenos[0])
+
+
+ROOTS_LOCKS = "/run"
+"""Where root's locks are: nobody else may write there."""
+
+
+def lock_directory() -> str:
+    """Where the locks of this account are, and nobody else may write. Raises Failure if it has no such place."""
+    account = os.geteuid()
+    if account == 0:
+        return ROOTS_LOCKS
+    try:  # not $HOME: cron and a shell must agree
+        return os.path.join(pwd.getpwuid(account).pw_dir, ".local/state/zfs_replicate")
+    except KeyError:
+        raise Failure(
+            f"this account (uid {account}) has no home, which is where its locks would be",
+            "run it as an account with a home, or as root",
+        ) from None
+
+
+def make_lock_directory(path: str) -> None:
+    """Raises Failure if others may write there."""
+    try:
+        os.makedirs(path, 0o700, exist_ok=True)
+        found = os.lstat(path)
+    except OSError as error:
+        raise Failure(
+            f"cannot keep locks in {path}: {error.strerror}", "give this account a home that it may write to"
+        ) from None
+    is_ours = stat.S_ISDIR(found.st_mode) and found.st_uid == os.geteuid()
+    if not is_ours or found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        raise Failure(
+            f"cannot keep locks in {path}: others may write there",
+            f"see who made it, then: chmod 700 {shlex.quote(path)}",
+        )
+
+
+def strange(found: os.stat_result, owner: int) -> str:
+    """Why a file is no lock file of that user; "" if it may be one."""
+    if not stat.S_ISREG(found.st_mode):
+        return "it is no regular file"
+    if found.st_uid != owner:
+        return f"it belongs to {user_name(found.st_uid)}"
+    if found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        return f"others may write to it (mode {stat.S_IMODE(found.st_mode):o})"
+    return "it has another name besides" if found.st_nlink != 1 else ""
 
 
 def lock_name(tree: str) -> str:
@@ -3303,73 +3408,106 @@ def lock_name(tree: str) -> str:
 
 
 def last_moved(tree: str, now: float) -> float | None:
-    """When a run of this tree last moved something, or began; None if none did since the machine came up.
+    """When a run of this tree, of root or of this account, last moved something, or began; None if that is not known.
 
     What lies ahead of `now` says nothing: the clock was put back since, and another user's lock may be of before.
     """
-    paths = [os.path.join(directory, lock_name(tree)) for directory in ("/run", "/tmp")]  # noqa: S108
-    times = [os.stat(path).st_mtime for path in paths if os.path.exists(path)]
+    places = {(ROOTS_LOCKS, 0)}
+    with contextlib.suppress(Failure):
+        places.add((lock_directory(), os.geteuid()))
+    times = []
+    for directory, owner in places:
+        with contextlib.suppress(OSError):
+            found = os.lstat(os.path.join(directory, lock_name(tree)))
+            times += [] if strange(found, owner) else [found.st_mtime]
     return max((moved for moved in times if moved <= now), default=None)
 
 
 @contextlib.contextmanager
-def lock(tree: str, patience: float) -> Iterator[Lock | None]:
-    """Hold the lock of a local tree; yields None if another run has it and something has moved there lately.
+def lock(tree: str, job: str, patience: float) -> Iterator[Lock | None]:
+    """Hold the lock of a local tree; yields None if another run of this very job has it, and something has moved there
+    lately.
 
-    Raises Failure if nothing has for longer than `patience` seconds allow, or if that run has ended and its receive
-    lives on.
+    Raises Failure if nothing has for longer than `patience` seconds allow, if that run has ended and its receive lives
+    on, or if another job is at work on this tree, one that it lies in, or one within it.
     """
-    directory = "/run" if os.access("/run", os.W_OK) else "/tmp"  # noqa: S108 -- not $TMPDIR: cron and a shell must agree
-    path = os.path.join(directory, lock_name(tree))
-    try:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
-    except OSError as error:
-        raise Failure(f"cannot open the lock file {path}: {error.strerror}", "see who owns it") from None
-    with os.fdopen(descriptor, "r+", encoding="utf-8") as file:
-        if take(file) or (holder_has_ended(file) and take(file)):
-            yield Lock(file, tree)
+    directory = lock_directory()
+    if directory != ROOTS_LOCKS:
+        make_lock_directory(directory)
+    with contextlib.ExitStack() as stack:
+        files = []
+        for name in lineage(tree):
+            files.append(LockFile(os.path.join(directory, lock_name(name))))
+            stack.callback(files[-1].close)
+        *above, own = files
+        for name, file in zip(lineage(tree), above):
+            if not file.take(fcntl.LOCK_SH):
+                raise taken_above(file.holder(), name, tree, file.path)
+        if take_alone(own, tree):
+            yield Lock(own, above, job)
         else:
-            judge_holder(file, path, patience)
+            judge_holder(own, tree, job, patience)
             yield None
 
 
-def take(file: IO[str]) -> bool:
-    """Lock the file, unless somebody else has it."""
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
+def take_alone(file: LockFile, tree: str) -> bool:
+    """Lock a tree's own file, unless another run on it has. Raises Failure if runs on trees within it share it."""
+    for _ in range(2):
+        if file.take(fcntl.LOCK_EX):
+            return True
+        if file.take(fcntl.LOCK_SH):
+            if file.take(fcntl.LOCK_EX):  # who had it has just ended
+                return True
+            raise Failure(
+                f"a run on a tree within {tree} is at work",
+                f"{ONE_AT_A_TIME}; to see it: fuser -v {shlex.quote(file.path)}",
+            )
+        found = file.holder()
+        if found is None or is_alive(found.pid):
+            return False
+    return False
 
 
-def holder(file: IO[str]) -> tuple[int, int] | None:
-    """Who wrote into a lock file, and when; None if nobody has yet."""
-    file.seek(0)
-    found = re.match("([0-9]+) ([0-9]+) ", file.read())
-    return (int(found[1]), int(found[2])) if found else None
+ONE_AT_A_TIME = "trees that overlap are worked on one at a time: give the lines different hours"
 
 
-def holder_has_ended(file: IO[str]) -> bool:
-    found = holder(file)
-    return found is not None and not is_alive(found[0])
+def left_behind(found: Holder, path: str) -> Failure:
+    return Failure(
+        f"an earlier run ({found}) has ended, but the zfs recv that it left behind is at work",
+        f"when that has ended the next run goes on from there; to see it: fuser -v {shlex.quote(path)}",
+    )
 
 
-def judge_holder(file: IO[str], path: str, patience: float) -> None:
-    """Raise Failure unless the run that holds the lock is alive, and something has moved there lately."""
-    found = holder(file)
+def taken_above(found: Holder | None, name: str, tree: str, path: str) -> Failure:
+    """Why there is no share in the lock of `name`, in which the tree lies."""
+    if found and not is_alive(found.pid):
+        return left_behind(found, path)
+    whose = f": {found.job} ({found})" if found else ""
+    return Failure(f"a run on {name}, in which {tree} lies, is at work{whose}", ONE_AT_A_TIME)
+
+
+def judge_holder(file: LockFile, tree: str, job: str, patience: float) -> None:
+    """Raise Failure unless the run that holds the lock is one of this job, is alive, and has moved something lately."""
+    found, moved = file.holder(), file.moved()
+    is_still = time.time() - moved >= patience * TAIL_FACTOR
+    if found is None and is_still:
+        raise Failure(
+            f"somebody who does not say who he is holds the lock of {tree} since {clock(moved)}",
+            f"see who it is: fuser -v {shlex.quote(file.path)}",
+        )
     if found is None:
         return  # it is just beginning
-    pid, since = found[0], clock(found[1])
-    moved = os.stat(file.fileno()).st_mtime
-    if not is_alive(pid):
+    if not is_alive(found.pid):
+        raise left_behind(found, file.path)
+    if found.job != job:
         raise Failure(
-            f"an earlier run (pid {pid}, since {since}) has ended, but the zfs recv that it left behind is at work",
-            f"when that has ended the next run goes on from there; to see it: fuser -v {path}",
+            f"a run of another line is at work on {tree}: {found.job} ({found})",
+            "one place mirrors one source: give each line its own -l; or, if it is the same source, its own hours",
         )
-    if time.time() - moved >= patience * TAIL_FACTOR:
+    if is_still:
         raise Failure(
-            f"another run (pid {pid}, since {since}) is at work, but nothing has moved there since {clock(moved)}",
-            f"see what it waits for (ps -f --ppid {pid}; zpool status), or end it: kill {pid}",
+            f"another run ({found}) is at work, but nothing has moved there since {clock(moved)}",
+            f"see what it waits for (ps -f --ppid {found.pid}; zpool status), or end it: kill {found.pid}",
         )
 
 
@@ -5064,7 +5202,7 @@ def verdict(
         return 2, f"ZFS_REPLICATE CRITICAL - {what}: {clocks} | {figures}"
     if late:
         idle = ran is None or now - ran > max_age
-        none = f"no run since {clock(ran)}" if ran else "no run since this machine came up"
+        none = f"no run since {clock(ran)}" if ran else "no run of root or this account since this machine came up"
         why = fails or (none if idle else "runs succeed: the source makes no snapshots")
         return 2, f"ZFS_REPLICATE CRITICAL - {len(late)} of {len(ages)} late, {oldest}; {why} | {figures}"
     if failing:
@@ -5457,6 +5595,12 @@ def policy_of(options: argparse.Namespace) -> Policy:
     )
 
 
+def job_of(options: argparse.Namespace) -> str:
+    """What makes a line one job, in words for its lock."""
+    words = ("-h", options.remote_host, "-r", options.remote_fs, "-l", options.local_fs, "-t", options.tag)
+    return printable(shlex.join(words)).encode("ascii", errors="backslashreplace").decode()[:MOST_SAID]
+
+
 def pauses(retries: int, draw: Callable[[float, float], float] = random.uniform) -> Iterator[float]:
     """Seconds to wait before each retry: growing, and jittered lest many hosts come back at one moment."""
     for number in range(retries):
@@ -5597,7 +5741,7 @@ def here(options: argparse.Namespace, note: Callable[[str], None] = tell_nobody)
 def logged_in(options: argparse.Namespace, report: Report, alone: Lock | None) -> Iterator[Run]:
     """Log in; yields a run that is to begin. Raises Failure if that does not work. Without the lock, only to look."""
     moved = alone.moved if alone else lambda: None
-    inherit = (alone.file.fileno(),) if alone else ()
+    inherit = alone.filenos if alone else ()
 
     def note(line: str) -> None:
         moved()
@@ -5756,7 +5900,7 @@ def act(options: argparse.Namespace, report: Report) -> int:
             return tell_status(options, report)
         if options.dry_run:
             return rehearse(options, report)
-        alone = stack.enter_context(lock(options.local_fs, options.stall_timeout))
+        alone = stack.enter_context(lock(options.local_fs, job_of(options), options.stall_timeout))
         if alone is None and options.retire:
             raise Failure("a run is at work", "retire it when that has ended")
         if alone is None:

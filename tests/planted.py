@@ -170,7 +170,16 @@ BUGS: dict[str, Edits] = {
         ("            waiting = [key for key in plans if", "            waiting = [key for key in waiting if"),
     ),
     "side by side no child waits for its parent": (("            if self.jobs == 1:\n", "            if True:\n"),),
-    "stuck holder left in peace": (("    if time.time() - moved >= patience * TAIL_FACTOR:\n", "    if False:\n"),),
+    "stuck holder left in peace": (("    is_still = time.time() - moved >= patience * TAIL_FACTOR\n", "    is_still = False\n"),),
+    "another job's lock is our own": (("    if found.job != job:\n", "    if False:\n"),),
+    "lock of the trees above left alone": (("        *above, own = files\n", "        above, own = [], files[-1]\n"),),
+    "lock file of anybody": (("        if why:\n            self.close()\n", "        if False:\n            self.close()\n"),),
+    "a mark of any source counts": (('"-H", "-s", "local", "-o", "value", FAILING', '"-H", "-o", "value", FAILING'),),
+    "a mark of tomorrow counts": ((" and int(found[1]) <= now + MOST_SKEW", ""),),
+    "escapes reach the terminal": (("        print(paragraph(line), file", "        print(line, file"),),
+    "all that was said is told": (("    is_cut = len(text)", "    head, is_cut = printable(text), len(text)"),),
+    "a date in the future keeps a mirror young": (("now - min(it.common.creation, it.received or now, now)", "now - it.common.creation"),),
+    "a date in the future is no finding": (("    if ahead:\n        what", "    if False:\n        what"),),
 }  # fmt: skip
 
 

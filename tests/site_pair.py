@@ -109,7 +109,7 @@ def renew(machine: Machine, pool: str) -> None:
     if machine.run("test -e /usr/local/bin/zfs_replicate", check=False).returncode:
         install(machine)
     machine.run(
-        "tc qdisc del dev lab0 root 2>/dev/null; rm -f /run/zfs_replicate-*.lock /tmp/zfs_replicate-*.lock; "
+        "tc qdisc del dev lab0 root 2>/dev/null; rm -rf /run/zfs_replicate-*.lock /home/*/.local/state/zfs_replicate; "
         "for pool in $(zpool list -H -o name); do zpool destroy -f $pool; done; "
         f"disk={DISK}; [ -e $disk-part1 ] && disk=$disk-part1; "
         f"zpool create -f -O compression=lz4 {pool} $disk && udevadm settle",

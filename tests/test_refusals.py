@@ -6,8 +6,8 @@ When a message changes, `PYTHONPATH=. python tests/test_refusals.py` prints the 
 from __future__ import annotations
 
 import ast
+import fcntl
 import os
-import subprocess
 import sys
 import time
 from dataclasses import replace
@@ -29,6 +29,7 @@ from zfs_replicate import (
     Failure,
     LinkLost,
     LocalHost,
+    LockFile,
     Partial,
     Policy,
     Quarantine,
@@ -38,10 +39,11 @@ from zfs_replicate import (
     StreamFailed,
     Train,
     judge_holder,
-    lock,
     plan_dataset,
     pull,
     stalled,
+    take_alone,
+    taken_above,
 )
 
 if TYPE_CHECKING:
@@ -158,22 +160,37 @@ def flooded() -> Failure:
     return caught.value
 
 
-def held_lock(path: Path, pid: int, alive: bool) -> Failure:
-    """What is said of a lock whose holder moved nothing for an hour."""
-    path.write_text(f"{pid} 1700000000 {LOCAL}\n", encoding="utf-8")
+JOB = f"-h HOST -r {SOURCE} -l {LOCAL} -t offsite"
+OTHER_JOB = JOB.replace("HOST", "OTHER")
+
+
+def held_lock(scratch: Path, how: str) -> Failure:
+    """What is said of a lock that somebody else has."""
+    path = str(scratch / "zfs_replicate-TREE.lock")
+    job = JOB if how in ("stuck", "orphan") else OTHER_JOB
+    Path(path).write_text(f"4711 1700000000 {job}\n", encoding="ascii")
     os.utime(path, (1700003600, 1700003600))
+    os.chmod(path, 0o600)
     zone = os.environ.get("TZ")
     os.environ["TZ"] = "UTC"
     time.tzset()
-    real, zfs_replicate.is_alive = zfs_replicate.is_alive, lambda pid: alive
+    real, zfs_replicate.is_alive = zfs_replicate.is_alive, lambda pid: how != "orphan"
+    file = LockFile(path)
     try:
-        with path.open(encoding="utf-8") as file, pytest.raises(Failure) as caught:
-            judge_holder(file, "/run/zfs_replicate-TREE.lock", 3600)
+        with pytest.raises(Failure) as caught:
+            if how == "above":
+                raise taken_above(file.holder(), "offsite/virt", LOCAL, path)
+            if how == "below":
+                with open(path, encoding="ascii") as sharer:
+                    fcntl.flock(sharer, fcntl.LOCK_SH)
+                    take_alone(file, LOCAL)
+            judge_holder(file, LOCAL, JOB, 3600)
     finally:
+        file.close()
         zfs_replicate.is_alive = real
         os.environ.pop("TZ") if zone is None else os.environ.update(TZ=zone)
         time.tzset()
-    return caught.value
+    return Failure(caught.value.what, caught.value.hint.replace(str(scratch), "/run"))
 
 
 def refusals(scratch: Path) -> Iterator[tuple[str, str]]:
@@ -188,8 +205,7 @@ def refusals(scratch: Path) -> Iterator[tuple[str, str]]:
         stalled(3600, 1_234_567_890, ("ssh", "mbuffer", "zfs")),
         stalled(3600, 1_234_567_890, ("ssh", "mbuffer", "zfs"), 4_711),
         flooded(),
-        held_lock(scratch / "stuck", 4711, alive=True),
-        held_lock(scratch / "orphan", 4711, alive=False),
+        *(held_lock(scratch, how) for how in ("stuck", "orphan", "other", "above", "below")),
     ):
         yield failure.what, failure.hint
 
@@ -288,80 +304,7 @@ def test_a_token_of_a_plain_stream_is_given_up_when_the_source_is_sent_raw() -> 
     assert [type(step).__name__ for step in plan.steps] == ["Abandon", "Receive"]
 
 
-# --- The lock -----------------------------------------------------------------------------------------------------
-
-MINE = f"offsite/test-{os.getpid()}"
-"""A tree that nobody else locks: others may run these tests at the same time."""
-
-
-def test_lock_of_a_run_that_moves_is_left_alone() -> None:
-    with lock(MINE, 60) as ours:
-        assert ours
-        with lock(MINE, 60) as other:
-            assert other is None
-        with lock(f"{MINE}/another", 60) as another:
-            assert another
-
-
-def test_lock_of_a_run_that_stands_still_is_told() -> None:
-    with lock(MINE, 60) as ours:
-        assert ours
-        moment = time.time() - 60 * zfs_replicate.TAIL_FACTOR
-        os.utime(ours.file.fileno(), (moment + 9, moment + 9))
-        with lock(MINE, 60) as other:
-            assert other is None, "its receive may still be busy with the last of a stream"
-        os.utime(ours.file.fileno(), (moment, moment))
-        stuck = pytest.raises(Failure, match=rf"another run \(pid {os.getpid()}, since .*nothing has moved")
-        with stuck, lock(MINE, 60):
-            raise AssertionError("never comes here")
-        ours.moved()
-        with lock(MINE, 60) as other:
-            assert other is None
-
-
-def test_lock_outlives_us_in_a_process_that_inherits_it(tmp_path: Path) -> None:
-    """As zfs recv does, and no other process of the stream."""
-    commands = [("sh", "-c", f"ls -l /proc/$$/fd > {tmp_path}/{word}") for word in ("first", "last")]
-    with lock(MINE, 60) as ours:
-        assert ours
-        name = os.readlink(f"/proc/self/fd/{ours.file.fileno()}")
-        stream(commands, transport=zfs_replicate.Transport(inherit=(ours.file.fileno(),)))
-    assert name in (tmp_path / "last").read_text()
-    assert name not in (tmp_path / "first").read_text()
-
-
-def test_lock_that_outlives_an_orderly_end_is_told(tmp_path: Path) -> None:
-    """A zfs recv that waits for a suspended pool cannot be ended."""
-    with lock(MINE, 60) as ours:
-        assert ours
-        descriptor = ours.file.fileno()
-        left_behind = subprocess.Popen(["sleep", "60"], pass_fds=[descriptor])
-        ours.file.seek(0)
-        ours.file.write(f"{ended_process()} 1700000000 {MINE}\n".ljust(60))
-        ours.file.flush()
-    try:
-        with pytest.raises(Failure, match="has ended, but the zfs recv that it left behind is at work"), lock(MINE, 60):
-            raise AssertionError("never comes here")
-    finally:
-        left_behind.kill()
-        left_behind.wait()
-    with lock(MINE, 60) as ours:
-        assert ours
-
-
-def test_when_a_run_last_moved_is_not_in_the_future() -> None:
-    """The clock may have been put back since."""
-    with lock(MINE, 60) as ours:
-        assert ours
-        os.utime(ours.file.fileno(), (1_700_000_000, 1_700_000_000))
-        assert zfs_replicate.last_moved(MINE, 1_700_000_000) == 1_700_000_000
-        assert zfs_replicate.last_moved(MINE, 1_699_999_999) is None
-
-
-def ended_process() -> int:
-    process = subprocess.Popen(["true"])
-    process.wait()
-    return process.pid
+# --- Standing still ---------------------------------------------------------------------------------------------
 
 
 def test_a_stream_that_stands_still_is_ended_and_told() -> None:

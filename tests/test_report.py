@@ -357,7 +357,7 @@ A_LITTLE_AHEAD = Standing(f"{LOCAL}/mail", None, common(hours=-0.08), received=N
         ),
         ([FRESH, LATE], NOW - 99, NOW - 60, 2, "CRITICAL - 1 of 2 late, .*/www is of 50h ago; runs fail since "),
         ([FRESH, LATE], None, NOW - 2 * LIMIT, 2, "CRITICAL - 1 of 2 late, .*; no run since 20"),
-        ([FRESH, LATE], None, None, 2, "CRITICAL - 1 of 2 late, .*; no run since this machine came up"),
+        ([FRESH, LATE], None, None, 2, "CRITICAL - 1 of 2 late, .*; no run of root or this account since this machine"),
         ([], None, None, 3, "UNKNOWN - nothing here was ever in step"),
         ([CAME_LATELY], None, NOW - 60, 0, "OK - none of 1 late, .*/mail is of 2h ago"),
         ([CAME_TOMORROW], None, NOW - 60, 0, "OK - none of 1 late, .*/mail is of 2h ago"),
