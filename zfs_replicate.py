@@ -5240,14 +5240,20 @@ def metrics(tree: str, report: Report, found: Sequence[Standing], ending: Ending
     for name, meaning in METRICS:
         lines += [f"# HELP zfs_replicate_{name} {meaning}", f"# TYPE zfs_replicate_{name} gauge"]
         for dataset, value in values.get(name, {}).items():
-            labels = f'tree="{tree}"' + (f',dataset="{dataset}"' if dataset else "")
+            labels = f'tree="{label(tree)}"' + (f',dataset="{label(dataset)}"' if dataset else "")
             lines.append(f"zfs_replicate_{name}{{{labels}}} {value:.15g}")
     return "\n".join(lines) + "\n"
 
 
+def label(text: str) -> str:
+    """A value between quotes (https://prometheus.io/docs/instrumenting/exposition_formats/)."""
+    return printable(text).replace("\\", r"\\").replace('"', r"\"").replace("\n", r"\n")
+
+
 def success_in(text: str) -> float:
     """When a run last succeeded, by the metrics of the one before; 0: they do not say."""
-    found = re.search(r"^zfs_replicate_last_success_timestamp_seconds\{.*\} (\S+)$", text, re.MULTILINE)
+    number = r"[0-9]{1,11}(?:\.[0-9]{1,9})?"
+    found = re.search(rf"^zfs_replicate_last_success_timestamp_seconds\{{.*\}} ({number})$", text, re.MULTILINE)
     return float(found[1]) if found else 0
 
 
@@ -5874,10 +5880,10 @@ def write_metrics(options: argparse.Namespace, report: Report, ending: Ending) -
         found = list(standings_here(here(options), policy_of(options)))
     succeeded = 0.0 if ending.status else ending.at
     if ending.status:
-        with contextlib.suppress(FileNotFoundError), open(options.metrics, encoding="utf-8") as file:
-            succeeded = success_in(file.read())
+        succeeded = success_in(metrics_before(options.metrics))
     directory, name = os.path.split(options.metrics)
-    with tempfile.NamedTemporaryFile("w", dir=directory or ".", prefix=f".{name}.", delete=False) as file:
+    place, hidden = directory or ".", f".{name}."
+    with tempfile.NamedTemporaryFile("w", dir=place, prefix=hidden, encoding="utf-8", delete=False) as file:
         try:
             file.write(metrics(options.local_fs, report, found, ending, succeeded))
             file.flush()
@@ -5886,6 +5892,23 @@ def write_metrics(options: argparse.Namespace, report: Report, ending: Ending) -
         except BaseException:
             os.unlink(file.name)
             raise
+
+
+MOST_METRICS = 2**20
+"""Bytes that are read of the metrics of the run before."""
+
+
+def metrics_before(path: str) -> str:
+    """What the file says; "" if it is none. Its directory may be another user's, who may have put anything there."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError:
+        return ""
+    try:
+        is_file = stat.S_ISREG(os.fstat(descriptor).st_mode)
+        return os.read(descriptor, MOST_METRICS).decode(errors="replace") if is_file else ""
+    finally:
+        os.close(descriptor)
 
 
 def act(options: argparse.Namespace, report: Report) -> int:

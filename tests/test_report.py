@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import re
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -430,6 +431,51 @@ def test_a_first_run_that_fails_is_no_success(tmp_path: Path) -> None:
     write_metrics(options, Report(), Ending(NOW, 1, 0))
     write_metrics(options, Report(), Ending(NOW + 60, 1, 3))
     assert success_in(target.read_text(encoding="utf-8")) == NOW + 1
+
+
+def test_labels_are_quoted_as_the_format_has_it() -> None:
+    """Names in a tree have none of these."""
+    name = 'a"b\\c\nd\x1b\udcff'
+    text = metrics(name, Report(), [replace(FRESH, name=name)], Ending(NOW, 1, 0), NOW)
+    samples = [it for family in text_string_to_metric_families(text) for it in family.samples]
+    assert {it.labels["tree"] for it in samples} == {'a"b\\c\nd\\x1b\\xff'}
+    assert {it.labels["dataset"] for it in samples if "dataset" in it.labels} == {'a"b\\c\nd\\x1b\\xff'}
+
+
+SUCCESS = 'zfs_replicate_last_success_timestamp_seconds{tree="x"}'
+
+
+@pytest.mark.parametrize("value", ["abc", "inf", "nan", "-1", "1e5", "1" * 400, "\u0663", "1 2", "", "0x10", "1_0"])
+def test_a_time_of_success_that_is_no_time_says_nothing(value: str) -> None:
+    assert success_in(f"{SUCCESS} {value}\n") == 0
+
+
+@pytest.mark.parametrize("kind", ["fifo", "symlink", "device", "bytes", "long", "directory"])
+def test_whatever_lies_where_the_metrics_go_does_no_harm(kind: str, tmp_path: Path) -> None:
+    target = tmp_path / "job.prom"
+    if kind == "fifo":
+        os.mkfifo(target)
+    elif kind == "symlink":
+        (tmp_path / "elsewhere").write_text(f"{SUCCESS} 5\n", encoding="utf-8")
+        target.symlink_to(tmp_path / "elsewhere")
+    elif kind == "device":
+        target.symlink_to("/dev/zero")
+    elif kind == "bytes":
+        target.write_bytes(f"\u00e4\n{SUCCESS} 5\n".encode("latin-1"))
+    elif kind == "long":
+        with target.open("wb") as file:
+            file.truncate(2**40)
+    else:
+        target.mkdir()
+    options = parse([*LINE, "--metrics", str(target)])
+    if kind == "directory":
+        with pytest.raises(IsADirectoryError):
+            write_metrics(options, Report(), Ending(NOW, 1, 3))
+        assert os.listdir(tmp_path) == ["job.prom"]
+        return
+    write_metrics(options, Report(), Ending(NOW, 1, 3))
+    assert not target.is_symlink()
+    assert success_in(target.read_text(encoding="utf-8")) == (5 if kind == "bytes" else 0)
 
 
 def test_the_line_for_the_log() -> None:
