@@ -26,12 +26,12 @@ from zfs_replicate import (
     parse_hold_dates,
     parse_holds,
     parse_mark,
+    parse_space,
     parse_token,
     parse_tree,
+    parse_usage,
     whole_tree,
     with_clones,
-    parse_space,
-    parse_usage,
     with_tags,
 )
 

@@ -15,10 +15,10 @@ from hypothesis import example, given, strategies as st
 from prometheus_client.parser import text_string_to_metric_families
 
 from zfs_replicate import (
-    Account,
-    Answer,
     MOST_LINES,
     MOST_SAID,
+    Account,
+    Answer,
     Arrival,
     Command,
     Dataset,
