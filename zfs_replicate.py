@@ -648,7 +648,7 @@ class Listing:
 
     What a source says decides what is done here, so a row is refused, and the listing with it, unless its name is the
     root of the tree or below it, its numbers are numbers, and it was not there before. `roots` are those of the tree:
-    one, or two while a placeholder makes room (see `Vacate`).
+    one, or two while a placeholder makes way (see `MakeWay`).
     """
 
     def __init__(self, *roots: str) -> None:
@@ -935,6 +935,12 @@ def plan_dataset(
     """
     if local is not None and others_tags(local, policy):
         return of_another_line(local, policy)
+    if local is not None and not local.held_before and is_reversed(source, local):
+        return Blocked(
+            f"{source.name} is the mirror of {local.name}, by the holds on both sides ({newest_of(source, local)})",
+            "this line may be meant for the other host: check -h, -r and -l",
+            elsewhere=True,
+        )
     if local is not None and local.kind != source.kind:
         return Blocked(
             f"{source.name} is a {source.kind}, but {local.name} is a {local.kind} ({newest_of(source, local)})",
@@ -949,6 +955,13 @@ def plan_dataset(
     if local is None or not local.snapshots:
         return plan_first(source, local, policy, local_name, origin)
     return plan_next(source, local, policy)
+
+
+def is_reversed(source: Dataset, local: Dataset) -> bool:
+    """Whether the source received from here what is in common: its snapshot carries `TAG:received`, ours that TAG."""
+    twins = ((it, source.twin(it)) for it in local.snapshots if it.tags)
+    pairs = ((it.tags or NO_TAGS, twin.tags or NO_TAGS) for it, twin in twins if twin)
+    return any(tag + RECEIVED in theirs and tag + RECEIVED not in ours for ours, theirs in pairs for tag in ours)
 
 
 def of_another_line(local: Dataset, policy: Policy) -> Blocked:
@@ -3722,6 +3735,7 @@ class Run:
         self.asked: set[str] = set()  # the snapshots at the source that were asked for by name
         self.moved: Moved = {}  # what may be here of datasets that were renamed at the source
         self.held_before: set[str] | None = None  # in which local datasets we held a snapshot when the run began
+        self.recognised: set[str] = set()  # what we received, as its properties tell
         self.left_alone: set[str] = set()  # what could not be made inert, and so is not ours yet
         self.own_values: dict[str, dict[str, str]] = {}  # what is set here and would be lost, see `receive`
         self.existing: list[str] = []  # of the lineage of the local root
@@ -3956,6 +3970,7 @@ class Run:
         """All that follows the first survey. What fails on the way is reported, and the rest goes on; a lost link is
         only noted in `lost`, for it may be worth another try."""
         try:
+            self.recognise()
             plans = self.plan()
             self.make_inert(plans)
             self.tell_lost_holds()
@@ -4076,6 +4091,28 @@ class Run:
                     self.tell_in_step(key)
         return plans
 
+    def is_ours(self, key: str) -> bool:
+        """Whether we hold something of a dataset here, or have received it: not so with what was here before, be it the
+        mirror of another tool, or the original itself where a line is run on the wrong host. That we take over when the
+        source is ahead of it, and we pull."""
+        local = self.mirror(key)
+        mutual = newest_mutual(self.source[key], local) if local else None
+        if local is None or mutual is None or local.held_before or key in self.brought or key in self.recognised:
+            return True
+        return self.policy.tag in (mutual.source.tags or ())
+
+    def recognise(self) -> None:
+        """Find out which datasets we have received in a run that did not get as far as to hold them: nobody else sets
+        all the properties that we set."""
+        keys = [key for key, local in self.target.items() if key in self.source and not self.is_ours(key)]
+        for batch in batches(self.target[key].name for key in keys):
+            found = parse_sources(run(self.target_host, list_sources(batch)), batch)
+            for name, sources in found.items():
+                key = name[len(self.policy.target_root) :]
+                ours = kinds_values(self.target[key].kind, self.policy.properties)
+                if all(sources.get(it) == "local" for it in ours):
+                    self.recognised.add(key)
+
     def is_mirrored(self, key: str) -> bool:
         """Whether there is a snapshot here that the source has too."""
         local = self.mirror(key)
@@ -4083,6 +4120,8 @@ class Run:
 
     def tell_in_step(self, key: str) -> None:
         what = "in step" if self.selected(key) else "no snapshot to pull"
+        if not self.is_ours(key):
+            what = "in step, and not held: it is taken over when there is something to pull"
         self.report.event(what, self.local_name(key), f"{self.local_name(key)}: {what}")
 
     def way_out(self, plan: Blocked) -> WayOut | None:
@@ -4111,11 +4150,8 @@ class Run:
                         plans.pop(key, None)
 
     def may_be_exposed(self, key: str, plan: Plan | None) -> bool:
-        """Whether a local dataset is a mirror that is to be taken over, or pulled into."""
-        source, local = self.source.get(key), self.target[key]
-        if source is None or others_tags(local, self.policy) or not newest_mutual(source, local):
-            return False
-        return not local.held_before or isinstance(plan, Transfer)
+        """Whether a local dataset is a mirror that is to be pulled into."""
+        return isinstance(plan, Transfer) and self.is_mirrored(key)
 
     def make_one_inert(self, key: str, sources: dict[str, str], *, is_mounted: bool) -> None:
         """Set what is not set. `sources` says by property whether it is set here, or was received. An administrator may
@@ -4293,10 +4329,18 @@ class Run:
             self.perform(key, plan.steps[0])
         raise StreamFailed(f"still not in step after {most} steps", "run again; if it stays so, report it")
 
+    def check_below(self, key: str) -> None:
+        """See to it that nothing of another line is renamed with a dataset."""
+        others = [it for inner, it in self.target.items() if is_below(inner, key) and others_tags(it, self.policy)]
+        if others:
+            blocked = of_another_line(others[0], self.policy)
+            raise Failure(f"{blocked.reason}; so {self.local_name(key)} is not renamed aside", blocked.hint)
+
     def clear(self, key: str, way: WayOut, now: int) -> None:
         """Take a way out that the user has allowed, and say so before."""
         name = self.local_name(key)
         if isinstance(way, Quarantine):
+            self.check_below(key)
             aside = aside_of(name, now)
             self.report.notice(
                 "quarantine", name, f"{name}: renaming it to {aside}, children and all, to pull it afresh"
@@ -4508,7 +4552,7 @@ class Run:
         wanted = {
             key: converge_holds(source, mirrors.get(key), self.policy, needed.get(source.name, ()))
             for key, source in self.source.items()
-            if key not in self.left_alone
+            if key not in self.left_alone and self.is_ours(key)
         }
         return {key: moves for key, moves in wanted.items() if moves}
 
@@ -4753,6 +4797,7 @@ class Rehearsal:
 
     def tell(self, now: int) -> None:
         self.run.order = in_order(self.run.source)
+        self.run.recognise()
         self.weigh()
         for key in self.run.order:
             try:
@@ -4808,6 +4853,7 @@ class Rehearsal:
         self.make_room(key)
         for step in plan.steps:
             self.tell_step(key, step)
+        run.brought[key] = len(plan.steps)
         run.target[key] = foreseen(run.source[key], run.target.get(key), name, plan)
 
     def make_room(self, key: str) -> None:
@@ -4820,6 +4866,7 @@ class Rehearsal:
     def clear(self, key: str, way: WayOut, now: int) -> None:
         local = self.run.target[key]
         if isinstance(way, Quarantine):
+            self.run.check_below(key)
             self.report.event("quarantine", local.name, f"{local.name}: rename to {aside_of(local.name, now)}")
             for inner in within(self.run.target, key):
                 del self.run.target[inner]

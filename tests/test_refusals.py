@@ -83,6 +83,7 @@ DIVERGED = {
     "others below": blocked(
         source("@a,1"), replace(local(""), vacant=True, parent=True, strangers=("offsite/home", "offsite/srv"))
     ),
+    "the other way round": blocked(source(f"@a,1!{RECEIVED}"), replace(local(f"@a,1!{TAG}"), held_before=False)),
     "another line": blocked(source("@a,1 @b,2"), local("@a,1!years:received")),
     "volume and filesystem": blocked(source("@a,1", kind="volume"), local("@a,1")),
     "name too long": blocked(source(f"@a,1 @{LONG},2"), local("@a,1")),
