@@ -221,7 +221,7 @@ def file_mode(path: str) -> int:
 
 
 @contextlib.contextmanager
-def locked(path: Path, timeout: float = 1800.0) -> Iterator[None]:
+def locked(path: Path, timeout: float = 6000.0) -> Iterator[None]:
     """Hold an exclusive lock on a file, so that a thing is built once; other threads and processes wait."""
     path.parent.mkdir(parents=True, exist_ok=True)
     deadline = time.monotonic() + timeout
@@ -399,7 +399,7 @@ def ready_layer(release: str, name: str, progress: Progress) -> Path:
             environment = ["env", f"TMPDIR={scratch}", f"LAB_MIRROR={(mirror or [MIRROR])[0]}"]
             suite, options = layer_recipe(release)
             shell = [*as_root(), "unshare", "--mount", *environment]
-            call([*shell, "mmdebstrap", *options, suite, target, *mirror], timeout=2400)
+            call([*shell, "mmdebstrap", *options, suite, target, *mirror], timeout=5400)
     return layer
 
 
