@@ -234,14 +234,19 @@ class VirtualMachine:
         return int(match[1])
 
     def wait_for_ssh(self, timeout: float) -> int:
-        """Wait for sshd's banner (the bare port answers long before); the control port."""
-        port = self.control_port()
+        """Wait for sshd's banner (the bare port answers long before); the control port.
+
+        More patiently each time: on a busy host a login that is given up too soon, and then the next, is all that the
+        machine is at work on, and none of them ever gets its banner.
+        """
+        port, patience = self.control_port(), 1.0
         for _ in wait_until("ssh banner", timeout):
             if self.process.poll() is not None:
                 raise LabError(f"QEMU ended with {self.process.returncode}; console:\n{self.console_tail()}")
-            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 1) as connection:
+            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), patience) as connection:
                 if connection.recv(4) == b"SSH-":
                     break
+            patience = min(patience * 1.5, 20)
         return port
 
     def console_tail(self) -> str:
