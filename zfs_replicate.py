@@ -726,6 +726,10 @@ class Listing:
         return tree
 
 
+MOST_ROWS = 1_000_000
+"""Datasets, snapshots and bookmarks of a tree: some 250 MiB here, and far more than zfs lists within an hour."""
+
+
 def parse_tree(text: str, *roots: str) -> tuple[Tree, dict[str, int]]:
     """Datasets from `zfs list -Hp -o LIST_COLUMNS`, and the number of holds on the held snapshots, whose tags are still
     unknown.
@@ -734,7 +738,9 @@ def parse_tree(text: str, *roots: str) -> tuple[Tree, dict[str, int]]:
     NotBelieved if zfs cannot have printed that for this tree.
     """
     listing = Listing(*roots)
-    for row in fields(text, len(LIST_COLUMNS), len(OUTLINE_COLUMNS)):
+    for count, row in enumerate(fields(text, len(LIST_COLUMNS), len(OUTLINE_COLUMNS))):
+        if count == MOST_ROWS:
+            raise NotBelieved(f"zfs printed more than {MOST_ROWS:,} datasets and snapshots of {roots[0]}")
         listing.take(row)
     return listing.tree(), listing.holds
 
@@ -1847,6 +1853,30 @@ def kinds_values(kind: str, properties: Properties) -> dict[str, str]:
     others = (OF_VOLUMES if kind == "filesystem" else OF_FILESYSTEMS).split()
     values = dict(value.partition("=")[::2] for value in OVERRIDES)
     return {key: value for key, value in values.items() if key not in others and key not in properties.ignored}
+
+
+@dataclass(frozen=True)
+class Exposure:
+    """What a local dataset lacks to be inert: values that are `missing`, it `is_mounted`, its `mountpoint_came` from
+    the source. `own` are the properties that are set here, and would be lost with the first ones to come (see `receive`);
+    None if others have come before."""
+
+    key: str
+    missing: dict[str, str]
+    own: tuple[str, ...] | None
+    is_mounted: bool
+    mountpoint_came: bool
+
+    def __str__(self) -> str:
+        return "set " + ", ".join(f"{key}={value}" for key, value in self.missing.items())
+
+
+def exposure(key: str, kind: str, sources: Mapping[str, str], properties: Properties, is_mounted: bool) -> Exposure:
+    """By `sources`, which say by property whether it is set here, or was received."""
+    missing = {it: value for it, value in kinds_values(kind, properties).items() if sources.get(it) != "local"}
+    own = tuple(it for it, source in sources.items() if source == "local" and it not in NEVER_SET_AGAIN)
+    has_received = "received" in sources.values()
+    return Exposure(key, missing, None if has_received else own, is_mounted, sources.get("mountpoint") == "received")
 
 
 def list_sources(names: Iterable[str]) -> Command:
@@ -4130,48 +4160,44 @@ class Run:
         return next((way for way in plan.ways if allowed[type(way)]), None)
 
     def make_inert(self, plans: dict[str, Plan]) -> None:
-        """See to it that what is here already is as inert as what we receive ourselves, before it is ours: what another
+        """See to it that what is to be pulled into is as inert as what we receive ourselves, before that: what another
         tool made, and what an earlier version of this program did. What is set here stays as it is set.
 
         Where that fails for a dataset which is not ours yet, it is left alone, for it might be mounted or shared.
         """
-        keys = [key for key in self.target if self.may_be_exposed(key, plans.get(key))]
-        for batch in batches(self.local_name(key) for key in keys):
+        for it in self.exposed(plans):
+            name = self.local_name(it.key)
+            try:
+                if it.missing:
+                    self.report.event("set", name, f"{name}: {it}", values=it.missing)
+                    run(self.target_host, set_values(name, it.missing))
+                if it.is_mounted:
+                    self.report.event("unmount", name, f"{name}: unmount what another tool has mounted")
+                    run(self.target_host, unmount(name))
+                if it.mountpoint_came:
+                    run(self.target_host, inherit(name, "mountpoint"))
+                if it.own is not None:
+                    found = {key: run(self.target_host, get_value(name, key))[:-1] for key in it.own}
+                    self.own_values[it.key] = {**it.missing, **found}
+            except CommandFailed as failure:
+                self.report.failure(name, failure)
+                if not self.target[it.key].held_before:
+                    self.left_alone.add(it.key)
+                    plans.pop(it.key, None)
+
+    def exposed(self, plans: dict[str, Plan]) -> Iterator[Exposure]:
+        """How far each local dataset that is to be pulled into is from being inert."""
+        keys = [key for key, plan in plans.items() if isinstance(plan, Transfer) and self.is_mirrored(key)]
+        for batch in batches(self.target[key].name for key in keys if key in self.target):
             sources = parse_sources(run(self.target_host, list_sources(batch)), batch)
             mounted = {row[0] for row in fields(run(self.target_host, list_mounted(batch)), 2) if row[1] == "yes"}
             for name in batch:
                 key = name[len(self.policy.target_root) :]
-                try:
-                    self.make_one_inert(key, sources[name], is_mounted=name in mounted)
-                except CommandFailed as failure:
-                    self.report.failure(name, failure)
-                    if not self.target[key].held_before:
-                        self.left_alone.add(key)
-                        plans.pop(key, None)
-
-    def may_be_exposed(self, key: str, plan: Plan | None) -> bool:
-        """Whether a local dataset is a mirror that is to be pulled into."""
-        return isinstance(plan, Transfer) and self.is_mirrored(key)
-
-    def make_one_inert(self, key: str, sources: dict[str, str], *, is_mounted: bool) -> None:
-        """Set what is not set. `sources` says by property whether it is set here, or was received. An administrator may
-        have mounted a mirror of ours; what another tool left mounted is unmounted."""
-        name, local = self.local_name(key), self.target[key]
-        values = kinds_values(self.source[key].kind, self.policy.properties)
-        missing = {it: value for it, value in values.items() if sources.get(it) != "local"}
-        if missing:
-            what = ", ".join(f"{it}={value}" for it, value in missing.items())
-            self.report.event("set", name, f"{name}: set {what}", values=missing)
-            run(self.target_host, set_values(name, missing))
-        if is_mounted and not local.held_before:
-            self.report.event("unmount", name, f"{name}: unmount")
-            run(self.target_host, unmount(name))
-        if sources.get("mountpoint") == "received":
-            run(self.target_host, inherit(name, "mountpoint"))
-        if "received" not in sources.values():
-            own = [it for it, source in sources.items() if source == "local" and it not in NEVER_SET_AGAIN]
-            found = {it: run(self.target_host, get_value(name, it))[:-1] for it in own}
-            self.own_values[key] = {**values, **found}
+                is_ours = self.target[key].held_before
+                # An administrator may have mounted a mirror of ours, to look into it.
+                yield exposure(
+                    key, self.target[key].kind, sources[name], self.policy.properties, name in mounted and not is_ours
+                )
 
     def tell_lost_holds(self) -> None:
         """Tell of a hold at the source that somebody has released, or another backup host with the same tag has moved:
@@ -4799,6 +4825,7 @@ class Rehearsal:
         self.run.order = in_order(self.run.source)
         self.run.recognise()
         self.weigh()
+        self.tell_exposed()
         for key in self.run.order:
             try:
                 self.foresee(key, now)
@@ -4816,6 +4843,14 @@ class Rehearsal:
         for key in self.run.target:
             for snapshot in self.run.due(key, now):
                 self.report.expired(snapshot, "expires")
+
+    def tell_exposed(self) -> None:
+        for it in self.run.exposed({key: self.run.decide(key) for key in self.run.order}):
+            name = self.run.local_name(it.key)
+            if it.missing:
+                self.report.event("set", name, f"{name}: {it}", values=it.missing)
+            if it.is_mounted:
+                self.report.event("unmount", name, f"{name}: unmount what another tool has mounted")
 
     def weigh(self) -> None:
         """Ask for the sizes of many streams in one request; what this leaves out is asked for by itself."""
@@ -5044,9 +5079,13 @@ class Doctor:
             yield Finding(f"{name}: without {', '.join(lacks)}; a stream that needs one of them will be refused")
 
     def mirror(self) -> Iterator[Finding]:
-        """Whether nobody can write to the mirror, or see it, by accident."""
+        """Whether nobody can write to the mirror, or see it, by accident; and what has made way and is left."""
         if not self.run.target:
             return
+        for key, local in self.run.target.items():
+            if key.endswith(PLACEHOLDER) and not local.snapshots and within(self.run.target, key) == [key]:
+                remedy = shlex.join(("zfs", "destroy", local.name))
+                yield Finding(f"{local.name}: a placeholder that has made way, and is empty", remedy)
         wrong = 0
         for row in fields(run(self.run.target_host, list_state(self.policy.target_root)), len(STATE_COLUMNS)):
             name, _, readonly, canmount, mounted, nfs, smb = row

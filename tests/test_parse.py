@@ -485,7 +485,7 @@ GOOD = "1-c0ffee-d8-789c63"
             )
         ),
         *(
-            pytest.param(ROOT + row(f"tank/vm{name}", "snapshot"), "", id=ascii(name))
+            pytest.param(ROOT + row(f"tank/vm{name}", "snapshot"), "zfs printed a row that it cannot", id=ascii(name))
             for name in ("@", "@a@b", "@a#b", "#a", "#a@b", "", "@a/b", "@a%b", "@" + "a" * 249)
         ),
         pytest.param(ROOT + row("tank/vm@a", "bookmark"), "no 'bookmark'", id="snapshot-as-bookmark"),
@@ -516,6 +516,14 @@ GOOD = "1-c0ffee-d8-789c63"
 def test_a_listing_that_zfs_cannot_print_is_not_believed(text: str, why: str) -> None:
     with pytest.raises(NotBelieved, match=why):
         parse_tree(text, "tank/vm")
+
+
+def test_rows_without_end_are_not_believed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(zfs_replicate, "MOST_ROWS", 3)
+    rows = [f"tank/vm@{number}\t{number}\t{number}\n" for number in range(3)]
+    assert parse_tree(ROOT + "".join(rows[:2]), "tank/vm")
+    with pytest.raises(NotBelieved, match="more than 3 datasets and snapshots of tank/vm"):
+        parse_tree(ROOT + "".join(rows), "tank/vm")
 
 
 def test_a_whole_tree_has_its_root_and_all_parents() -> None:
