@@ -355,9 +355,9 @@ def test_close_twice_is_harmless(name: str, tmp_path: Path, monkeypatch: pytest.
 
 # --- Bounds: what no command can make us wait for, or keep -------------------------------------------------------------
 
-ENDLESS = ("sh", "-c", "exec cat /dev/zero")
+ENDLESS = ("sh", "-c", "exec head -c 20000000 /dev/zero")  # for us
 COMPLAINS = ("sh", "-c", "exec cat /dev/zero >&2")
-DRIBBLES = ("sh", "-c", "for i in $(seq 200); do echo line; sleep 0.05; done")
+DRIBBLES = ("sh", "-c", "for i in $(seq 200); do echo line; echo line >&2; sleep 0.05; done")
 COMPLAINS_AT_TIMES = ("sh", "-c", "for i in $(seq 200); do echo line >&2; sleep 0.05; done")
 LIVES_ON = ("sh", "-c", "exec >&- 2>&-; sleep 10")
 
