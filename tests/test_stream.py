@@ -241,11 +241,11 @@ class Watched(Pipeline):
         self.coming = coming
         self.at_work: list[int] = [0, 1]
         self.told: list[int] = []
-        monkeypatch.setattr("zfs_replicate.time", SimpleNamespace(monotonic=lambda: self.now))
-        transport = Transport(patience=HOUR, moved=lambda: self.told.append(self.now))
-        super().__init__([("sleep", "60")], [("sleep", "60")] * 2, transport)
-        monkeypatch.undo()
         self.clock = SimpleNamespace(monotonic=lambda: self.now)
+        transport = Transport(patience=HOUR, moved=lambda: self.told.append(self.now))
+        with monkeypatch.context() as patch:
+            patch.setattr("zfs_replicate.time", self.clock)
+            super().__init__([("sleep", "60")], [("sleep", "60")] * 2, transport)
 
     def given(self) -> int | None:
         return self.coming(self.now)
