@@ -621,7 +621,8 @@ NESTING_LIMIT = 50
 
 COMPONENT = "[A-Za-z0-9_.: -]+"
 DATASET_NAME = re.compile(f"{COMPONENT}(?:/{COMPONENT})*")
-POINT_NAME = re.compile(f"{COMPONENT}(?:/{COMPONENT})*[@#]{COMPONENT}")
+POINT_NAME = re.compile(f"[@#]{COMPONENT}")
+SNAPSHOT_NAME = re.compile(f"{COMPONENT}(?:/{COMPONENT})*@{COMPONENT}")
 TOKEN = re.compile("[0-9]+(?:-[0-9a-f]+){3}")
 """What the parts of a listing look like (zfs_namecheck.c of OpenZFS). The `%` of hidden datasets is never printed."""
 
@@ -653,35 +654,45 @@ class Listing:
 
     def __init__(self, *roots: str) -> None:
         self.roots = roots
+        self.owners: set[str] = set()  # datasets whose names are right
         self.datasets: dict[str, Dataset] = {}
         self.points: dict[str, dict[str, Snapshot]] = {}
         self.holds: dict[str, int] = {}  # how many holds there are on the held snapshots
 
     def take(self, row: list[str]) -> None:
         name = row[0]
+        owner = re.split("[@#]", name, maxsplit=1)[0]
         try:
-            if not any(is_below(re.split("[@#]", name)[0], root) for root in self.roots):
-                raise NotBelieved(f"it is not in {self.roots[0]}")
+            if owner not in self.owners:
+                self.check_owner(owner)
             if len(row) == len(OUTLINE_COLUMNS):
-                self.take_point(name, row[1], row[2])
-            elif row[1] in ("filesystem", "volume"):
+                self.take_point(owner, name, row[1], row[2])
+            elif row[1] in ("filesystem", "volume") and name == owner:
                 self.take_dataset(row)
             elif {"snapshot": "@", "bookmark": "#"}.get(row[1], " ") in name:
-                self.take_point(name, row[2], row[3], row[4], row[5], row[9])
+                self.take_point(owner, name, row[2], row[3], row[4], row[5], row[9])
             else:
                 raise NotBelieved(f"it is no {row[1][:20]!r}")
         except NotBelieved as failure:
             raise NotBelieved(f"zfs printed a row that it cannot: {name[:NAME_LIMIT]!r}: {failure.what}") from None
 
+    def check_owner(self, name: str) -> None:
+        """Whether a dataset can be one of this tree."""
+        if not any(is_below(name, root) for root in self.roots):
+            raise NotBelieved(f"it is not in {self.roots[0]}")
+        if not is_name(name, DATASET_NAME):
+            raise NotBelieved("no dataset can have that name")
+        self.owners.add(name)
+
     def take_dataset(self, row: list[str]) -> None:
         name, kind, guid, createtxg, creation, _, token, encryption, origin, _, compression = row
-        if not is_name(name, DATASET_NAME) or name in self.datasets:
-            raise NotBelieved("it is there twice" if name in self.datasets else "no dataset can have that name")
+        if name in self.datasets:
+            raise NotBelieved("it is there twice")
         for text, what in ((guid, "guid"), (createtxg, "createtxg"), (creation, "creation")):
             number(text, what)
         if token not in ("-", "") and not TOKEN.fullmatch(token):
             raise NotBelieved(f"its resume token is none: {token[:80]!r}")
-        if origin != "-" and not (is_name(origin, POINT_NAME) and "@" in origin):
+        if origin != "-" and not is_name(origin, SNAPSHOT_NAME):
             raise NotBelieved(f"its origin is no snapshot: {origin[:80]!r}")
         self.datasets[name] = Dataset(
             name,
@@ -692,12 +703,12 @@ class Listing:
             origin="" if origin == "-" else origin,
         )
 
-    def take_point(self, name: str, guid: str, createtxg: str, *slow: str) -> None:
+    def take_point(self, owner: str, name: str, guid: str, createtxg: str, *slow: str) -> None:
         """A snapshot or bookmark; in outline without a time of creation, and then its holds are unknown."""
         creation, userrefs, ivset = slow or ("", "-", "-")
-        if not is_name(name, POINT_NAME):
+        if len(name) > NAME_LIMIT or not POINT_NAME.fullmatch(name, len(owner)):
             raise NotBelieved("no snapshot or bookmark can have that name")
-        own = self.points.setdefault(re.split("[@#]", name)[0], {})
+        own = self.points.setdefault(owner, {})
         if name in own:
             raise NotBelieved("it is there twice")
         count = number_if_any(userrefs, "userrefs")
@@ -1858,8 +1869,8 @@ def kinds_values(kind: str, properties: Properties) -> dict[str, str]:
 @dataclass(frozen=True)
 class Exposure:
     """What a local dataset lacks to be inert: values that are `missing`, it `is_mounted`, its `mountpoint_came` from
-    the source. `own` are the properties that are set here, and would be lost with the first ones to come (see `receive`);
-    None if others have come before."""
+    the source. `own` are the properties that are set here, and would be lost with the first ones to come (see
+    `receive`); None if others have come before."""
 
     key: str
     missing: dict[str, str]
@@ -1887,6 +1898,10 @@ def list_sources(names: Iterable[str]) -> Command:
 
 def get_value(name: str, key: str) -> Command:
     return ("zfs", "get", "-Hp", "-o", "value", key, name)
+
+
+def get_values(names: Iterable[str], key: str) -> Command:
+    return ("zfs", "get", "-Hp", "-o", "name,value", key, *names)
 
 
 def list_mounted(names: Iterable[str]) -> Command:
@@ -4452,7 +4467,18 @@ class Run:
             for row in fields(run(self.target_host, list_key_roots(batch)), 2)
             if row[0] == row[1]
         ]
-        return {name: run(self.target_host, get_value(name, "keylocation"))[:-1] for name in roots}
+        found: dict[str, str] = {}
+        for batch in batches(roots):
+            found.update(self.values_of("keylocation", batch))
+        return found
+
+    def values_of(self, key: str, names: Sequence[str]) -> dict[str, str]:
+        """A property of local datasets: of all at once, and where a value has newlines, one by one."""
+        with contextlib.suppress(NotBelieved):
+            rows = [*fields(run(self.target_host, get_values(names, key)), 2)]
+            if sorted(row[0] for row in rows) == sorted(names):
+                return {name: value for name, value in rows}
+        return {name: run(self.target_host, get_value(name, key))[:-1] for name in names}
 
     def put_back_key_places(self, trains: Sequence[Sequence[Ride]], before: dict[str, str]) -> None:
         """Undo what the source has said of that; what has just come has its key from who is asked for it."""

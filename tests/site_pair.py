@@ -219,7 +219,13 @@ tree=$(cat); top=$(mktemp -d); udevadm settle
 zfs list -H -r -o name,type -t filesystem,volume "$tree" | while IFS="$(printf '\t')" read -r name type; do
     below=${name#"$tree"}
     if [ "$type" = volume ]; then
+        mode=$(zfs get -H -o value volmode "$name")
+        if [ "$mode" = none ]; then  # of a mirror: it has no device to read from
+            zfs set volmode=dev "$name"
+            for i in $(seq 100); do [ -e "/dev/zvol/$name" ] && break; sleep 0.1; done
+        fi
         sha256sum < "/dev/zvol/$name" | sed "s| -| $below|"
+        [ "$mode" = none ] && zfs set volmode=none "$name"
     else
         last=$(zfs list -H -d 1 -t snapshot -o name -s createtxg "$name" | tail -n 1)
         mount -t zfs -o ro "$last" "$top"

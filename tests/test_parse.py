@@ -489,7 +489,7 @@ GOOD = "1-c0ffee-d8-789c63"
             for name in ("@", "@a@b", "@a#b", "#a", "#a@b", "", "@a/b", "@a%b", "@" + "a" * 249)
         ),
         pytest.param(ROOT + row("tank/vm@a", "bookmark"), "no 'bookmark'", id="snapshot-as-bookmark"),
-        pytest.param(ROOT + row("tank/vm@a", "filesystem"), "have that name", id="snapshot-as-filesystem"),
+        pytest.param(ROOT + row("tank/vm@a", "filesystem"), "no 'filesystem'", id="snapshot-as-filesystem"),
         pytest.param(ROOT + row("tank/vm/a", "pool"), "no 'pool'", id="no-such-type"),
         pytest.param(ROOT + row("tank/vm/a@b", "snapshot"), "not that dataset", id="snapshot-of-nothing"),
         pytest.param(row("tank/vm", "filesystem", token="1-x"), "resume token", id="token"),

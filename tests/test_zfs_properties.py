@@ -19,13 +19,30 @@ TAKEN_OVER = {
     "compression": "gzip-3", "recordsize": "32768", "checksum": "sha512", "copies": "2", "xattr": "sa",
     "acltype": "posix", "aclinherit": "passthrough", "atime": "off", "dnodesize": "auto", "primarycache": "metadata",
     "secondarycache": "none", "logbias": "throughput", "sync": "disabled", "redundant_metadata": "most",
-    "snapdir": "visible", "overlay": "off", "exec": "off", "setuid": "off", "devices": "off",
+    "snapdir": "visible", "overlay": "off", "exec": "off",
     "com.example:owner": "us and them",
 }  # fmt: skip
 LIMITS = {"quota": "1073741824", "refquota": "900000000", "reservation": "20000000", "refreservation": "10000000"}
-NOT_TAKEN_OVER = {"mountpoint": "/srv/elsewhere", "canmount": "on", "readonly": "off", "sharenfs": "on", **LIMITS}
-OF_OUR_OWN = {"readonly", "canmount", "mountpoint", "sharenfs", "sharesmb", *LIMITS}
+SWITCHES = {
+    "setuid": "off",
+    "devices": "off",
+    "volmode": "none",
+    "snapdev": "hidden",
+    "org.openzfs.systemd:ignore": "on",
+}
+NOT_TAKEN_OVER = {
+    "mountpoint": "/srv/elsewhere", "canmount": "on", "readonly": "off", "sharenfs": "on", "volmode": "dev",
+    "snapdev": "visible", "filesystem_limit": "7", "snapshot_limit": "8", "org.openzfs.systemd:wanted-by": "a.target",
+    "zfs_replicate:failing": "0 offsite/virt/machines", **LIMITS,
+}  # fmt: skip
+OF_OUR_OWN = {
+    "readonly", "canmount", "mountpoint", "sharenfs", "sharesmb", "zoned", "filesystem_limit", "snapshot_limit",
+    "org.openzfs.systemd:wanted-by", "zfs_replicate:failing", *SWITCHES, *LIMITS,
+}  # fmt: skip
 FIXED = ("type", "volblocksize", "volsize", "normalization", "utf8only", "casesensitivity")
+
+UNLIMITED = str(2**64 - 1)
+"""As -p prints that there is no limit."""
 
 Values = dict[str, dict[str, str]]
 """The values of properties by name, of datasets by their name below the tree."""
@@ -80,9 +97,13 @@ def assert_mirrored(site: Site, own: Values) -> None:
         kept = own.get(child, {})
         taken = {key: value for key, value in wanted.get(child, {}).items() if key not in OF_OUR_OWN}
         taken.update({key: theirs[child][key] for key in FIXED if key in theirs[child]})
-        expected = {"readonly": "on", "reservation": "0", "refreservation": "0"}
+        expected = {"readonly": "on", "reservation": "0", "refreservation": "0", **SWITCHES}
+        assert {"org.openzfs.systemd:wanted-by", "zfs_replicate:failing"}.isdisjoint(here), child
+        if here["type"] == "volume":
+            del expected["setuid"], expected["devices"]
         if here["type"] == "filesystem":
             expected.update(canmount="noauto", mounted="no", sharenfs="off", sharesmb="off", quota="0", refquota="0")
+            expected.update(zoned="off", snapshot_limit=UNLIMITED, filesystem_limit=UNLIMITED)
             expected.update(mountpoint=f"/{MIRROR}{child}")
         expected = {**taken, **expected, **kept}
         assert {key: here[key] for key in expected} == expected, child
