@@ -1725,8 +1725,11 @@ def stream_flags(features: Iterable[str]) -> Command:
 
 
 NOTHING_SET: Mapping[str, str] = {}
-NEVER_SET_AGAIN = ("volsize", "volblocksize", "encryption", "keyformat", "keylocation", "pbkdf2iters", "version")
-"""What zfs recv takes no value for; it is not lost by a receive either."""
+NEVER_SET_AGAIN = (
+    "volsize", "volblocksize", "encryption", "keyformat", "keylocation", "pbkdf2iters", "version", "filesystem_count",
+    "snapshot_count",
+)  # fmt: skip
+"""What zfs recv takes no value for, though zfs get may say of it that it is set; it is not lost by a receive either."""
 
 
 FEATURE_BITS = {
@@ -1870,11 +1873,11 @@ def kinds_values(kind: str, properties: Properties) -> dict[str, str]:
 class Exposure:
     """What a local dataset lacks to be inert: values that are `missing`, it `is_mounted`, its `mountpoint_came` from
     the source. `own` are the properties that are set here, and would be lost with the first ones to come (see
-    `receive`); None if others have come before."""
+    `receive`)."""
 
     key: str
     missing: dict[str, str]
-    own: tuple[str, ...] | None
+    own: tuple[str, ...]
     is_mounted: bool
     mountpoint_came: bool
 
@@ -1882,12 +1885,34 @@ class Exposure:
         return "set " + ", ".join(f"{key}={value}" for key, value in self.missing.items())
 
 
-def exposure(key: str, kind: str, sources: Mapping[str, str], properties: Properties, is_mounted: bool) -> Exposure:
-    """By `sources`, which say by property whether it is set here, or was received."""
-    missing = {it: value for it, value in kinds_values(kind, properties).items() if sources.get(it) != "local"}
+def exposure(
+    key: str, local: Dataset, sources: Mapping[str, str], properties: Properties, is_mounted: bool
+) -> Exposure:
+    """By `sources`, which say by property whether it is set here, or was received. Into what we held before properties
+    have come, if they ever do; and an administrator may have mounted it, to look into it."""
+    missing = {it: value for it, value in kinds_values(local.kind, properties).items() if sources.get(it) != "local"}
     own = tuple(it for it, source in sources.items() if source == "local" and it not in NEVER_SET_AGAIN)
-    has_received = "received" in sources.values()
-    return Exposure(key, missing, None if has_received else own, is_mounted, sources.get("mountpoint") == "received")
+    is_first = not local.held_before and "received" not in sources.values()
+    came = sources.get("mountpoint") == "received"
+    return Exposure(key, missing, (*own, *missing) if is_first else (), is_mounted and not local.held_before, came)
+
+
+LIMITS = ("quota", "refquota", "reservation", "refreservation", "snapshot_limit", "filesystem_limit")
+
+
+SHARES = ("sharenfs", "sharesmb")
+
+
+def shares_last(values: Mapping[str, str]) -> tuple[dict[str, str], dict[str, str]]:
+    """What to set first, and what then: as long as zoned is on, zfs lets nobody say anything of shares, and who says
+    that they are off while canmount is on has the dataset mounted (changelist_postfix in libzfs)."""
+    others = {key: value for key, value in values.items() if key not in SHARES}
+    return others, {key: value for key, value in values.items() if key in SHARES}
+
+
+def settable(key: str, value: str) -> str:
+    """A value as `zfs get -p` prints it, in the words in which it can be set: no limit is 0 there, or all ones."""
+    return "none" if key in LIMITS and value in ("0", str(2**64 - 1)) else value
 
 
 def list_sources(names: Iterable[str]) -> Command:
@@ -1906,6 +1931,11 @@ def get_values(names: Iterable[str], key: str) -> Command:
 
 def list_mounted(names: Iterable[str]) -> Command:
     return ("zfs", "list", "-H", "-o", "name,mounted", *names)
+
+
+def list_foreign_mountpoints(names: Iterable[str]) -> Command:
+    """Prints which of these datasets have a mountpoint that came with a stream."""
+    return ("zfs", "get", "-H", "-s", "received", "-o", "name", "mountpoint", *names)
 
 
 def list_key_roots(names: Iterable[str]) -> Command:
@@ -4180,20 +4210,21 @@ class Run:
 
         Where that fails for a dataset which is not ours yet, it is left alone, for it might be mounted or shared.
         """
-        for it in self.exposed(plans):
+        # Children first: to unmount a dataset unmounts what is mounted below it.
+        for it in sorted(self.exposed(plans), key=lambda it: it.key, reverse=True):
             name = self.local_name(it.key)
             try:
-                if it.missing:
-                    self.report.event("set", name, f"{name}: {it}", values=it.missing)
-                    run(self.target_host, set_values(name, it.missing))
-                if it.is_mounted:
+                if it.is_mounted:  # first, for each `zfs set` of how it is mounted does that anew
                     self.report.event("unmount", name, f"{name}: unmount what another tool has mounted")
                     run(self.target_host, unmount(name))
+                if it.missing:
+                    self.report.event("set", name, f"{name}: {it}", values=it.missing)
+                for values in filter(None, shares_last(it.missing)):
+                    run(self.target_host, set_values(name, values))
                 if it.mountpoint_came:
                     run(self.target_host, inherit(name, "mountpoint"))
-                if it.own is not None:
-                    found = {key: run(self.target_host, get_value(name, key))[:-1] for key in it.own}
-                    self.own_values[it.key] = {**it.missing, **found}
+                values = {key: run(self.target_host, get_value(name, key))[:-1] for key in it.own}
+                self.own_values[it.key] = {key: settable(key, value) for key, value in values.items()}
             except CommandFailed as failure:
                 self.report.failure(name, failure)
                 if not self.target[it.key].held_before:
@@ -4208,11 +4239,7 @@ class Run:
             mounted = {row[0] for row in fields(run(self.target_host, list_mounted(batch)), 2) if row[1] == "yes"}
             for name in batch:
                 key = name[len(self.policy.target_root) :]
-                is_ours = self.target[key].held_before
-                # An administrator may have mounted a mirror of ours, to look into it.
-                yield exposure(
-                    key, self.target[key].kind, sources[name], self.policy.properties, name in mounted and not is_ours
-                )
+                yield exposure(key, self.target[key], sources[name], self.policy.properties, name in mounted)
 
     def tell_lost_holds(self) -> None:
         """Tell of a hold at the source that somebody has released, or another backup host with the same tag has moved:
@@ -4433,6 +4460,7 @@ class Run:
         self.look_at(ride.key for train, it in zip(trains, passages) for ride in train[len(it.arrived) :][:1])
         failed: dict[str, Failure] = {}
         self.put_back_key_places(trains, places)
+        self.put_back_mountpoints(trains)
         for train, passage in zip(trains, passages):
             last = {ride.key: ride.step for ride, _ in zip(train, passage.arrived)}
             for ride, arrival in zip(train, passage.arrived):
@@ -4452,6 +4480,15 @@ class Run:
             if reason:
                 failed[lost.key] = reason
         return failed
+
+    def put_back_mountpoints(self, trains: Sequence[Sequence[Ride]]) -> None:
+        """Up to OpenZFS 2.3.8 and 2.4.3, what was here before takes over the source's mountpoint, -x or not, if one is
+        set above it (https://github.com/openzfs/zfs/commit/66a45b8269). Once said, it is inherited for good. Nothing is
+        mounted by that, for canmount was set with it."""
+        keys = {ride.key for train in trains for ride in train if self.own_values.get(ride.key)} & self.target.keys()
+        for batch in batches(self.local_name(key) for key in sorted(keys)):
+            for (name,) in fields(run(self.target_host, list_foreign_mountpoints(batch)), 1):
+                run(self.target_host, inherit(name, "mountpoint"))
 
     def key_places(self, trains: Sequence[Sequence[Ride]]) -> dict[str, str]:
         """Where the key of each encryption root is, of what comes raw and is here.
@@ -4477,7 +4514,7 @@ class Run:
         with contextlib.suppress(NotBelieved):
             rows = [*fields(run(self.target_host, get_values(names, key)), 2)]
             if sorted(row[0] for row in rows) == sorted(names):
-                return {name: value for name, value in rows}
+                return dict(rows)
         return {name: run(self.target_host, get_value(name, key))[:-1] for name in names}
 
     def put_back_key_places(self, trains: Sequence[Sequence[Ride]], before: dict[str, str]) -> None:

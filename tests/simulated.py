@@ -513,6 +513,9 @@ class Machine:
             assert words[3:-1] == ["-o", "value", FAILING], words
             mark = self.store(words[-1]).mark
             return Answer(0, f"{mark}\n" if mark else "", "")
+        if words[:6] == ["-H", "-s", "received", "-o", "name", "mountpoint"]:
+            assert all(map(self.store, words[6:])), words
+            return Answer(0, "", "")
         if words[0] == "-H":
             assert words[:6] == ["-H", "-s", "local,received", "-o", "name,property,source", "all"], words
             return Answer(0, "".join(map(self.sources, words[6:])), "")
@@ -767,7 +770,8 @@ def receiving(command: Command, kind: str) -> Receiving:
         if flag == "-o":
             values[key] = said
         assert flag in ("-o", "-x"), command
-        assert (flag, value) == ("-x", "encryption") or key in legal, f"a {kind} has no such property: {command}"
+        known = key in legal or (flag, value) == ("-x", "encryption") or flag == "-o"
+        assert known, f"a {kind} has no such property: {command}"
     assert words[-1][0] != "-", command
     name, short = split(words[-1])
     return Receiving(name, short, force, values)

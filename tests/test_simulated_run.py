@@ -11,11 +11,13 @@ from histories import LOCAL, RECEIVED, SOURCE, TAG
 from simulated import SEGMENT_BYTES, USED, WRITTEN, Machine, Near, Refused, Wire, World, days
 
 from zfs_replicate import (
+    ASIDE,
     Answer,
     Command,
     Dataset,
     Doctor,
     Failure,
+    FencedHost,
     LinkLost,
     Plan,
     Policy,
@@ -1269,3 +1271,169 @@ def test_a_mark_that_says_nothing_is_set_anew_and_is_known_to_be_there(mirrored:
     run = Run(Policy(SOURCE, LOCAL, TAG), mirrored.source, mirrored.backup, mirrored.wire.carry, Report())
     run.begin()
     assert run.failing
+
+
+# --- Whose it is --------------------------------------------------------------------------------------------------------
+
+
+def taken_over(job: Job) -> None:
+    """@a is here as another tool brought it: without properties, mounted, and with what an administrator set."""
+    job.snapshot("a")
+    job.replicate()
+    for name in job.backup.below(LOCAL):
+        store = job.backup.datasets[name]
+        store.values, store.has_received, store.mounted = {"compression": "zstd", "refreservation": "0"}, False, True
+        for point in store.snapshots.values():
+            point.tags.clear()
+    for name in job.source.below(SOURCE):
+        for point in job.source.datasets[name].snapshots.values():
+            point.tags.clear()
+
+
+def test_what_was_here_before_is_not_touched_while_there_is_nothing_to_pull(job: Job) -> None:
+    """It may as well be the original, and this the wrong host."""
+    taken_over(job)
+    job.source.world.now += days(99)
+    for _ in range(3):
+        assert job.replicate(keep=1) == ""
+        assert job.done() == []
+    assert (job.here(), job.there()) == ("a", "a")
+
+
+def test_a_mirror_of_another_tool_is_inert_before_anything_is_pulled_into_it(job: Job) -> None:
+    taken_over(job)
+    job.snapshot("b")
+    job.replicate(keep=1)
+    first = {verb: [words[1] for words in job.wire.writes()].index(verb) for verb in ("set", "unmount", "recv", "hold")}
+    assert max(first["set"], first["unmount"]) < first["recv"]
+    for key in EACH:
+        store = job.backup.datasets[LOCAL + key]
+        assert (store.mounted, store.values["readonly"], store.values["volmode"]) == (False, "on", "none")
+        assert (store.values["compression"], store.values["refreservation"]) == ("zstd", "none"), "what was set here stays"
+        assert job.here(key) == f"a b!{RECEIVED}", "the first run of a line destroys nothing"
+    job.replicate(keep=1)
+    assert job.done("set", "unmount", "recv") == []
+
+
+def test_what_cannot_be_made_inert_is_not_pulled_into_nor_held(job: Job) -> None:
+    taken_over(job)
+    job.snapshot("b")
+    for _ in range(2):
+        said = job.replicate(status=1, at=refusing(f"^zfs unmount {LOCAL}/www$"))
+        assert f"{LOCAL}/www: zfs unmount failed on backup" in said
+        assert (job.here("/www"), job.there("/www")) == ("a", "a b")
+    assert job.here("/disk") == f"a b!{RECEIVED}"
+
+
+def test_a_parent_that_is_late_takes_its_place_above_its_children(job: Job) -> None:
+    """And what else is below it stays: a dataset that is gone at the source, and one that was set aside."""
+    job.source.create(f"{SOURCE}/www/gone")
+    job.snapshot("a", "/www/logs", "/www/gone")
+    job.replicate()
+    job.source.release(TAG, f"{SOURCE}/www/gone@a")
+    job.source.destroy_dataset(f"{SOURCE}/www/gone")
+    job.backup.create(f"{LOCAL}/www/logs{ASIDE}x", files=False)
+    job.snapshot("b", "", "/www")
+    job.replicate()
+    assert [job.here(key) for key in ("", "/www", "/www/logs", "/www/gone", f"/www/logs{ASIDE}x")] == [
+        f"b!{RECEIVED}", f"b!{RECEIVED}", f"a!{RECEIVED}", f"a!{RECEIVED}", "",
+    ]  # fmt: skip
+    assert job.there("/www/logs") == f"a!{TAG}"
+    received = [words[3] for words in job.wire.writes() if words[1] == "recv"]
+    assert received == [LOCAL, f"{LOCAL}/www"], "the children are not pulled again"
+    job.replicate()
+    assert job.done() == []
+
+
+def test_while_a_late_parent_does_not_come_nothing_of_its_children_is_released(job: Job) -> None:
+    job.snapshot("a", "/www/logs")
+    job.replicate()
+    job.snapshot("b", "", "/www", "/www/logs")
+    said = job.replicate(status=1, at=refusing("^zfs send .*machines@b"))
+    assert f"{LOCAL}/www/logs: skipped, for its parent" in said
+    assert TAG in job.there("/www/logs").split()[0]
+    job.replicate()
+    assert [job.here(key) for key in ("", "/www", "/www/logs")] == [f"b!{RECEIVED}", f"b!{RECEIVED}", f"a b!{RECEIVED}"]
+
+
+def test_others_below_a_place_keep_it_from_becoming_a_mirror(job: Job) -> None:
+    job.backup.create("offsite/home")
+    job.mirror = "offsite"
+    job.backup.datasets["offsite"].files = False
+    job.snapshot("a")
+    said = job.replicate(status=1)
+    assert "offsite has datasets below it that are neither ours nor the source's: offsite/home" in said
+    assert job.done("set", "recv", "create") == []
+    assert job.backup.datasets["offsite"].values == {}
+    assert job.there("/www") == "a", "nothing is received below it either"
+
+
+def test_below_what_never_was_a_mirror_nothing_is_received(mirrored: Job) -> None:
+    mirrored.backup.create(f"{LOCAL}/new")
+    mirrored.backup.snapshot(f"{LOCAL}/new@theirs")
+    mirrored.source.create(f"{SOURCE}/new/deep")
+    mirrored.snapshot("b")
+    said = mirrored.replicate(status=1)
+    assert f"{LOCAL}/new is no mirror of {SOURCE}/new" in said
+    assert f"{LOCAL}/new/deep: skipped" in said
+    assert f"{LOCAL}/new/deep" not in mirrored.backup.datasets
+    assert mirrored.here("/disk") == f"a b!{RECEIVED}"
+
+
+def test_the_mirror_of_another_line_is_left_alone(mirrored: Job) -> None:
+    mirrored.backup.hold("years:received", f"{LOCAL}/www@a")
+    mirrored.snapshot("b")
+    mirrored.source.world.now += days(99)
+    said = mirrored.replicate(status=1, keep=1, quarantine=True)
+    assert f"{LOCAL}/www is the mirror of another line, of the tag years" in said
+    assert mirrored.here("/www") == f"a!{RECEIVED}!years:received"
+    assert mirrored.here("/www/logs") == f"a b!{RECEIVED}", "what is a mirror already goes on"
+
+
+def test_a_hold_that_somebody_released_at_the_source_is_told(mirrored: Job, capsys: pytest.CaptureFixture[str]) -> None:
+    mirrored.source.release(TAG, f"{SOURCE}/www@a")
+    mirrored.replicate()
+    assert f"{SOURCE}/www@a is not held by {TAG} any more, and is needed" in capsys.readouterr().err
+    mirrored.replicate()
+    assert capsys.readouterr().err == ""
+
+
+def test_what_a_rollback_destroys_that_the_source_once_had_is_told(
+    mirrored: Job, capsys: pytest.CaptureFixture[str]
+) -> None:
+    mirrored.snapshot("b")
+    mirrored.replicate()
+    mirrored.source.release(TAG, f"{SOURCE}@b")
+    mirrored.source.destroy(SOURCE, ["b"])
+    mirrored.source.hold(TAG, f"{SOURCE}@a")
+    mirrored.snapshot("c", "")
+    mirrored.replicate(rollback=True)
+    assert "received from the source, which has no more of it, so perhaps the last copy: @b" in capsys.readouterr().err
+
+
+def test_no_command_leaves_the_tree() -> None:
+    """The belt: each of these would be a fault of the plan."""
+    fence = FencedHost(Machine(World(), "backup", "offsite"), LOCAL)
+    for command in (
+        ("zfs", "destroy", f"{LOCAL}-yearly@a,b"),
+        ("zfs", "rename", f"{LOCAL}/www", f"{LOCAL}-gone"),
+        ("zfs", "rename", f"{LOCAL}-gone", f"{LOCAL}/www"),
+        ("zfs", "hold", "t", f"{LOCAL}@a", f"{LOCAL}0@a"),
+        ("zfs", "recv", "-s", "-u", "-h", "-o", f"origin={LOCAL}@a", f"{LOCAL}0@a"),
+        ("zfs", "recv", "-A", "offsite/home"),
+        ("zfs", "create", "-u", "-o", "canmount=off", f"{LOCAL}0"),
+        ("zfs", "set", "readonly=on", "offsite"),
+        ("zfs", "rollback", "-r", "offsite@a"),
+        ("zfs", "unmount", "offsite/virt"),
+        ("zfs", "no-such-verb", "-x", "offsite/home"),
+    ):
+        with pytest.raises(Failure, match="refusing"):
+            fence.ask(command)
+        with pytest.raises(Failure, match="refusing"):
+            fence.piped(command)
+    for command in (
+        ("zfs", "create", "-u", "-o", "canmount=off", "offsite/virt"),
+        ("zfs", "rename", LOCAL, f"{LOCAL}{ASIDE}2026-11-27-120000"),
+        ("zfs", "list", "-H", "offsite/home"),
+    ):
+        fence.check(command)
