@@ -161,7 +161,9 @@ class Site:
         done = self.replicate(*options, job=job)
         assert done.stdout + done.stderr == ""
 
-    def start(self, *options: str, after: int = 8_000_000, megabits: float = 16) -> subprocess.Popen[str]:
+    def start(
+        self, *options: str, after: int = 8_000_000, megabits: float = 16, job: str = JOB
+    ) -> subprocess.Popen[str]:
         """Start a run; returns when `after` bytes have arrived on the backup pool.
 
         No more than `megabits` a second leave the source from now on, so that the stream is not over when we look.
@@ -169,7 +171,7 @@ class Site:
         self.source.netem(megabits=megabits)
         used = "$(zpool sync offsite; zfs get -Hp -o value used offsite)"
         before = self.backup.run(f"echo {used}").stdout.strip()
-        running = self.backup.popen(f"echo $$ > /run/job.pid; exec {JOB} {shlex.join(options)}")
+        running = self.backup.popen(f"echo $$ > /run/job.pid; exec {job} {shlex.join(options)}")
         self.backup.run(
             f"for i in $(seq 600); do [ $(({used} - {before})) -gt {after} ] && exit; done; exit 1", timeout=300
         )
@@ -192,7 +194,9 @@ class Site:
     def snapshot(self, name: str, dataset: str = TREE, flags: str = "-r") -> None:
         self.source.run(f"zfs snapshot {flags} {shlex.quote(f'{dataset}@{name}')}")
 
-    def assert_in_step(self, source: Machine | None = None, tree: str = TREE, mirror: str = MIRROR) -> None:
+    def assert_in_step(
+        self, source: Machine | None = None, tree: str = TREE, mirror: str = MIRROR, tag: str = TAG
+    ) -> None:
         """Each dataset of the source ends, by guid, in a local snapshot, and our holds are where they belong."""
         theirs = history(source or self.source, tree)
         ours = history(self.backup, mirror)
@@ -201,10 +205,10 @@ class Site:
             if not snapshots:
                 continue
             assert snapshots[-1].guid in {it.guid for it in ours[key]}, f"{mirror}{key} lacks {snapshots[-1]}"
-        assert held(source or self.source, tree, TAG) == {
+        assert held(source or self.source, tree, tag) == {
             mutual(snapshots, ours.get(key, [])) for key, snapshots in theirs.items() if snapshots
         }
-        ours_held = held(self.backup, mirror, f"{TAG}:received")
+        ours_held = held(self.backup, mirror, f"{tag}:received")
         assert {name for name in ours_held if dataset_of(name)[len(mirror) :] in theirs} == {
             mutual(ours[key], snapshots) for key, snapshots in theirs.items() if snapshots
         }

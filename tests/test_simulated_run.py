@@ -1309,7 +1309,9 @@ def test_a_mirror_of_another_tool_is_inert_before_anything_is_pulled_into_it(job
     for key in EACH:
         store = job.backup.datasets[LOCAL + key]
         assert (store.mounted, store.values["readonly"], store.values["volmode"]) == (False, "on", "none")
-        assert (store.values["compression"], store.values["refreservation"]) == ("zstd", "none"), "what was set here stays"
+        assert (store.values["compression"], store.values["refreservation"]) == ("zstd", "none"), (
+            "what was set here stays"
+        )
         assert job.here(key) == f"a b!{RECEIVED}", "the first run of a line destroys nothing"
     job.replicate(keep=1)
     assert job.done("set", "unmount", "recv") == []
