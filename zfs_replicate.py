@@ -4116,6 +4116,7 @@ class Run:
         """Rename what was the mirror of a dataset before it got this name at the source. Nothing is lost by that."""
         old = self.former(key)
         if old is not None:
+            self.check_below(old)
             self.make_room(key)
             self.move(old, key)
 
@@ -4398,11 +4399,14 @@ class Run:
         raise StreamFailed(f"still not in step after {most} steps", "run again; if it stays so, report it")
 
     def check_below(self, key: str) -> None:
-        """See to it that nothing of another line is renamed with a dataset."""
-        others = [it for inner, it in self.target.items() if is_below(inner, key) and others_tags(it, self.policy)]
+        """See to it that nothing of another line is renamed with a dataset, be it selected or not."""
+        tree, failure = read_tree(self.target_host, self.local_name(key), Selection())
+        if failure:
+            raise failure
+        others = [it for it in tree.values() if others_tags(it, self.policy)]
         if others:
             blocked = of_another_line(others[0], self.policy)
-            raise Failure(f"{blocked.reason}; so {self.local_name(key)} is not renamed aside", blocked.hint)
+            raise Failure(f"{blocked.reason}; so {self.local_name(key)} is not renamed", blocked.hint)
 
     def clear(self, key: str, way: WayOut, now: int) -> None:
         """Take a way out that the user has allowed, and say so before."""
@@ -4932,6 +4936,7 @@ class Rehearsal:
         run, name = self.run, self.run.local_name(key)
         old = run.former(key)
         if old is not None:
+            self.check_below(old)
             self.make_room(key)
             self.report.event("rename", name, f"{run.local_name(old)}: rename to {name}, as at the source")
             for inner in within(run.target, old):
@@ -4961,10 +4966,14 @@ class Rehearsal:
             if f"{name}/".startswith(f"{self.run.policy.target_root}/"):
                 self.run.target[name[len(self.run.policy.target_root) :]] = Dataset(name, "filesystem")
 
+    def check_below(self, key: str) -> None:
+        with contextlib.suppress(CommandFailed):  # what is to be renamed before that has another name as yet
+            self.run.check_below(key)
+
     def clear(self, key: str, way: WayOut, now: int) -> None:
         local = self.run.target[key]
         if isinstance(way, Quarantine):
-            self.run.check_below(key)
+            self.check_below(key)
             self.report.event("quarantine", local.name, f"{local.name}: rename to {aside_of(local.name, now)}")
             for inner in within(self.run.target, key):
                 del self.run.target[inner]

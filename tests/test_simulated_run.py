@@ -797,6 +797,18 @@ def test_children_that_were_in_step_are_pulled_afresh_with_their_parent(mirrored
     assert mirrored.here("/www/logs") == mirrored.here("/disk") == f"a!{RECEIVED}"
 
 
+@pytest.mark.parametrize("selection", [EVERYTHING, Selection(recursive=False), Selection(exclude=("www",))])
+def test_what_another_line_keeps_below_is_not_set_aside(mirrored: Job, selection: Selection) -> None:
+    """Be it selected or not: that line would find its mirror gone."""
+    mirrored.backup.hold("years:received", f"{LOCAL}/www@a")
+    mirrored.source.release(TAG, f"{SOURCE}@a")
+    mirrored.source.destroy(SOURCE, ["a"])
+    mirrored.snapshot("b", "")
+    said = mirrored.replicate(status=1, quarantine=True, selection=selection)
+    assert f"{LOCAL} is not renamed" in said
+    assert not mirrored.done("rename")
+
+
 def test_streams_go_by_train_parents_first(job: Job) -> None:
     """On one train a child rides behind its parent; side by side it waits for it."""
     root, disk, www, logs = (f"{LOCAL}{key}" for key in ("", "/disk", "/www", "/www/logs"))
