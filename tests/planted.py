@@ -106,6 +106,39 @@ BUGS: dict[str, Edits] = {
         ("        name = self.local_name(key) + step.snapshot.short\n", "        name = self.local_name(key)\n"),
     ),
     "holds come with the stream": (("\"-s\", \"-u\", \"-h\", *force", "\"-s\", \"-u\", *force"),),
+    "names that begin alike, and no fence": (
+        ("    return name == root or name.startswith(f\"{root}/\")\n", "    return name.startswith(root)\n"),
+        ("            wrong = outside(command, self.root)\n", "            wrong: list[str] = []\n"),
+    ),
+    "numbers are not checked": (("    if found >= 2**64:\n", "    if False:\n"),),
+    "characters of names are not checked": (("is_short and bool(form.fullmatch(name)) and", "is_short and"),),
+    "datasets are believed without their parents": (
+        ("    missing += [key.rpartition(\"/\")[0] for key in tree.keys() - {*roots} if key.rpartition(\"/\")[0] not in tree]\n", ""),
+    ),
+    "snapshots are believed without their dataset": (
+        ("        for name in self.points.keys() - self.datasets.keys():\n", "        for name in ():\n"),
+    ),
+    "a row may come twice": (("        if name in own:\n", "        if False:\n"),),
+    "holds of what was not asked for": (
+        ("        if name not in asked:\n            raise NotBelieved(f\"zfs printed a hold", "        if False:\n            raise NotBelieved(f\"zfs printed a hold"),
+    ),
+    "what was set aside is as anything else": (("    return ASIDE in key\n", "    return False\n"),),
+    "what was set aside is at the source": (
+        ("{key: dataset for key, dataset in tree.items() if not is_set_aside(key)}, failure", "tree, failure"),
+    ),
+    "the mirror of another line is pulled into": (
+        ("    if local is not None and others_tags(local, policy):\n        return of_another_line(local, policy)\n", ""),
+    ),
+    "the mirror of another line expires": (
+        ("    if others_tags(local, policy):\n        return f\"another line holds", "    if False:\n        return f\"another line holds"),
+    ),
+    "the mirror of another line goes aside with its parent": (
+        ("        if others:\n            blocked", "        if False:\n            blocked"),
+    ),
+    "a line on the wrong host holds there": (
+        ("            if key not in self.left_alone and self.is_ours(key)\n", "            if key not in self.left_alone\n"),
+    ),
+    "a line that is run the other way round": (("if local is not None and not local.held_before and is_reversed(source, local):", "if False:"),),
     "an empty listing is believed": (("    missing = [root for root in roots if root not in tree]\n", "    missing = []\n"),),
     "strangers below are no matter": (("    if local.strangers:\n", "    if False:\n"),),
     "received over children": (("    way = (MakeWay(),) if local is not None and local.parent else ()\n", "    way = ()\n"),),
