@@ -188,7 +188,10 @@ def test_each_missing_right_is_granted_by_the_command_in_the_hint(site: Site) ->
     site.source.run(f"zfs create -p {TREE}/a/b")
     site.snapshot("monday", TREE, "")
     site.snapshot("monday", f"{TREE}/a/b", "")
-    values = "readonly,canmount,sharenfs,sharesmb,quota,refquota,reservation,refreservation"
+    values = (
+        "readonly,canmount,sharenfs,sharesmb,setuid,devices,zoned,volmode,snapdev,quota,refquota,reservation,"
+        "refreservation,snapshot_limit,filesystem_limit,userprop"
+    )
     assert obeyed(site, job) == [
         f"source: zfs allow puller hold {TREE}",
         "this host: zfs allow keeper create,mount,canmount offsite",
@@ -205,8 +208,9 @@ def test_each_missing_right_is_granted_by_the_command_in_the_hint(site: Site) ->
     site.backup.run("zfs unallow -r keeper readonly offsite")
     site.snapshot("tuesday")
     assert obeyed(site, job) == [
-        # The placeholder /a: is it empty? Nobody may write to it any more. And /www came without readonly=on.
+        # The placeholder /a: is it empty, and may it make way? And /www came without readonly=on.
         f"this host: zfs allow keeper userused,userquota,userobjused,userobjquota {MIRROR}",
+        f"this host: zfs allow keeper rename,create,mount {MIRROR}",
         f"this host: zfs allow keeper receive,create,mount,{values} {MIRROR}",
         f"this host: zfs allow keeper release {MIRROR}",
         f"this host: zfs set readonly=on {MIRROR}/www",

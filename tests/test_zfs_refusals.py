@@ -17,21 +17,21 @@ pytestmark = pytest.mark.zfs
 def test_target_with_data_is_refused_and_the_rest_is_done(site: Site) -> None:
     site.plant("www", "mail")
     site.snapshot("monday")
-    site.backup.run(
-        f"zfs create -p {MIRROR}/www && echo precious > /{MIRROR}/www/file && zfs create -V 16M {MIRROR}/disk"
-    )
+    site.replicate_silently("--exclude", "www", "--exclude", "disk")
+    site.backup.run(f"zfs create {MIRROR}/www && zfs create -V 16M {MIRROR}/disk")
+    site.backup.run(f"zfs set readonly=off {MIRROR}/www && zfs mount {MIRROR}/www; echo precious > /{MIRROR}/www/file")
+    site.snapshot("tuesday")
     done = site.replicate(status=1)
     assert f"{MIRROR}/www: {MIRROR}/www is not empty: it holds data but no snapshot" in done.stderr
     assert f"{MIRROR}/disk: {MIRROR}/disk is not empty: it holds data but no snapshot" in done.stderr
     assert site.backup.run(f"cat /{MIRROR}/www/file").stdout == "precious\n"
-    assert names(site.backup, f"{MIRROR}/mail") == ["monday"]
-    assert held(site.source, TREE, TAG) == {f"{TREE}{child}@monday" for child in ("/mail",)}
+    assert names(site.backup, f"{MIRROR}/mail") == ["monday", "tuesday"]
+    assert held(site.source, TREE, TAG) == {f"{TREE}{child}@tuesday" for child in ("", "/mail")}
 
-    # The root is in the way too: it has a file, the directory on which its child is mounted.
     done = site.replicate("--quarantine")
-    assert f"zfs_replicate: {MIRROR}: renaming it to {MIRROR}.quarantine-20" in done.stderr
+    assert f"zfs_replicate: {MIRROR}/www: renaming it to {MIRROR}/www.quarantine-20" in done.stderr
     site.assert_in_step()
-    assert site.backup.run(f"cat /{MIRROR}.quarantine-*/www/file").stdout == "precious\n"
+    assert site.backup.run(f"cat /{MIRROR}/www.quarantine-*/file").stdout == "precious\n"
     site.replicate_silently("--quarantine")
 
 
