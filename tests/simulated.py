@@ -521,7 +521,9 @@ class Machine:
             return Answer(0, "".join(map(self.sources, words[6:])), "")
         assert words[:3] == ["-Hp", "-o", "value"], words
         store = self.store(words[4])
-        return Answer(0, f"{id(self) if words[3] == 'guid' else store.values[words[3]]}\n", "")
+        written = str(4096 * store.changed_since(store.newest.guid if store.newest else None))
+        found = {**store.values, "guid": str(id(self)), "written": written}
+        return Answer(0, f"{found[words[3]]}\n", "")
 
     def sources(self, name: str) -> str:
         store = self.store(name)

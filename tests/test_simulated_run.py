@@ -1451,3 +1451,20 @@ def test_no_command_leaves_the_tree() -> None:
         ("zfs", "list", "-H", "offsite/home"),
     ):
         fence.check(command)
+
+
+def test_a_stream_with_another_base_sets_nothing_aside(mirrored: Job) -> None:
+    """zfs recv says of it what it says of a mirror that somebody has changed."""
+    mirrored.snapshot("b", "")
+
+    def lie(where: Machine, command: Command, moment: str) -> Answer | None:
+        if moment == "half-way":
+            raise Refused(f"cannot receive: destination {LOCAL} has been modified since most recent snapshot")
+        return None
+
+    for way in ({"quarantine": True}, {"rollback": True}, {}):
+        said = mirrored.replicate(status=1, at=lie, **way)  # type: ignore[arg-type]
+        assert "nothing was changed here since" in said
+        assert mirrored.done("rename", "rollback") == []
+    mirrored.replicate()
+    assert mirrored.here() == f"a b!{RECEIVED}"
