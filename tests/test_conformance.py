@@ -436,7 +436,6 @@ SCENES = {
         abandon here => 2 ! dataset does not exist
         half pull there@a here => ! incomplete stream
         tree here => here half:
-        files here => 255 ! dataset is busy
         token here => of there@a to a
         rename here here2
         rename here2 here
