@@ -111,8 +111,9 @@ def renew(machine: Machine, pool: str) -> None:
     machine.run(
         "tc qdisc del dev lab0 root 2>/dev/null; rm -rf /run/zfs_replicate-*.lock /home/*/.local/state/zfs_replicate; "
         "for pool in $(zpool list -H -o name); do zpool destroy -f $pool; done; "
-        f"disk={DISK}; [ -e $disk-part1 ] && disk=$disk-part1; "
-        f"zpool create -f -O compression=lz4 {pool} $disk && udevadm settle",
+        # On a busy host udev may take the partition away for a moment just when the pool is to be opened.
+        f"for try in 1 2 3; do disk={DISK}; [ -e $disk-part1 ] && disk=$disk-part1; "
+        f"zpool create -f -O compression=lz4 {pool} $disk && break; udevadm settle; done && udevadm settle && zpool list {pool}",
     )
     machine.set_clock(datetime.now(timezone.utc))
 
@@ -229,7 +230,7 @@ zfs list -H -r -o name,type -t filesystem,volume "$tree" | while IFS="$(printf '
             for i in $(seq 100); do [ -e "/dev/zvol/$name" ] && break; sleep 0.1; done
         fi
         sha256sum < "/dev/zvol/$name" | sed "s| -| $below|"
-        [ "$mode" = none ] && zfs set volmode=none "$name"
+        if [ "$mode" = none ]; then zfs set volmode=none "$name"; fi
     else
         last=$(zfs list -H -d 1 -t snapshot -o name -s createtxg "$name" | tail -n 1)
         mount -t zfs -o ro "$last" "$top"
