@@ -113,7 +113,7 @@ def renew(machine: Machine, pool: str) -> None:
         "for pool in $(zpool list -H -o name); do zpool destroy -f $pool; done; "
         # On a busy host udev may take the partition away for a moment just when the pool is to be opened.
         f"for try in 1 2 3; do disk={DISK}; [ -e $disk-part1 ] && disk=$disk-part1; "
-        f"zpool create -f -O compression=lz4 {pool} $disk && break; udevadm settle; done && udevadm settle && zpool list {pool}",
+        f"zpool create -f -O compression=lz4 {pool} $disk && break; udevadm settle; done; udevadm settle; zpool list {pool}",
     )
     machine.set_clock(datetime.now(timezone.utc))
 
