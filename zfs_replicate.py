@@ -1588,6 +1588,11 @@ FAILING = "zfs_replicate:failing"
 fails, gone with the first that does not."""
 
 
+TAKEN_OVER = "zfs_replicate:taken-over"
+"""Set where a mirror of another tool is taken over, and lost with all that is set there when the first properties come:
+so it says that they have not, even if the increment that brought them was cut off, and undone."""
+
+
 def list_existing(names: Iterable[str]) -> Command:
     """Prints those of `names` that exist; exits 1 if one does not."""
     return ("zfs", "list", "-H", "-o", "name", "-t", DATASET_KINDS, *names)
@@ -1727,7 +1732,7 @@ def stream_flags(features: Iterable[str]) -> Command:
 NOTHING_SET: Mapping[str, str] = {}
 NEVER_SET_AGAIN = (
     "volsize", "volblocksize", "encryption", "keyformat", "keylocation", "pbkdf2iters", "version", "filesystem_count",
-    "snapshot_count",
+    "snapshot_count", TAKEN_OVER,
 )  # fmt: skip
 """What zfs recv takes no value for, though zfs get may say of it that it is set; it is not lost by a receive either."""
 
@@ -1801,7 +1806,7 @@ is read-only and not mounted (sync, overlay, vscan, contexts, users' quotas). Wh
 beside our value as the received one, so that `zfs send -b` gives it back."""
 
 GENERATED = ("requires", "requires-mounts-for", "before", "after", "wanted-by", "required-by", "nofail")
-LEFT_OUT = ("mountpoint", FAILING, *(f"org.openzfs.systemd:{name}" for name in GENERATED))
+LEFT_OUT = ("mountpoint", FAILING, TAKEN_OVER, *(f"org.openzfs.systemd:{name}" for name in GENERATED))
 """What has no value here. The mountpoint cannot be said in a word: left out, it follows from the parent's. systemd's
 generator reads its properties from a table with TABs and newlines, with which one value could forge the row of another
 dataset (history_event-zfs-list-cacher.sh of OpenZFS). `keylocation` cannot be left out: see `Run.key_places`."""
@@ -1888,13 +1893,15 @@ class Exposure:
 def exposure(
     key: str, local: Dataset, sources: Mapping[str, str], properties: Properties, is_mounted: bool
 ) -> Exposure:
-    """By `sources`, which say by property whether it is set here, or was received. Into what we held before properties
-    have come, if they ever do; and an administrator may have mounted it, to look into it."""
+    """By `sources`, which say by property whether it is set here, or was received."""
     missing = {it: value for it, value in kinds_values(local.kind, properties).items() if sources.get(it) != "local"}
     own = tuple(it for it, source in sources.items() if source == "local" and it not in NEVER_SET_AGAIN)
-    is_first = not local.held_before and "received" not in sources.values()
+    is_first = "received" not in sources.values() and (not local.held_before or TAKEN_OVER in sources)
+    marked = {TAKEN_OVER: "on"} if is_first and TAKEN_OVER not in sources else {}
     came = sources.get("mountpoint") == "received"
-    return Exposure(key, missing, (*own, *missing) if is_first else (), is_mounted and not local.held_before, came)
+    # An administrator may have mounted a mirror of ours, to look into it.
+    shows = is_mounted and not local.held_before
+    return Exposure(key, {**missing, **marked}, (*own, *missing) if is_first else (), shows, came)
 
 
 LIMITS = ("quota", "refquota", "reservation", "refreservation", "snapshot_limit", "filesystem_limit")

@@ -31,6 +31,7 @@ from zfs_replicate import (
     OVERRIDES,
     POINT_KINDS,
     STREAM_FLAGS,
+    TAKEN_OVER,
     Account,
     Answer,
     Arrival,
@@ -488,7 +489,8 @@ class Machine:
     def zfs_set(self, words: list[str]) -> Answer:
         *values, name = words
         assert values, words
-        assert all(value in OVERRIDES or value.startswith(f"{FAILING}=") for value in values), words
+        known = (*OVERRIDES, f"{TAKEN_OVER}=on")
+        assert all(value in known or value.startswith(f"{FAILING}=") for value in values), words
         self.store(name).values.update(value.partition("=")[::2] for value in values)
         return Answer(0, "", "")
 

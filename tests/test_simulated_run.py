@@ -12,6 +12,7 @@ from simulated import SEGMENT_BYTES, USED, WRITTEN, Machine, Near, Refused, Wire
 
 from zfs_replicate import (
     ASIDE,
+    TAKEN_OVER,
     Answer,
     Command,
     Dataset,
@@ -1468,3 +1469,19 @@ def test_a_stream_with_another_base_sets_nothing_aside(mirrored: Job) -> None:
         assert mirrored.done("rename", "rollback") == []
     mirrored.replicate()
     assert mirrored.here() == f"a b!{RECEIVED}"
+
+
+def test_what_is_set_on_a_mirror_that_is_taken_over_outlives_an_increment_that_was_cut(job: Job) -> None:
+    """Its properties are undone then, and its rest brings none: the next increment is the first to bring any."""
+    taken_over(job)
+    job.snapshot("b")
+    job.replicate(status=1, at=refusing("^zfs send .*machines/www@b", moment="half-way"))
+    store = job.backup.datasets[f"{LOCAL}/www"]
+    store.has_received = False  # undone
+    store.values.update({"compression": "zstd", TAKEN_OVER: "on"})
+    job.replicate()
+    assert job.here("/www") == f"a b!{RECEIVED}"
+    job.snapshot("c")
+    job.replicate()
+    assert (store.values["compression"], store.values["canmount"]) == ("zstd", "noauto")
+    assert TAKEN_OVER not in store.values
