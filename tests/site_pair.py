@@ -163,7 +163,7 @@ class Site:
         assert done.stdout + done.stderr == ""
 
     def start(
-        self, *options: str, after: int = 8_000_000, megabits: float = 16, job: str = JOB
+        self, *options: str, after: int = 5_000_000, megabits: float = 5, job: str = JOB
     ) -> subprocess.Popen[str]:
         """Start a run; returns when `after` bytes have arrived on the backup pool.
 
