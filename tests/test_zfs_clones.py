@@ -140,7 +140,7 @@ def test_a_rename_that_is_refused_here_keeps_the_base_at_the_source(site: Site) 
     site.snapshot("tuesday")
     said = site.replicate(status=1).stderr
     assert f"cannot unmount '/{MIRROR}/www': pool or dataset is busy\n" in said
-    assert f"    see who uses it: fuser -vm /{MIRROR}/www\n" in said
+    assert f"    on this host: see who uses it: fuser -vm /{MIRROR}/www\n" in said
     held = site.source.run(f"zfs holds -H {TREE}/web@monday {TREE}/web/logs@monday").stdout
     assert [line.split()[:2] for line in held.splitlines()] == [
         [f"{TREE}/web@monday", "offsite"],
