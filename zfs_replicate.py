@@ -4131,7 +4131,8 @@ class Run:
     def move(self, old: str, key: str) -> None:
         """Rename a local dataset, with all below it."""
         name = self.local_name(key)
-        self.report.event("rename", name, f"{self.local_name(old)}: now called {name}")
+        as_there = "" if PLACEHOLDER in old + key else ", as at the source"
+        self.report.event("rename", name, f"{self.local_name(old)}: now called {name}{as_there}")
         run(self.target_host, rename(self.local_name(old), name))
         if self.held_before is not None:
             self.held_before |= {key + inner[len(old) :] for inner in self.held_before if is_below(inner, old)}
