@@ -1338,7 +1338,8 @@ def too_deep(local_name: str) -> Blocked | None:
 
 def converge_holds(source: Dataset, local: Dataset | None, policy: Policy, heirs: Iterable[int] = ()) -> HoldMoves:
     """What brings our holds to where they belong: on the newest mutual snapshot, and on the target of a live token;
-    also on those guids of the source that its `heirs` have inherited and need.
+    also on those guids of the source that its `heirs` have inherited and need. What is newer here and held stays so: it
+    was common once, and may be the last copy; by its hold --rollback knows that.
 
     A local dataset whose history has nothing in common with the source is left alone, holds and all: the hold may be
     the last thing that lets it be repaired. So is one that another line holds. Tags that could not be read are not
@@ -1354,7 +1355,11 @@ def converge_holds(source: Dataset, local: Dataset | None, policy: Policy, heirs
     place_source, release_source = moves(source, policy.tag, on_source)
     if local and local.partial and local.partial.to_guid is None:
         release_source = ()
-    place_local, release_local = moves(local, policy.received_tag, {mutual.local.guid} if mutual else set())
+    on_local = {mutual.local.guid} if mutual else set()
+    if local and mutual:
+        newer = (it for it in local.snapshots if it.createtxg > mutual.local.createtxg)
+        on_local.update(it.guid for it in newer if policy.received_tag in (it.tags or ()))
+    place_local, release_local = moves(local, policy.received_tag, on_local)
     return HoldMoves(place_source, place_local, release_source, release_local)
 
 
@@ -4057,6 +4062,7 @@ class Run:
             plans = self.plan()
             self.make_inert(plans)
             self.tell_lost_holds()
+            self.tell_others_holds(plans)
             touched = self.transfer(plans, now)
             if touched:  # hours may have gone by: what is to be destroyed is looked at anew as well
                 touched |= self.may_expire(now).keys()
@@ -4268,6 +4274,28 @@ class Run:
                 f"{base.name} is not held by {self.policy.tag} any more, and is needed: somebody has released it, or "
                 "another backup host uses the same tag; let each mirror have a tag of its own",
             )
+
+    def tell_others_holds(self, plans: dict[str, Plan]) -> None:
+        """Tell, before the first run of a dataset releases them, of holds at the source that bear our tag, and are not
+        where an earlier run of this line would have got to: somebody else may count on them."""
+        for key, plan in plans.items():
+            source, local = self.source[key], self.mirror(key)
+            if local and (
+                local.held_before or (local.snapshots and not self.is_mirrored(key)) or not self.is_ours(key)
+            ):
+                continue
+            ours = {it.guid for it in plan.targets} if isinstance(plan, Transfer) else set()
+            if local:
+                ours.update(it.guid for it in local.snapshots)
+                ours.update({local.partial.to_guid or 0} if local.partial else ())
+            held = [it.name for it in source.snapshots if self.policy.tag in (it.tags or ()) and it.guid not in ours]
+            if held:
+                self.report.notice(
+                    "others hold",
+                    self.local_name(key),
+                    f"{few(held)} held by {self.policy.tag} before there is a mirror here: that goes now; unless a run "
+                    "of this line broke off before, somebody else uses the tag: let each mirror have a tag of its own",
+                )
 
     def transfer(self, plans: dict[str, Plan], now: int) -> set[str]:
         """Hold, then stream and verify: by the train what goes by train, the rest one by one. Returns what may have

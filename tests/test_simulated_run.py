@@ -1413,6 +1413,29 @@ def test_a_hold_that_somebody_released_at_the_source_is_told(mirrored: Job, caps
     assert capsys.readouterr().err == ""
 
 
+def test_a_hold_of_our_tag_that_was_there_before_any_mirror_is_told(
+    job: Job, capsys: pytest.CaptureFixture[str]
+) -> None:
+    job.snapshot("old")
+    job.source.hold(TAG, f"{SOURCE}/www@old")
+    job.snapshot("a")
+    job.replicate()
+    said = capsys.readouterr().err
+    assert f"{SOURCE}/www@old held by {TAG} before there is a mirror here" in said
+    assert said.count("before there is a mirror") == 1
+    assert job.there("/www") == f"old a!{TAG}"
+
+
+def test_a_run_that_was_killed_once_it_held_says_nothing_of_its_own_holds(
+    job: Job, capsys: pytest.CaptureFixture[str]
+) -> None:
+    job.snapshot("a")
+    job.replicate(status=1, at=refusing("^zfs send "))
+    capsys.readouterr()
+    job.replicate()
+    assert capsys.readouterr().err == ""
+
+
 def test_what_a_rollback_destroys_that_the_source_once_had_is_told(
     mirrored: Job, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -1422,7 +1445,10 @@ def test_what_a_rollback_destroys_that_the_source_once_had_is_told(
     mirrored.source.destroy(SOURCE, ["b"])
     mirrored.source.hold(TAG, f"{SOURCE}@a")
     mirrored.snapshot("c", "")
+    mirrored.replicate(status=1)  # from cron, before anybody comes to look
+    assert mirrored.here() == f"a!{RECEIVED} b!{RECEIVED}"
     mirrored.replicate(rollback=True)
+    assert mirrored.here() == f"a c!{RECEIVED}"
     assert "received from the source, which has no more of it, so perhaps the last copy: @b" in capsys.readouterr().err
 
 

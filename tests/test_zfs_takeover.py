@@ -187,11 +187,14 @@ UNITS = "grep -rl '^What=offsite' /run/systemd/generator* | sed 's|.*/||'"
 
 
 def prepare(machine: Machine) -> None:
-    """A pool that is shared and mounted elsewhere; a program that notes what is shared; a list for the generator."""
+    """A pool that is shared and mounted elsewhere; a program that notes what is shared; a list for the generator.
+
+    Without atime: to mount a child reads the directory below, which would change what is mounted above it.
+    """
     machine.write("/usr/sbin/exportfs", EXPORTFS, 0o755)
     machine.run(
         "mkdir -p /etc/zfs/zfs-list.cache && touch /etc/zfs/zfs-list.cache/offsite && "
-        "zfs set mountpoint=/bk sharenfs=on offsite"
+        "zfs set mountpoint=/bk sharenfs=on atime=off offsite"
     )
 
 
