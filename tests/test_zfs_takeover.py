@@ -274,7 +274,7 @@ def test_the_first_increment_breaks_off(site: Site) -> None:
     site.backup.run("kill $(cat /run/job.pid)")
     run.communicate(timeout=120)
     site.source.netem()
-    assert get(site.backup, "receive_resume_token", f"{kind.mirror}/www") != ["-"]
+    assert get(site.backup, "receive_resume_token", f"{kind.mirror}/www") != ["-"], history(site.backup, kind.mirror)
     for day in ("wednesday", "thursday"):
         site.replicate_silently(job=kind.job)
         assert_inert(site.backup, [kind])
