@@ -22,11 +22,6 @@ settings.register_profile(
 settings.load_profile("steady")
 
 
-PLAIN = ("bookworm", "trixie")
-"""Of these releases, those of a plain run. The newest joins them when each test has been seen to pass on it; until then
-it is for --full, and for the tests across releases."""
-
-
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--full", action="store_true", help="all of it, every fault instead of a sample: takes hours")
 
@@ -53,30 +48,18 @@ def out_of_turn(items: list[pytest.Item]) -> set[pytest.Item]:
     for item in items:
         if isinstance(item, pytest.Function) and release_of(item) in RELEASES:
             tests.setdefault(f"{item.path}::{item.originalname}", []).append(item)
-    marks = [{mark.name for mark in variants[0].iter_markers()} for variants in tests.values()]
-    names = [sorted({release_of(item) for item in variants}, key=RELEASES.index) for variants in tests.values()]
-    plain = [[name for name in some if name in PLAIN] or some for some in names]
-    # Until a plain run is known to end in time with three releases, also those that are not marked take turns.
-    releases = [
-        some if {"each", "either"} & mark else [some[number % len(some)]]
-        for number, (mark, some) in enumerate(zip(marks, plain))
-    ]
-    chosen = turns(zip(marks, releases))
+    for_each = [variants[0].get_closest_marker("each") is not None for variants in tests.values()]
+    releases = [sorted({release_of(item) for item in variants}, key=RELEASES.index) for variants in tests.values()]
+    chosen = turns(zip(for_each, releases))
     return {item for variants, turn in zip(tests.values(), chosen) for item in variants if release_of(item) not in turn}
 
 
-def turns(tests: Iterable[tuple[set[str], Sequence[str]]]) -> list[set[str]]:
-    """Of each test's marks and releases, oldest first: on which it runs. What is marked `each` on all, `either` on one,
-    and these take turns; the others on the oldest and the newest, between which the rest lies."""
+def turns(tests: Iterable[tuple[bool, Sequence[str]]]) -> list[set[str]]:
+    """Of each test whether it is for each release, and those it can run on: on which it runs. The others take turns."""
     chosen, dealt = [], 0
-    for marks, releases in tests:
-        if "each" in marks:
-            chosen.append(set(releases))
-        elif "either" in marks:
-            chosen.append({releases[dealt % len(releases)]})
-            dealt += 1
-        else:
-            chosen.append({releases[0], releases[-1]})
+    for for_each, releases in tests:
+        chosen.append(set(releases) if for_each else {releases[dealt % len(releases)]})
+        dealt += not for_each
     return chosen
 
 

@@ -41,7 +41,6 @@ def test_a_release_has_its_openzfs(machines: list[Machine]) -> None:
         assert module.startswith(f"zfs-kmod-{version}.")
 
 
-@pytest.mark.either
 def test_copies_of_one_template_draw_different_guids(machines: list[Machine]) -> None:
     command = "hostid; zpool get -H -o value guid tank; zfs snapshot tank@guid; zfs get -H -o value guid tank@guid"
     ours, theirs = (machine.run(command).stdout.split() for machine in machines)
@@ -49,7 +48,6 @@ def test_copies_of_one_template_draw_different_guids(machines: list[Machine]) ->
     assert not set(ours) & set(theirs)
 
 
-@pytest.mark.either
 def test_machines_know_each_other_and_logins_can_be_counted(machines: list[Machine]) -> None:
     source, backup = machines
     before = source.ssh_log()
@@ -59,13 +57,11 @@ def test_machines_know_each_other_and_logins_can_be_counted(machines: list[Machi
     assert source.run(f"ssh {backup.address} hostname").stdout == "backup\n"
 
 
-@pytest.mark.either
 def test_mail_to_root_is_delivered(machines: list[Machine]) -> None:
     machines[0].run("echo something failed | sendmail root")
     machines[0].run("for i in $(seq 50); do grep -q 'something failed' /var/mail/root && exit; sleep 0.1; done; exit 1")
 
 
-@pytest.mark.either
 def test_files_arrive_unchanged_with_their_mode(machines: list[Machine]) -> None:
     text = "#!/bin/sh\necho 'ä\t\\n'\n\n"
     machines[0].write("/opt/new/directory/program", text, 0o750)
@@ -73,13 +69,11 @@ def test_files_arrive_unchanged_with_their_mode(machines: list[Machine]) -> None
     assert machines[0].run("stat -c %a /opt/new/directory/program").stdout == "750\n"
 
 
-@pytest.mark.either
 def test_another_user_logs_in_with_his_own_shell(machines: list[Machine]) -> None:
     machines[0].run("id visitor >/dev/null 2>&1 || useradd -m -s /bin/tcsh visitor")
     assert machines[0].run("echo $shell; whoami", user="visitor").stdout == "/bin/tcsh\nvisitor\n"
 
 
-@pytest.mark.either
 def test_a_pulled_cable_cuts_machines_off_but_not_from_us(machines: list[Machine]) -> None:
     source, backup = machines
     source.cable(plugged=False)
@@ -89,7 +83,6 @@ def test_a_pulled_cable_cuts_machines_off_but_not_from_us(machines: list[Machine
     assert backup.run(HELLO).stdout == "source\n"
 
 
-@pytest.mark.either
 def test_a_frozen_peer_hangs_and_goes_on_when_thawed(machines: list[Machine]) -> None:
     source, backup = machines
     asking = backup.popen("ssh source 'echo begun; sleep 2; echo done'")
@@ -104,7 +97,6 @@ def test_a_frozen_peer_hangs_and_goes_on_when_thawed(machines: list[Machine]) ->
     assert asking.communicate(timeout=30)[0] == "done\n"
 
 
-@pytest.mark.either
 def test_netem_delays_the_lab_network(machines: list[Machine]) -> None:
     source, backup = machines
     program = (
@@ -117,7 +109,6 @@ def test_netem_delays_the_lab_network(machines: list[Machine]) -> None:
     assert fast < 0.4 <= slow
 
 
-@pytest.mark.either
 def test_the_clock_moves_with_us_and_survives_a_power_loss_as_pools_do(machines: list[Machine]) -> None:
     source = machines[0]
     guid = source.run("zpool get -H -o value guid tank").stdout
@@ -134,7 +125,6 @@ def test_the_clock_moves_with_us_and_survives_a_power_loss_as_pools_do(machines:
     assert float(source.run("date +%s").stdout) == pytest.approx(time.time(), abs=5)
 
 
-@pytest.mark.either
 def test_a_reboot_keeps_the_machine_what_it_was(machines: list[Machine]) -> None:
     source = machines[0]
     before = source.run("hostname; hostid; zpool list -H -o name,guid").stdout

@@ -58,7 +58,7 @@ def test_clones_arrive_as_clones_also_promoted_ones(site: Site) -> None:
     site.replicate_silently("-k", "30")
 
 
-@pytest.mark.either
+@pytest.mark.full
 def test_clone_that_took_over_all_common_snapshots(site: Site) -> None:
     """zfs receives no increment from an origin; a fresh copy is a clone of the old one."""
     site.plant("www")
@@ -79,7 +79,7 @@ def test_clone_that_took_over_all_common_snapshots(site: Site) -> None:
     site.replicate_silently()
 
 
-@pytest.mark.either
+@pytest.mark.full
 def test_interrupted_clone_goes_on(site: Site) -> None:
     site.plant("golden")
     site.snapshot("v1")

@@ -30,7 +30,6 @@ def doctor(site: Site, *options: str, status: int) -> list[str]:
     return done.stdout.splitlines()
 
 
-@pytest.mark.either
 def test_before_the_first_run_and_when_all_is_well(site: Site) -> None:
     site.plant("www")
     said = doctor(site, status=1)
@@ -49,7 +48,6 @@ def test_before_the_first_run_and_when_all_is_well(site: Site) -> None:
     assert sum("OpenZFS zfs-" in line for line in said) == 2
 
 
-@pytest.mark.either
 def test_what_is_wrong_is_named_with_its_remedy(site: Site) -> None:
     site.plant("www", "mail")
     site.snapshot("monday")
@@ -80,7 +78,7 @@ def test_what_is_wrong_is_named_with_its_remedy(site: Site) -> None:
     doctor(site, status=0)
 
 
-@pytest.mark.either
+@pytest.mark.full
 def test_a_hold_of_ours_that_somebody_placed_is_found(site: Site) -> None:
     site.plant("www")
     for day in ("monday", "tuesday"):
@@ -96,7 +94,7 @@ def test_a_hold_of_ours_that_somebody_placed_is_found(site: Site) -> None:
     doctor(site, status=0)
 
 
-@pytest.mark.either
+@pytest.mark.full
 def test_a_host_that_is_not_reached(site: Site) -> None:
     done = site.backup.run(f"zfs_replicate -h source -p 2 -r {TREE} -l {MIRROR} -t x --doctor", check=False)
     assert done.returncode == 1

@@ -30,7 +30,6 @@ def aged(site: Site) -> Site:
     return site
 
 
-@pytest.mark.either
 def test_expired_local_snapshots_go_and_the_source_loses_none(aged: Site) -> None:
     aged.replicate_silently("-k", "30")
     for child in ("", "/www"):
@@ -39,20 +38,20 @@ def test_expired_local_snapshots_go_and_the_source_loses_none(aged: Site) -> Non
     aged.assert_in_step()
 
 
-@pytest.mark.either
+@pytest.mark.full
 def test_without_keep_days_nothing_goes(aged: Site) -> None:
     aged.replicate_silently()
     assert names(aged.backup, MIRROR) == ["monday", "tuesday", "wednesday", "now"]
 
 
-@pytest.mark.either
+@pytest.mark.full
 def test_source_that_stopped_snapshotting_empties_nothing(aged: Site) -> None:
     aged.source.run(f"zfs destroy -r {TREE}@now")
     aged.replicate_silently("-k", "30")
     assert names(aged.backup, MIRROR) == ["monday", "tuesday", "wednesday"]
 
 
-@pytest.mark.either
+@pytest.mark.full
 def test_held_ones_stay_and_say_by_which_tag(aged: Site) -> None:
     aged.backup.run(f"zfs hold keepsake {MIRROR}/www@monday")
     aged.source.run(f"zfs hold {TAG} {TREE}/www@tuesday && zfs hold other {TREE}/www@wednesday")
@@ -62,7 +61,6 @@ def test_held_ones_stay_and_say_by_which_tag(aged: Site) -> None:
     aged.assert_in_step()
 
 
-@pytest.mark.either
 def test_nothing_goes_while_the_source_is_unreachable(aged: Site) -> None:
     aged.replicate("-I")
     aged.source.cable(plugged=False)
@@ -103,7 +101,7 @@ def test_nothing_goes_while_holds_cannot_be_read_or_released(aged: Site, word: s
     aged.assert_in_step()
 
 
-@pytest.mark.either
+@pytest.mark.full
 def test_one_snapshot_that_cannot_be_destroyed_does_not_keep_the_others(aged: Site) -> None:
     aged.backup.run(f"zfs clone -o canmount=off {MIRROR}/www@tuesday offsite/clone")
     done = aged.replicate("-k", "30", status=1)

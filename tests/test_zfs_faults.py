@@ -22,13 +22,10 @@ if TYPE_CHECKING:
 pytestmark = [pytest.mark.zfs, pytest.mark.each]
 
 SAMPLE = (
-    (INCREMENT, faults.COMMAND_FAILS, "source", "hold", "after"),
     (INCREMENT, faults.TOOL_KILLED, "source", "release", "before"),
     (FULL, faults.TOOL_KILLED, "backup", "recv", "midway"),
     (FULL, faults.ALL_KILLED, "backup", "recv", "after"),
     (INCREMENT, faults.SSHD_KILLED, "source", "send", "midway"),
-    (FULL, faults.POOL_FULL, "backup", "recv", "before"),
-    (INCREMENT, faults.DESTROYED, "source", "send", "before"),
     (FULL, faults.CABLE_BRIEFLY, "source", "send", "midway"),
     (INCREMENT, faults.BACKUP_POWER, "source", "send", "midway"),
 )

@@ -21,8 +21,7 @@ if TYPE_CHECKING:
     from lab import Machine
     from site_pair import Site
 
-# With --full alone until each has been seen to pass on a machine that has nothing else to do.
-pytestmark = [pytest.mark.zfs, pytest.mark.full]
+pytestmark = pytest.mark.zfs
 
 LIAR = """\
 #!/bin/bash
@@ -136,7 +135,6 @@ def points(site: Site) -> dict[str, tuple[str, str]]:
     return {guid: (name, users) for guid, name, users in (row.split("\t") for row in rows)}
 
 
-@pytest.mark.either
 def test_stream_of_another_dataset_is_not_believed(site: Site) -> None:
     """A first one; an increment from the right base; a whole one in answer to an increment."""
     site.source.run(f"zfs create -p {TREE}/fork && zfs create {TREE}/whole && echo 1 > /{TREE}/fork/file")
@@ -362,7 +360,7 @@ def assert_over_and_repaired(site: Site, *trees: str) -> None:
         site.assert_in_step(tree=f"backuppool/{tree}", mirror=f"offsite/{tree}")
 
 
-@pytest.mark.either
+@pytest.mark.full
 def test_what_dribbles_is_ended(site: Site) -> None:
     """A listing, and a stream, of which a byte comes now and then; a stream of which nothing comes but endless words."""
     trees = ("listing", "stream", "words")
@@ -382,7 +380,7 @@ def test_what_dribbles_is_ended(site: Site) -> None:
     assert_over_and_repaired(site, *trees)
 
 
-@pytest.mark.either
+@pytest.mark.full
 def test_what_has_no_end_is_ended(site: Site) -> None:
     """Answers without end on either stream, too long an estimate, a name too deep, and a stream that ends in noise."""
     expected = {"stdout": 3, "stderr": 3, "slashes": 3, "noise": 1, "estimate": 0}
@@ -440,7 +438,6 @@ LISTINGS = {
 }
 
 
-@pytest.mark.either
 def test_listings_that_are_not_of_this_tree(site: Site) -> None:
     """With another mirror beside this one, and one that was set aside in it; long after all of it would have expired."""
     site.source.run(f"zfs create -p {TREE}/www")

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.zfs
 
 
-@pytest.mark.either
+@pytest.mark.full
 def test_unreachable_host(site: Site) -> None:
     done = site.replicate(status=3, job=f"zfs_replicate -h source -p 2 -r {TREE} -l {MIRROR} -t {TAG}")
     assert "cannot reach source port 2" in done.stderr
@@ -25,7 +25,6 @@ def test_unreachable_host(site: Site) -> None:
     assert "cannot reach nowhere.invalid port 22" in done.stderr
 
 
-@pytest.mark.either
 def test_unknown_host_key_is_refused_with_the_remedy(site: Site) -> None:
     site.backup.write("/root/.ssh/config", "Host source\n  GlobalKnownHostsFile none\n")
     try:
@@ -36,7 +35,7 @@ def test_unknown_host_key_is_refused_with_the_remedy(site: Site) -> None:
     assert "log in once by hand" in done.stderr
 
 
-@pytest.mark.either
+@pytest.mark.full
 def test_wrong_key_is_refused_with_the_remedy(site: Site) -> None:
     site.backup.run("rm -f /root/stranger*; ssh-keygen -q -t ed25519 -N '' -f /root/stranger")
     done = site.replicate("-i", "/root/stranger", status=3)
@@ -44,7 +43,6 @@ def test_wrong_key_is_refused_with_the_remedy(site: Site) -> None:
     assert "ssh -i /root/stranger -o IdentitiesOnly=yes source true" in done.stderr
 
 
-@pytest.mark.either
 def test_ssh_config_rules_both_connections(site: Site) -> None:
     """Alias, user, port, key, proxy jump over the backup machine itself, known_hosts under another name."""
     site.plant()
@@ -75,7 +73,6 @@ def test_ssh_config_rules_both_connections(site: Site) -> None:
     assert names(site.backup, MIRROR) == ["monday", "tuesday"]
 
 
-@pytest.mark.either
 def test_csh_as_login_shell(site: Site) -> None:
     site.plant("my files")
     site.snapshot("day one ")
@@ -87,7 +84,6 @@ def test_csh_as_login_shell(site: Site) -> None:
     site.assert_in_step()
 
 
-@pytest.mark.either
 def test_chain_of_three_hosts_with_one_tag(site: Site) -> None:
     with site.pair.third() as third:
         renew(third, "vault")
@@ -112,7 +108,6 @@ def chain(site: Site, third: Machine) -> None:
     assert site.backup.run(f"{JOB} -k 30").stderr == ""
 
 
-@pytest.mark.either
 def test_overlapping_run_leaves_silently(site: Site) -> None:
     site.source.run(f"zfs create -p {TREE} && head -c 80M /dev/urandom > /{TREE}/big")
     site.snapshot("monday")
@@ -125,7 +120,7 @@ def test_overlapping_run_leaves_silently(site: Site) -> None:
     site.assert_in_step()
 
 
-@pytest.mark.either
+@pytest.mark.full
 def test_stream_goes_without_mbuffer(site: Site) -> None:
     site.plant()
     site.snapshot("monday")
@@ -151,7 +146,6 @@ def accounts(site: Site) -> str:
     return f"su keeper -c '{JOB.replace('-h source', '-h puller@source')} -k 30'"
 
 
-@pytest.mark.either
 def test_by_sudo_as_the_readme_says(site: Site) -> None:
     rule = re.findall("^    (puller ALL=.*)$", README, re.MULTILINE)[0]
     job = accounts(site)
@@ -204,7 +198,6 @@ def test_without_root_as_the_readme_says(site: Site) -> None:
     assert site.checksums(site.backup, MIRROR) == site.checksums(site.source, TREE)
 
 
-@pytest.mark.either
 def test_real_cron_is_silent_on_success_and_mails_a_failure(site: Site) -> None:
     """The program is one copied file here, beside the distribution's paramiko."""
     site.plant("www")

@@ -19,7 +19,6 @@ PARENT = "offsite" + "/x" * 46
 """Of 47 levels; ZFS allows 50."""
 
 
-@pytest.mark.either
 def test_names_too_long_or_too_deep_here_and_odd_ones(site: Site) -> None:
     tag, deep = "t" * 246, f"{PARENT}/m"
     job = f"zfs_replicate -h source -r {TREE} -l {deep} -t {tag} -k 30"
@@ -51,7 +50,7 @@ def test_names_too_long_or_too_deep_here_and_odd_ones(site: Site) -> None:
     site.source.run(f"! zfs snapshot {TREE}@a%b 2>&1 && ! zfs create {TREE}/a%b 2>&1 && ! zfs create {TREE}/ä 2>&1")
 
 
-@pytest.mark.either
+@pytest.mark.full
 def test_datasets_without_snapshots_and_such_that_are_another_one_now(site: Site) -> None:
     site.source.run(f"zfs create -p {TREE}")
     site.replicate_silently()
@@ -90,7 +89,7 @@ def test_datasets_without_snapshots_and_such_that_are_another_one_now(site: Site
     site.replicate_silently("--quarantine")
 
 
-@pytest.mark.either
+@pytest.mark.full
 def test_whole_pools(site: Site) -> None:
     site.plant("www")
     site.source.run("head -c 300000 /dev/urandom > /backuppool/file")
@@ -110,7 +109,6 @@ def import_again(machine: Machine, pool: str, options: str = "") -> None:
     machine.run(f"for i in $(seq 30); do zpool export {pool} && break; sleep 1; done; zpool import {options} {pool}")
 
 
-@pytest.mark.either
 def test_pools_that_are_read_only_not_there_or_full(site: Site) -> None:
     site.source.run(f"zfs create -p {TREE}/www && head -c 300000 /dev/urandom > /{TREE}/www/one")
     site.snapshot("monday")
@@ -151,7 +149,6 @@ def test_pools_that_are_read_only_not_there_or_full(site: Site) -> None:
     site.assert_in_step()
 
 
-@pytest.mark.either
 def test_suspended_pool_is_told_and_done_when_it_is_back(site: Site) -> None:
     """Its disk is a file that can no longer grow: every write fails, and ZFS waits for somebody to mend that."""
     site.source.run(f"zfs create -p {TREE} && head -c 300000 /dev/urandom > /{TREE}/one")

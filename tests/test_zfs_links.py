@@ -69,7 +69,6 @@ def test_frozen_peer_during_a_stream(site: Site) -> None:
     goes_on(site)
 
 
-@pytest.mark.either
 def test_lost_link_is_retried_and_the_stream_resumed(site: Site) -> None:
     plant_big(site)
     running = site.start("-v", "--retries", "3")
@@ -81,7 +80,6 @@ def test_lost_link_is_retried_and_the_stream_resumed(site: Site) -> None:
     site.assert_in_step()
 
 
-@pytest.mark.either
 def test_signals_end_everything_and_leave_a_resumable_state(site: Site) -> None:
     plant_big(site, "50M")
     temporary = site.backup.run("ls /tmp").stdout
@@ -95,7 +93,7 @@ def test_signals_end_everything_and_leave_a_resumable_state(site: Site) -> None:
     goes_on(site)
 
 
-@pytest.mark.either
+@pytest.mark.full
 def test_receive_that_outlives_its_killed_run_is_reported_and_left_alone(site: Site) -> None:
     plant_big(site, "80M")
     running = site.start()
@@ -110,7 +108,7 @@ def test_receive_that_outlives_its_killed_run_is_reported_and_left_alone(site: S
     site.assert_in_step()
 
 
-@pytest.mark.either
+@pytest.mark.full
 def test_run_that_stands_still_is_named(site: Site) -> None:
     plant_big(site)
     running = site.start()
@@ -124,7 +122,7 @@ def test_run_that_stands_still_is_named(site: Site) -> None:
     site.assert_in_step()
 
 
-@pytest.mark.either
+@pytest.mark.full
 def test_bookmark_of_our_own_carries_the_chain_on(site: Site) -> None:
     site.plant("www")
     site.snapshot("monday")

@@ -45,6 +45,7 @@ def test_received_datasets_are_unmounted_read_only_and_below_missing_parents(sit
     assert get(site.backup, "readonly,refreservation", f"{MIRROR}/disk") == ["on", "0"]
 
 
+@pytest.mark.full
 def test_override_on_the_mirror_survives_an_increment(site: Site) -> None:
     site.plant("www")
     site.snapshot("monday")
@@ -56,6 +57,7 @@ def test_override_on_the_mirror_survives_an_increment(site: Site) -> None:
     assert get(site.backup, "canmount,readonly,compression,mounted", f"{MIRROR}/www") == ["on", "on", "gzip-3", "no"]
 
 
+@pytest.mark.full
 def test_no_increment_takes_over_a_quota_or_reservation(site: Site) -> None:
     """ZFS 2.1 does at every second one, if such a property is only left out (`-x`)."""
     site.plant("www")
@@ -125,7 +127,6 @@ def test_intermediates_pulls_every_snapshot_between(site: Site) -> None:
     site.assert_in_step()
 
 
-@pytest.mark.either
 def test_new_child_later_and_child_gone_at_the_source(site: Site) -> None:
     site.plant("www", "mail")
     site.snapshot("monday")
@@ -139,7 +140,6 @@ def test_new_child_later_and_child_gone_at_the_source(site: Site) -> None:
     site.assert_in_step()
 
 
-@pytest.mark.either
 def test_parent_without_snapshot_becomes_a_placeholder_and_later_a_mirror(site: Site) -> None:
     site.plant("www/logs")
     site.snapshot("monday", f"{TREE}/www/logs")
@@ -152,14 +152,14 @@ def test_parent_without_snapshot_becomes_a_placeholder_and_later_a_mirror(site: 
     assert site.checksums(site.backup, MIRROR) == site.checksums(site.source, TREE)
 
 
-@pytest.mark.either
+@pytest.mark.full
 def test_tree_without_any_snapshot_creates_nothing(site: Site) -> None:
     site.plant("www")
     site.replicate_silently()
     assert site.backup.run("zfs list -H -r -o name offsite").stdout == "offsite\n"
 
 
-@pytest.mark.either
+@pytest.mark.full
 def test_existing_empty_target_is_accepted(site: Site) -> None:
     site.plant("www")
     site.snapshot("monday")
@@ -169,7 +169,7 @@ def test_existing_empty_target_is_accepted(site: Site) -> None:
     assert site.checksums(site.backup, MIRROR) == site.checksums(site.source, TREE)
 
 
-@pytest.mark.either
+@pytest.mark.full
 def test_renamed_source_snapshot_is_still_the_base(site: Site) -> None:
     site.plant("www")
     site.snapshot("monday")
@@ -182,7 +182,6 @@ def test_renamed_source_snapshot_is_still_the_base(site: Site) -> None:
     site.assert_in_step()
 
 
-@pytest.mark.either
 def test_bookmark_serves_as_base_when_its_snapshot_is_gone(site: Site) -> None:
     site.plant("www")
     site.snapshot("monday")
@@ -200,7 +199,6 @@ def test_bookmark_serves_as_base_when_its_snapshot_is_gone(site: Site) -> None:
     site.assert_in_step()
 
 
-@pytest.mark.either
 def test_names_with_spaces_also_trailing_ones(site: Site) -> None:
     site.source.run(f"zfs create -p '{TREE}/my files/a ' && head -c 9999 /dev/urandom > '/{TREE}/my files/a /f'")
     site.snapshot("first day ")
@@ -211,7 +209,7 @@ def test_names_with_spaces_also_trailing_ones(site: Site) -> None:
     site.assert_in_step()
 
 
-@pytest.mark.either
+@pytest.mark.full
 def test_thousand_snapshots(site: Site) -> None:
     site.source.run(f"zfs create -p {TREE}/a && zfs create {TREE}/b && zfs create {TREE}/c")
     site.snapshot("first")
@@ -239,6 +237,7 @@ def test_interrupted_first_receive_goes_on_from_its_token(site: Site) -> None:
     assert site.checksums(site.backup, MIRROR) == site.checksums(site.source, TREE)
 
 
+@pytest.mark.full
 def test_interrupted_first_receive_into_an_empty_target_goes_on(site: Site) -> None:
     site.source.run(f"zfs create -p {TREE} && head -c 30M /dev/urandom > /{TREE}/big")
     site.snapshot("monday")
@@ -289,7 +288,6 @@ def interrupt(site: Site) -> None:
     site.source.netem()
 
 
-@pytest.mark.either
 def test_localhost_runs_without_ssh(site: Site) -> None:
     site.source.run(
         f"zfs create -p {TREE}/www && truncate -s 4G /var/tmp/pool && zpool create -f offsite /var/tmp/pool"

@@ -15,8 +15,7 @@ if TYPE_CHECKING:
 
     from site_pair import Site
 
-# With --full alone until each has been seen to pass on a machine that has nothing else to do.
-pytestmark = [pytest.mark.zfs, pytest.mark.full]
+pytestmark = pytest.mark.zfs
 
 
 def aged(site: Site, *children: str) -> None:
@@ -29,7 +28,6 @@ def aged(site: Site, *children: str) -> None:
     site.snapshot("now")
 
 
-@pytest.mark.either
 def test_line_on_the_wrong_host_expires_nothing_of_the_production(site: Site) -> None:
     """With both trees exchanged, and with the same name on both sides; also where it is run again."""
     aged(site, "/www")
@@ -49,7 +47,7 @@ def test_line_on_the_wrong_host_expires_nothing_of_the_production(site: Site) ->
     )
 
 
-@pytest.mark.either
+@pytest.mark.full
 def test_another_tree_of_the_same_pool_as_target(site: Site) -> None:
     """`-l` is the root of a pool, or a dataset, below which other data lives."""
     site.source.run(f"zfs create -p {TREE}/www && zfs set atime=off compression=gzip {TREE}")
@@ -67,7 +65,7 @@ def test_another_tree_of_the_same_pool_as_target(site: Site) -> None:
     site.replicate_silently()
 
 
-@pytest.mark.either
+@pytest.mark.full
 def test_dataset_that_is_no_mirror_gets_nothing_below_it(site: Site) -> None:
     """It has data and a history of its own; what is beside it is done."""
     site.source.run(f"zfs create -p {TREE}")
@@ -88,7 +86,6 @@ def test_dataset_that_is_no_mirror_gets_nothing_below_it(site: Site) -> None:
     assert site.backup.run(f"cat /{MIRROR}/www/file").stdout == "precious\n"
 
 
-@pytest.mark.either
 def test_line_one_level_up_leaves_the_other_mirror_its_name(site: Site) -> None:
     site.source.run(f"zfs create -p {TREE}/www")
     site.snapshot("monday")
@@ -103,7 +100,6 @@ def test_line_one_level_up_leaves_the_other_mirror_its_name(site: Site) -> None:
     assert names(site.backup, MIRROR) == ["monday", "tuesday"]
 
 
-@pytest.mark.either
 def test_tree_of_two_lines_loses_nobodys_years(site: Site) -> None:
     """One keeps it for years, the other 30 days; in either order the snapshots of the first stay, and it is said."""
     aged(site, "/www")
@@ -134,7 +130,6 @@ def at_work(site: Site, job: str = JOB) -> Iterator[None]:
     assert (running.returncode, stdout + stderr) == (0, "")
 
 
-@pytest.mark.either
 def test_runs_of_other_jobs_wait_for_no_tree_in_silence(site: Site) -> None:
     """The same line is silent; the same tree from elsewhere, and a tree within or around, are told. One beside is free."""
     site.source.run(
@@ -158,7 +153,6 @@ def test_runs_of_other_jobs_wait_for_no_tree_in_silence(site: Site) -> None:
     assert set(history(site.backup, "offsite")) == {"", "/virt", "/virt/machines", "/virt/other", "/virt/other/www"}
 
 
-@pytest.mark.either
 def test_tag_that_is_not_ours_alone(site: Site) -> None:
     """At the first run somebody has holds of that name; later another backup host uses the tag too."""
     site.source.run(f"zfs create -p {TREE}/www && zfs snapshot -r {TREE}@old && zfs hold {TAG} {TREE}/www@old")
@@ -183,7 +177,6 @@ def test_tag_that_is_not_ours_alone(site: Site) -> None:
     site.replicate_silently()
 
 
-@pytest.mark.either
 def test_rollback_tells_what_may_be_a_last_copy(site: Site) -> None:
     """The source was rolled back itself: what it lost is here alone. What was made here was never there."""
     site.source.run(f"zfs create -p {TREE}/www")

@@ -14,7 +14,7 @@ from site_pair import JOB, MIRROR, PROGRAM, TAG, TREE, held, history, names
 if TYPE_CHECKING:
     from site_pair import Site
 
-pytestmark = [pytest.mark.zfs, pytest.mark.either]
+pytestmark = pytest.mark.zfs
 
 STATE = """
 zfs list -Hp -r -t all -o name,guid,createtxg,userrefs,receive_resume_token
@@ -73,6 +73,7 @@ def test_progress_at_a_terminal(site: Site, columns: int) -> None:
     site.assert_in_step()
 
 
+@pytest.mark.full
 def test_a_resumed_stream_counts_what_is_there(site: Site) -> None:
     site.source.run(f"zfs create -p {TREE} && head -c 30M /dev/urandom > /{TREE}/big")
     site.snapshot("monday")
@@ -149,6 +150,7 @@ def test_the_status_with_and_without_the_source(site: Site) -> None:
     assert f"{MIRROR}/new" not in rows
 
 
+@pytest.mark.full
 def test_monitoring(site: Site) -> None:
     """The three reasons of a late mirror are told apart, and since when runs fail."""
     site.plant("www")
@@ -236,6 +238,7 @@ def on_the_wire(site: Site, *options: str) -> tuple[int, int, str]:
     return int(site.source.read(counter)) - before, arrived, done.stderr
 
 
+@pytest.mark.full
 def test_streams_are_compressed_and_limited_between_two_machines(site: Site) -> None:
     """What lies uncompressed at the source is small on the wire alone, if both ends have what it takes."""
     site.source.run(f"zfs create -p -o compression=off {TREE}")

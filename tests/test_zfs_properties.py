@@ -167,7 +167,6 @@ def commands(word: str) -> list[str]:
     return [line.strip().replace("HOST", "source") for line in block.splitlines()]
 
 
-@pytest.mark.either
 def test_restore_as_the_readme_says(site: Site) -> None:
     plant(site)
     site.snapshot("monday")

@@ -13,7 +13,6 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.zfs
 
 
-@pytest.mark.either
 def test_target_with_data_is_refused_and_the_rest_is_done(site: Site) -> None:
     site.plant("www", "mail")
     site.snapshot("monday")
@@ -35,7 +34,7 @@ def test_target_with_data_is_refused_and_the_rest_is_done(site: Site) -> None:
     site.replicate_silently("--quarantine")
 
 
-@pytest.mark.either
+@pytest.mark.full
 def test_same_name_with_other_guid_is_refused(site: Site) -> None:
     site.plant("www")
     site.snapshot("monday")
@@ -50,7 +49,6 @@ def test_same_name_with_other_guid_is_refused(site: Site) -> None:
     assert names(site.backup, f"{MIRROR}/www") == ["monday"]
 
 
-@pytest.mark.either
 def test_newer_local_snapshot_is_refused(site: Site) -> None:
     site.plant("www")
     site.snapshot("monday")
@@ -97,7 +95,7 @@ def test_local_change_is_refused_by_zfs_and_explained(site: Site) -> None:
     assert site.checksums(site.backup, MIRROR) == site.checksums(site.source, TREE)
 
 
-@pytest.mark.either
+@pytest.mark.full
 def test_failed_parent_keeps_its_children_waiting_and_says_so(site: Site) -> None:
     site.plant("www/logs")
     site.snapshot("monday")
@@ -108,7 +106,6 @@ def test_failed_parent_keeps_its_children_waiting_and_says_so(site: Site) -> Non
     assert names(site.backup, MIRROR) == ["monday"]
 
 
-@pytest.mark.either
 def test_host_that_would_pull_from_itself_is_told(site: Site) -> None:
     """One crontab on both of two hosts, or a name that leads back here: expiry would destroy the only copy."""
     site.backup.run(f"zfs create -p {MIRROR} && zfs snapshot -r offsite@monday && zfs snapshot -r offsite@tuesday")
@@ -123,7 +120,7 @@ def test_host_that_would_pull_from_itself_is_told(site: Site) -> None:
     assert site.backup.run("zfs list -H -r -t all -o name offsite | wc -l").stdout == "9\n"
 
 
-@pytest.mark.either
+@pytest.mark.full
 def test_missing_dataset_missing_pool_and_missing_zfs_stop_before_the_start(site: Site) -> None:
     site.plant()
     site.snapshot("monday")

@@ -49,7 +49,6 @@ def snapshots(site: Site, first: int, last: int) -> None:
 Record = Callable[[str, object], None]
 
 
-@pytest.mark.either
 def test_500_datasets_with_20_snapshots_each(site: Site, record_property: Record) -> None:
     with mounts_apart(site.source) as apart:
         make(site, 500, apart)
@@ -70,7 +69,6 @@ def test_500_datasets_with_20_snapshots_each(site: Site, record_property: Record
     assert max(first[1], next_one[1]) < 20, "five trains, and few for all"
 
 
-@pytest.mark.either
 def test_every_one_of_20_snapshots_of_50_datasets(site: Site, record_property: Record) -> None:
     with mounts_apart(site.source) as apart:
         make(site, 50, apart)

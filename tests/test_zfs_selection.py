@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.zfs
 
 
+@pytest.mark.full
 def test_properties_that_the_mirror_has_of_its_own(site: Site) -> None:
     site.plant("www")
     site.source.run(f"zfs set com.example:owner=us {TREE}; zfs set com.example:tool=on atime=off {TREE}/www")
@@ -28,7 +29,6 @@ def test_properties_that_the_mirror_has_of_its_own(site: Site) -> None:
     site.assert_in_step()
 
 
-@pytest.mark.either
 def test_part_of_a_tree_and_some_of_its_snapshots(site: Site) -> None:
     site.plant("www/cache", "mail")
     for name in ("daily-1", "hourly-1", "daily-2", "daily-3", "hourly-2"):

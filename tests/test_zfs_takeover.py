@@ -17,8 +17,7 @@ if TYPE_CHECKING:
     from lab import Machine
     from site_pair import Point, Site
 
-# With --full alone until each has been seen to pass on a machine that has nothing else to do.
-pytestmark = [pytest.mark.zfs, pytest.mark.full]
+pytestmark = pytest.mark.zfs
 
 CHILDREN = ("", "/www", "/jail", "/disk")
 SNAPSHOT = "job-20260101000000"
@@ -253,13 +252,13 @@ def test_mirrors_made_by_hand_and_as_zrepl_does(site: Site) -> None:
     take_over(site, (MOUNTED, LIKE_ZREPL))
 
 
-@pytest.mark.either
+@pytest.mark.full
 def test_mirrors_made_by_other_tools(site: Site) -> None:
     install_tools(site.backup)
     take_over(site, (SYNCOID, BZFS, AUTOBACKUP))
 
 
-@pytest.mark.either
+@pytest.mark.full
 def test_the_first_increment_breaks_off(site: Site) -> None:
     """What is resumed carries no properties: those of the increment after it are the first ones."""
     plant(site)
