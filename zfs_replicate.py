@@ -4293,8 +4293,8 @@ class Run:
                 self.report.notice(
                     "others hold",
                     self.local_name(key),
-                    f"{few(held)} held by {self.policy.tag} before there is a mirror here: that goes now; unless a run "
-                    "of this line broke off before, somebody else uses the tag: let each mirror have a tag of its own",
+                    f"{few(held)} held by {self.policy.tag}, and there is no mirror of it here: that hold goes now; "
+                    "if no earlier run of this line left it, let each mirror have a tag of its own",
                 )
 
     def transfer(self, plans: dict[str, Plan], now: int) -> set[str]:

@@ -1421,8 +1421,8 @@ def test_a_hold_of_our_tag_that_was_there_before_any_mirror_is_told(
     job.snapshot("a")
     job.replicate()
     said = capsys.readouterr().err
-    assert f"{SOURCE}/www@old held by {TAG} before there is a mirror here" in said
-    assert said.count("before there is a mirror") == 1
+    assert f"{SOURCE}/www@old held by {TAG}, and there is no mirror of it here" in said
+    assert said.count("there is no mirror of it here") == 1
     assert job.there("/www") == f"old a!{TAG}"
 
 

@@ -450,7 +450,7 @@ def test_listings_that_are_not_of_this_tree(site: Site) -> None:
     site.source.shift_clock(40)
     site.backup.shift_clock(40)
     site.snapshot("now")
-    site.replicate_silently()
+    assert f"{TREE}/www@wednesday held by {TAG}, and there is no mirror of it here" in site.replicate().stderr
     wrong = []
     before = state(site.backup)
     for what, lies in LISTINGS.items():
