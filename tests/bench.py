@@ -520,6 +520,35 @@ def start(rounds: str = str(ROUNDS)) -> None:
         print(f"{name:>8}: {middle:.2f} s, median; {low:.2f} to {high:.2f}")
 
 
+def intermediates(release: str = "bookworm", snapshots: str = "1000") -> None:
+    """What it costs to name each snapshot: `-I` of ours, a stream each, beside the one stream of `zfs send -I`."""
+    count = int(snapshots)
+    with machines(release) as site:
+        site.source.run(f"zfs create -p {TREE} && zfs snapshot {TREE}@first")
+        site.replicate_silently()
+        by_hand = f"{MIRROR}-by-hand"
+        site.backup.run(f"ssh source zfs send {TREE}@first | zfs recv -u {by_hand}")
+        say(f"{count} snapshots of 16 KiB each")
+        site.source.run(
+            f"for i in $(seq {count}); do head -c 16K /dev/urandom > /{TREE}/file; zfs snapshot {TREE}@$i; done",
+            timeout=3600,
+        )
+        row = "{:>22} {:>9} {:>10}".format
+        print(row("", "seconds", "ms a step"))
+        lines = {
+            "zfs send -I, one stream": f"ssh source zfs send -p -I @first {TREE}@{count} | zfs recv -s -u -h {by_hand}",
+            "zfs_replicate -I": f"{JOB} -I",
+        }
+        seconds = []
+        for name, line in lines.items():
+            began = time.monotonic()
+            site.backup.run(line, timeout=7200)
+            seconds.append(time.monotonic() - began)
+            print(row(name, f"{seconds[-1]:.0f}", f"{seconds[-1] * 1000 / count:.0f}"), flush=True)
+        print(f"ratio: {seconds[1] / seconds[0]:.2f}")
+        site.assert_in_step()
+
+
 @contextlib.contextmanager
 def far_away(port: int, seconds: float) -> Iterator[int]:
     """A port that leads to that one, with so long a round trip; to connect takes one as well."""
@@ -564,9 +593,10 @@ def far_away(port: int, seconds: float) -> Iterator[int]:
 def main(what: str = "", *more: str) -> int:
     parts: dict[str, Callable[..., None]] = {
         "wire": wire, "start": start, "distance": distance, "growth": growth, "noop": noop, "ours": ours,
+        "intermediates": intermediates,
     }  # fmt: skip
     if what not in parts:
-        print("usage: tests/bench wire|start|distance|growth|noop", file=sys.stderr)
+        print("usage: tests/bench wire|start|distance|growth|noop|intermediates", file=sys.stderr)
         return 2
     parts[what](*more)
     return 0

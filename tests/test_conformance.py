@@ -962,7 +962,6 @@ def test_the_simulated_machine_answers_as_the_scene_says(name: str) -> None:
 
 @pytest.mark.zfs
 @pytest.mark.parametrize("release", RELEASES)
-@pytest.mark.each
 def test_real_zfs_answers_as_the_scenes_say(free_lab: laboratory.Lab, release: str) -> None:
     """All scenes in one test, on one machine, several side by side: they mostly wait for the disk."""
     machine = free_lab.machine("source", release)
