@@ -57,6 +57,7 @@ import functools
 import hashlib
 import heapq
 import io
+import itertools
 import json
 import logging
 import os
@@ -246,7 +247,8 @@ class Dataset:
     `vacant` says of a local filesystem without snapshots that it is known to hold no file, so that a first receive may
     take its place, if nothing is below it; `parent` says that something is, and `strangers` are those below it that are
     neither ours nor the source's. `changed` says of a local dataset that zfs found it changed since its newest
-    snapshot; `held_before` that we held a snapshot of it when the run began.
+    snapshot; `held_before` that we held a snapshot of it when the run began; `recognised` that its properties are those
+    of what we receive.
     """
 
     name: str
@@ -263,6 +265,7 @@ class Dataset:
     strangers: tuple[str, ...] = ()
     changed: bool = False
     held_before: bool = False
+    recognised: bool = False
 
     def __post_init__(self) -> None:
         for field in ("snapshots", "bookmarks", "inherited"):
@@ -590,10 +593,11 @@ def fields(text: str, *widths: int) -> Iterator[list[str]]:
         raise NotBelieved(f"zfs printed a line without an end: {text[-80:]!r}")
     for found in re.finditer(".*\n", text):
         line = found[0][:-1]
-        row = line.split("\t")
+        row = line.split("\t", max(widths))
         if len(row) not in widths:
             asked = " or ".join(map(str, widths))
-            raise NotBelieved(f"zfs printed a line of {len(row)} columns where {asked} were asked for: {line[:200]!r}")
+            count = line.count("\t") + 1
+            raise NotBelieved(f"zfs printed a line of {count} columns where {asked} were asked for: {line[:200]!r}")
         yield row
 
 
@@ -785,12 +789,12 @@ def parse_hold_dates(text: str, tag: str) -> dict[str, str]:
 def parse_holds(text: str, asked: Container[str]) -> dict[str, frozenset[str]]:
     """Tags by snapshot name from `zfs holds -H` of the snapshots `asked` for. Raises NotBelieved if they cannot be told
     apart (a tag with a TAB), or are of others (a tag with a newline)."""
-    tags: dict[str, frozenset[str]] = {}
+    tags: dict[str, set[str]] = {}
     for name, tag, _date in fields(text, 3):
         if name not in asked:
             raise NotBelieved(f"zfs printed a hold on what it was not asked about: {name[:NAME_LIMIT]!r}")
-        tags[name] = tags.get(name, NO_TAGS) | {tag}
-    return tags
+        tags.setdefault(name, set()).add(tag)
+    return {name: frozenset(some) for name, some in tags.items()}
 
 
 def parse_asked(text: str, asked: Container[str]) -> tuple[dict[str, frozenset[str]], dict[str, int]]:
@@ -877,6 +881,10 @@ def parse_token(token: str, text: str) -> Partial:
     return Partial(token, bits("toguid"), bits("fromguid"), raw, corrupt, bits("bytes") or 0)
 
 
+MOST_ESTIMATES = 10_000
+"""Many times as many as are asked for at once."""
+
+
 def parse_estimates(text: str) -> list[tuple[int, int]]:
     """Of each stream in turn, the bytes that `zfs send -nP` foresees, and those that came of it before. What is no
     number of 64 bits is passed over."""
@@ -889,14 +897,16 @@ def parse_estimates(text: str) -> list[tuple[int, int]]:
         elif int(line[1]) < 2**64:
             found.append((int(line[1]), before))
             before = 0
+            if len(found) == MOST_ESTIMATES:
+                break
     return found
 
 
 def parse_usage(text: str) -> dict[str, tuple[int, int]]:
     """By snapshot, bytes that only it needs and bytes written until it, from `zfs list -Hp -o name,used,written`."""
+    rows = itertools.islice(fields(text, 3), MOST_ROWS)
     return {
-        name: (number(used, f"used of {name}"), number(written, f"written of {name}"))
-        for name, used, written in fields(text, 3)
+        name: (number(used, f"used of {name}"), number(written, f"written of {name}")) for name, used, written in rows
     }
 
 
@@ -952,10 +962,11 @@ def plan_dataset(
     """
     if local is not None and others_tags(local, policy):
         return of_another_line(local, policy)
-    if local is not None and not local.held_before and is_reversed(source, local):
+    if local is not None and not local.held_before and not local.recognised and is_reversed(source, local):
         return Blocked(
             f"{source.name} is the mirror of {local.name}, by the holds on both sides ({newest_of(source, local)})",
-            "this line may be meant for the other host: check -h, -r and -l",
+            "this line may be meant for the other host: check -h, -r and -l; if the hosts have swapped roles, end "
+            "the other line first, with --retire",
             elsewhere=True,
         )
     if local is not None and local.kind != source.kind:
@@ -1013,7 +1024,7 @@ def plan_partial(source: Dataset, local: Dataset, partial: Partial, policy: Poli
     ends_match = target and partial.from_guid in bases and partial.from_guid == (base and base.guid)
     if target and ends_match and partial.raw == policy.raw(source) and not local.changed:
         # Take it for arrived, to plan what follows.
-        arrived = replace(target, createtxg=base.createtxg + 1 if base else 0)
+        arrived = replace(target, createtxg=base.createtxg + 1 if base else 0, tags=NO_TAGS)
         rest = plan_dataset(source, replace(whole, snapshots=(*local.snapshots, arrived)), policy, local.name)
         return Transfer((Receive(target, token=partial.token), *steps_of(rest)))
     rest = plan_dataset(source, whole if local.snapshots else None, policy, local.name, origin)
@@ -1076,7 +1087,8 @@ def no_place(source: Dataset, local: Dataset, policy: Policy) -> Blocked | None:
         return Blocked(
             f"{local.name} has datasets below it that are neither ours nor the source's: {others}; as a mirror it "
             "would make them read-only, and hand down to them what the source says",
-            "this may be the wrong place: check -l; mirror to a dataset of its own, that is not there yet",
+            "this may be the wrong place: check -l; mirror to a dataset of its own, that is not there yet; if what is "
+            "below it is empty and left over, zfs destroy it",
             elsewhere=True,
         )
     if not local.vacant:
@@ -1087,7 +1099,13 @@ def no_place(source: Dataset, local: Dataset, policy: Policy) -> Blocked | None:
             (Quarantine(),),
             elsewhere=True,
         )
-    if (local.encrypted and not policy.raw(source)) or (policy.raw(source) and not local.parent):
+    if local.parent and "/" not in local.name:
+        return Blocked(
+            f"{local.name} is the root of a pool, with a mirror below it, and cannot make way for {source.name} "
+            f"({newest_of(source, local)})",
+            "mirror to a dataset of its own with -l",
+        )
+    if (local.encrypted or policy.raw(source)) and not local.parent:
         return Blocked(
             f"{local.name} is already here, and zfs receives no first stream into a dataset if either is encrypted "
             f"({newest_of(source, local)})",
@@ -1168,6 +1186,11 @@ def newest_received(local: Dataset, policy: Policy) -> Snapshot | None:
 def is_set_aside(key: str) -> bool:
     """Whether it, or what it is in, was renamed aside: then it is nobody's mirror any more."""
     return ASIDE in key
+
+
+def is_passing(key: str) -> bool:
+    """Whether the source, which may be a mirror itself, has it under that name for a while only."""
+    return is_set_aside(key) or PLACEHOLDER in key
 
 
 Moved = dict[int, tuple[str, Dataset]]
@@ -2107,6 +2130,7 @@ END_SECONDS = 5
 """How long a process may take to end when told to."""
 
 OUTPUT_BYTES = 192 << 20
+ANSWER_BYTES = 32 << 20
 """The most that a command may print. The longest answer is the listing of a tree: of a million snapshots, with names of
 130 bytes, it is as long. All of it is in memory, as bytes and then as text."""
 COMPLAINT_BYTES = 8 * BATCH_BYTES
@@ -2136,7 +2160,9 @@ class Answer:
 
     @classmethod
     def of(cls, status: int, stdout: bytes | bytearray, stderr: bytes | bytearray) -> Answer:
-        return cls(status, stdout.decode(errors="surrogateescape"), stderr.decode(errors="surrogateescape"))
+        # A long text with one character beyond Latin takes four bytes for each; names are ASCII.
+        encoding = "utf-8" if len(stdout) <= ANSWER_BYTES else "ascii"
+        return cls(status, stdout.decode(encoding, errors="surrogateescape"), stderr.decode(errors="surrogateescape"))
 
 
 class Host(Protocol):
@@ -2195,7 +2221,7 @@ def suspended(said: str) -> str:
 
 def in_use(said: str) -> str:
     """The way out where zfs cannot unmount what somebody uses; "" where it says something else."""
-    found = re.search("cannot unmount '(.*)': pool or dataset is busy", said)
+    found = re.search("cannot unmount '([^'\n]*)': pool or dataset is busy", said)
     return f"see who uses it: fuser -vm {shlex.quote(found[1])}" if found else ""
 
 
@@ -2207,19 +2233,20 @@ def stuck(host: Host, command: Command, patience: float) -> Stuck:
 
 
 class Output:
-    """All that a command prints, as it comes: `add` raises Failure when it is more than OUTPUT_BYTES. `doing` names the
-    command, `label` its host."""
+    """All that a command prints, as it comes: `add` raises Failure when it is more than OUTPUT_BYTES, if it lists, or
+    else ANSWER_BYTES. `doing` names the command, `label` its host."""
 
     def __init__(self, doing: str, label: str) -> None:
         self.doing = doing
         self.label = label
+        self.most = OUTPUT_BYTES if doing == "zfs list" else min(OUTPUT_BYTES, ANSWER_BYTES)
         self.kept = bytearray()
 
     def add(self, data: bytes) -> None:
         self.kept += data
-        if len(self.kept) > OUTPUT_BYTES:
+        if len(self.kept) > self.most:
             raise Failure(
-                f"{self.doing} on {self.label} has printed more than {human(OUTPUT_BYTES)}: no listing is so long",
+                f"{self.doing} on {self.label} has printed more than {human(self.most)}: no answer is so long",
                 "see what it prints when run by hand (-vv shows it); "
                 "a tree of millions of snapshots is mirrored in parts, with a line for each",
             )
@@ -2241,6 +2268,10 @@ class Tail:
         return self.kept[-self.most :]
 
 
+LONGEST_WAIT = 86400.0
+"""Seconds: epoll counts milliseconds in 32 bits."""
+
+
 def listen(process: subprocess.Popen[bytes], output: Output, complaints: Tail, until: float) -> None:
     """Take what a process prints, both ends side by side, until it has ended. Raises TimeoutExpired if it has not by
     then, however much it still has to say."""
@@ -2251,7 +2282,7 @@ def listen(process: subprocess.Popen[bytes], output: Output, complaints: Tail, u
             left = until - time.monotonic()
             if left <= 0:
                 raise subprocess.TimeoutExpired(process.args, left)
-            for key, _ in selector.select(left):
+            for key, _ in selector.select(min(left, LONGEST_WAIT)):
                 data = os.read(key.fd, READ_BYTES)
                 if data:
                     key.data(data)
@@ -2618,8 +2649,6 @@ class SshHost:
 
     def ask(self, *commands: Command) -> Answer:
         transport = self.client.get_transport()
-        import paramiko
-
         self.note(f"{self.label}: {' && '.join(map(shlex.join, commands))}")
         doing = " ".join(commands[0][:2])
         try:
@@ -2629,7 +2658,9 @@ class SshHost:
             found = f"^/.*/({'|'.join(PACKERS)})\n"
             self.programs = set(re.findall(found, answer.stderr, re.MULTILINE))
             return replace(answer, stderr=re.sub(found, "", answer.stderr, flags=re.MULTILINE))
-        except (OSError, EOFError, paramiko.SSHException) as error:
+        except Failure:
+            raise
+        except Exception as error:  # noqa: BLE001 -- paramiko hands on what its thread met in a malformed packet
             if isinstance(error, socket.timeout) and error.errno is None:  # ours; the kernel's own has ETIMEDOUT
                 raise stuck(self, commands[0], self.patience) from None
             raise LinkLost(f"lost the connection to {self.label} during {doing}: {why(error)}") from None
@@ -2665,12 +2696,10 @@ class SshHost:
     def channel(self, transport: Any) -> Any:
         """A channel for one command. That for the next one is opened while this one is at work, which saves it a round
         trip; but not if the host allows no second one (MaxSessions 1)."""
-        import paramiko
-
         channel: Any = None
         try:
             channel = self.next_channel.result() if self.next_channel else None
-        except paramiko.SSHException:
+        except Exception:  # noqa: BLE001 -- as in `ask`; if it is the link, the next one tells
             self.opens_ahead = False
         if channel is None or channel.closed:
             channel = self.open_channel(transport)
@@ -2810,7 +2839,9 @@ def connect(client: Any, connection: Connection) -> None:
             "if the change is genuine: "
             f"ssh-keygen -R {shlex.quote(host_pattern(name, port))}, then {connection.by_hand()}",
         ) from None
-    except (OSError, EOFError, ValueError, paramiko.SSHException) as error:
+    except Failure:
+        raise
+    except Exception as error:  # noqa: BLE001 -- as in SshHost.ask
         # Once keys are exchanged the host is reached, and unless the link broke it is our login that failed: the
         # exception often says no more than that the key is not of the kind paramiko tried last.
         transport = client.get_transport()
@@ -3076,6 +3107,7 @@ class Pipeline:
             self.transport.moved()
         else:
             self.broken = [ended]
+            self.moved_at = time.monotonic()
         if self.broken or not self.waiting:
             self.close_pipe()
             return
@@ -3106,6 +3138,12 @@ class Pipeline:
         then zfs send may search as long as patience lasts.
         """
         now = time.monotonic()
+        if self.broken and now - self.moved_at >= LINK_SECONDS:
+            try:
+                blame([], self.broken)  # a sender that says nothing does not notice that nobody reads any more
+            except StreamFailed as failure:
+                self.give_up(failure)
+            return
         if now < self.next_look:
             return
         self.next_look = now + self.look_seconds
@@ -3118,6 +3156,8 @@ class Pipeline:
             self.transport.moved()
         if given is None:
             return
+        if self.mark and self.pipe and in_pipe(self.pipe):
+            self.mark = (now, count)  # it is the receiver that is slow: the stall limit alone is for that
         running = self.running()
         may_be_tail = self.feeders and (self.waiting or running == [self.receiver])
         patience = self.transport.patience * (TAIL_FACTOR if may_be_tail else 1)
@@ -3342,7 +3382,7 @@ def explained(failure: StreamFailed, source: Host, sending: Command, target: Hos
         (source, sending, "send", failure.sender_said),
         (target, receiving, "receive", failure.receiver_said),
     ):
-        denied = re.search(f"cannot {verb}[^;]*: permission denied", said)
+        denied = re.search(f"cannot {verb}[^;]{{0,{MOST_SAID}}}: permission denied", said)
         failure.hint = failure.hint or (permit(host, command, said) if denied else "")
     if re.search("out of space|quota exceeded", failure.receiver_said):
         failure.hint = "make space; what arrived is kept, and the next run goes on from there"
@@ -3455,7 +3495,8 @@ class Lock:
             raise Failure(f"cannot write the lock file {own.path}: {error.strerror}", "is there space?") from None
 
     def moved(self) -> None:
-        os.utime(self.filenos[0])
+        with contextlib.suppress(OSError):  # the place may be read-only by now
+            os.utime(self.filenos[0])
 
 
 ROOTS_LOCKS = "/run"
@@ -3911,7 +3952,7 @@ class Run:
         read = read_outline if self.briefly else read_tree
         try:
             tree, failure = read(self.source_host, root, self.policy.selection, only)
-            return {key: dataset for key, dataset in tree.items() if not is_set_aside(key)}, failure
+            return with_clones({key: it for key, it in tree.items() if not is_passing(key)}), failure
         except CommandFailed as failure:
             if f"'{root}': dataset does not exist" in failure.what:
                 failure.hint = f"check -r; is the pool imported there? zpool import {root.split('/')[0]}"
@@ -3967,7 +4008,7 @@ class Run:
         if local.partial:
             answer = self.target_host.ask(decode_token(local.partial.token))
             local = replace(local, partial=parse_token(local.partial.token, answer.stdout + answer.stderr))
-        local = replace(local, held_before=key in (self.held_before or ()))
+        local = replace(local, held_before=key in (self.held_before or ()), recognised=key in self.recognised)
         source = self.source.get(key)
         if source and self.selected(key) and not local.snapshots and local.kind == "filesystem":
             below = self.below(local.name)
@@ -4004,7 +4045,8 @@ class Run:
         if local.snapshots or local.kind != "filesystem":
             return bool(source and newest_mutual(source, local))
         has_children = any(inner.startswith(f"{name}/") for inner in among)
-        return (source is not None or has_children) and self.is_empty(name)
+        may_be = source is not None or has_children or name.endswith(PLACEHOLDER)
+        return may_be and self.is_empty(name)
 
     def look_again(self, key: str) -> Dataset | None:
         """List one local dataset anew; None if it is not there."""
@@ -4108,6 +4150,8 @@ class Run:
         if not inherited:
             return False
         owner = inherited[-1].name.partition("@")[0][len(self.policy.source_root) :]
+        if owner not in self.source:
+            return False
         plan = self.decide(owner)
         is_first = self.order.index(owner) < self.order.index(key)
         return is_first and isinstance(plan, Transfer) and inherited[-1] in plan.targets
@@ -4133,6 +4177,7 @@ class Run:
             self.check_below(old)
             self.make_room(key)
             self.move(old, key)
+            self.survey_target()
 
     def move(self, old: str, key: str) -> None:
         """Rename a local dataset, with all below it."""
@@ -4142,19 +4187,33 @@ class Run:
         run(self.target_host, rename(self.local_name(old), name))
         if self.held_before is not None:
             self.held_before |= {key + inner[len(old) :] for inner in self.held_before if is_below(inner, old)}
+
+    def make_way(self, key: str) -> None:
+        """Rename a placeholder, for the dataset itself to take its place."""
+        name, away = self.local_name(key), self.local_name(key + PLACEHOLDER)
+        if key + PLACEHOLDER in self.target:
+            raise Failure(
+                f"{name} is to make way for what is to be received there, but {away} is left of an earlier time",
+                f"see that nothing is in it, then: zfs destroy '{away}'",
+            )
+        self.move(key, key + PLACEHOLDER)
         self.survey_target()
 
     def return_children(self) -> None:
         """Rename back what was below a placeholder that has made way, once the dataset itself is here."""
+        moved = False
         for old in sorted(self.target):
             above = old.rpartition("/")[0]
             home = above[: -len(PLACEHOLDER)]
             here = self.target.get(home)
             is_away = above.endswith(PLACEHOLDER) and above not in self.source and not self.target[above].snapshots
             key = home + old[len(above) :]
-            if is_away and here and here.snapshots and old in self.target and key not in self.target:
+            if is_away and here and here.snapshots and key not in self.target:
                 with told_later():
                     self.move(old, key)
+                    moved = True
+        if moved:
+            self.survey_target()
 
     def plan(self) -> dict[str, Plan]:
         """What to do for each dataset, in order. Those blocked for good are reported, and left out."""
@@ -4166,11 +4225,16 @@ class Run:
                 self.follow_rename(key)
         elsewhere: set[str] = set()  # where what is here is no mirror of the source's
         for key in self.order:
+            if self.may_be_anothers(key):  # what could not be read is reported
+                elsewhere.add(key)
+                self.left_alone.add(key)
+                continue
             plan = self.decide(key)
             parent = key.rpartition("/")[0]
             if isinstance(plan, Blocked) and not self.way_out(plan):
                 self.report.failure(self.local_name(key), Failure(plan.reason, plan.hint))
                 elsewhere |= {key} if plan.elsewhere else set()
+                self.left_alone |= {key} if plan.elsewhere else set()
             elif key and parent in elsewhere and not self.is_mirrored(key):
                 elsewhere.add(key)
                 if not isinstance(plan, UpToDate):
@@ -4182,27 +4246,33 @@ class Run:
                     self.tell_in_step(key)
         return plans
 
+    def may_be_anothers(self, key: str) -> bool:
+        """Whether it may be held by another line, for its holds could not be read."""
+        local = self.target.get(key)
+        known = local is None or local.held_before or local.recognised
+        return local is not None and not known and any(it.tags is None for it in local.snapshots)
+
     def is_ours(self, key: str) -> bool:
         """Whether we hold something of a dataset here, or have received it: not so with what was here before, be it the
         mirror of another tool, or the original itself where a line is run on the wrong host. That we take over when the
         source is ahead of it, and we pull."""
         local = self.mirror(key)
-        mutual = newest_mutual(self.source[key], local) if local else None
-        if local is None or mutual is None or local.held_before or key in self.brought or key in self.recognised:
+        if local is None or local.held_before or key in self.brought or key in self.recognised:
             return True
-        return self.policy.tag in (mutual.source.tags or ())
+        return newest_mutual(self.source[key], local) is None
 
     def recognise(self) -> None:
         """Find out which datasets we have received in a run that did not get as far as to hold them: nobody else sets
-        all the properties that we set."""
+        all the properties that we set. We ourselves set them also before we pull into what others made, and note so."""
         keys = [key for key, local in self.target.items() if key in self.source and not self.is_ours(key)]
         for batch in batches(self.target[key].name for key in keys):
             found = parse_sources(run(self.target_host, list_sources(batch)), batch)
             for name, sources in found.items():
                 key = name[len(self.policy.target_root) :]
                 ours = kinds_values(self.target[key].kind, self.policy.properties)
-                if all(sources.get(it) == "local" for it in ours):
+                if TAKEN_OVER not in sources and all(sources.get(it) == "local" for it in ours):
                     self.recognised.add(key)
+                    self.target[key] = replace(self.target[key], recognised=True)
 
     def is_mirrored(self, key: str) -> bool:
         """Whether there is a snapshot here that the source has too."""
@@ -4230,22 +4300,43 @@ class Run:
         for it in sorted(self.exposed(plans), key=lambda it: it.key, reverse=True):
             name = self.local_name(it.key)
             try:
-                if it.is_mounted:  # first, for each `zfs set` of how it is mounted does that anew
-                    self.report.event("unmount", name, f"{name}: unmount what another tool has mounted")
-                    run(self.target_host, unmount(name))
-                if it.missing:
-                    self.report.event("set", name, f"{name}: {it}", values=it.missing)
-                for values in filter(None, shares_last(it.missing)):
-                    run(self.target_host, set_values(name, values))
-                if it.mountpoint_came:
-                    run(self.target_host, inherit(name, "mountpoint"))
-                values = {key: run(self.target_host, get_value(name, key))[:-1] for key in it.own}
-                self.own_values[it.key] = {key: settable(key, value) for key, value in values.items()}
+                if self.was_changed(it.key):
+                    plans[it.key] = self.decide(it.key)
+                else:
+                    self.expose_no_more(it)
             except CommandFailed as failure:
                 self.report.failure(name, failure)
                 if not self.target[it.key].held_before:
                     self.left_alone.add(it.key)
                     plans.pop(it.key, None)
+
+    def was_changed(self, key: str) -> bool:
+        """Whether what others made was written to, so that nothing can be pulled into it as it is. It may be in use,
+        and no mirror at all: so nothing is set there before it is known that we may roll it back."""
+        local = self.target[key]
+        if not local.held_before and not local.recognised and self.is_written(local.name):
+            self.target[key] = replace(local, changed=True)
+        return self.target[key].changed
+
+    def is_written(self, name: str) -> bool:
+        """Whether anything was written to a local dataset since its newest snapshot."""
+        self.target_host.ask(settle(lineage(name)[0]))
+        return number(run(self.target_host, get_value(name, "written")).strip(), "written") > 0
+
+    def expose_no_more(self, it: Exposure) -> None:
+        """Unmount it, set what is missing, and note what is set: zfs would undo that with the first stream."""
+        name = self.local_name(it.key)
+        if it.is_mounted:  # first, for each `zfs set` of how it is mounted does that anew
+            self.report.event("unmount", name, f"{name}: unmount what another tool has mounted")
+            run(self.target_host, unmount(name))
+        if it.missing:
+            self.report.event("set", name, f"{name}: {it}", values=it.missing)
+        for values in filter(None, shares_last(it.missing)):
+            run(self.target_host, set_values(name, values))
+        if it.mountpoint_came:
+            run(self.target_host, inherit(name, "mountpoint"))
+        own = {key: run(self.target_host, get_value(name, key))[:-1] for key in it.own}
+        self.own_values[it.key] = {key: settable(key, value) for key, value in own.items()}
 
     def exposed(self, plans: dict[str, Plan]) -> Iterator[Exposure]:
         """How far each local dataset that is to be pulled into is from being inert."""
@@ -4460,7 +4551,9 @@ class Run:
             return
         self.report.notice("rollback", name, f"{name}: {way}")
         # Ours may stand on what goes, if the source was rolled back before: the hold on the common one comes first.
-        missing = place_holds(self.target_host, self.policy.received_tag, [way.to.name])
+        # What others made gets none before it is inert.
+        first = [way.to.name] if self.target[key].held_before else []
+        missing = place_holds(self.target_host, self.policy.received_tag, first)
         if missing:
             said = missing[way.to.name]
             rights = permit(self.target_host, hold(self.policy.received_tag, [way.to.name]), said)
@@ -4473,6 +4566,8 @@ class Run:
             run(self.target_host, abandon(name))  # it hangs on a snapshot that is to go
         run(self.target_host, rollback(way.to))
         self.look_again(key)
+        for it in self.exposed({key: self.decide(key)}):
+            self.expose_no_more(it)
 
     def perform(self, key: str, step: Step) -> None:
         """One step, and the proof that it did what it says."""
@@ -4480,7 +4575,7 @@ class Run:
         if isinstance(step, Abandon):
             self.give_up(key)
         elif isinstance(step, MakeWay):
-            self.move(key, key + PLACEHOLDER)
+            self.make_way(key)
         elif self.make_ready(key, step):
             failed = self.ride([[Ride(key, step, self.ends(key, step, self.target.get(key)))]])
             if failed:
@@ -4594,8 +4689,7 @@ class Run:
     def judged(self, ride: Ride, now: Dataset, failure: Failure) -> Failure | None:
         """What "has been modified" means. zfs says so too of a stream that has another base than it should, and then
         nothing here is to be rolled back or set aside, whatever the command line allows."""
-        self.target_host.ask(settle(lineage(now.name)[0]))
-        if number(run(self.target_host, get_value(now.name, "written")).strip(), "written"):
+        if self.is_written(now.name):
             self.target[ride.key] = replace(now, changed=True)
             return None
         newest = now.snapshots[-1].guid if now.snapshots else None
@@ -5259,6 +5353,7 @@ class Report:
         self.steps = steps or (sys.stderr if verbosity else None)
         self.meter = meter
         self.failures: list[str] = []
+        self.failed: set[str] = set()  # the same
         self.overlapped = False  # another run was at work, and this one none
         self.events: list[dict[str, Any]] = []
         self.tallies: dict[str, Tally] = {}
@@ -5270,7 +5365,8 @@ class Report:
         """A line of its own, whatever progress is being shown; where it has more, these are indented."""
         if self.meter:
             self.meter.clear()
-        print(paragraph(line), file=file or sys.stderr, flush=True)
+        with contextlib.suppress(OSError):  # nobody listens any more: that ends no run
+            print(paragraph(line), file=file or sys.stderr, flush=True)
 
     def step(self, line: str) -> None:
         if self.steps:
@@ -5316,7 +5412,8 @@ class Report:
         """Say it once, however often it is found."""
         what, hint = excerpt(failure.what), excerpt(failure.hint)
         text = f"zfs_replicate: {subject}: {what}\n{hint}".strip()
-        if paragraph(text) not in self.failures:
+        if text not in self.failed:
+            self.failed.add(text)
             self.failures.append(paragraph(text))
             self.tally(subject).failures += 1
             self.events.append({"event": "failure", "dataset": subject, "what": what, "hint": hint})
@@ -5413,7 +5510,9 @@ def verdict(
     if late:
         idle = ran is None or now - ran > max_age
         none = f"no run since {clock(ran)}" if ran else "no run of root or this account since this machine came up"
-        why = fails or (none if idle else "runs succeed: the source makes no snapshots")
+        why = fails or (
+            none if idle else "no run is known to fail: is one at work, or does the source make no snapshots?"
+        )
         return 2, f"ZFS_REPLICATE CRITICAL - {len(late)} of {len(ages)} late, {oldest}; {why} | {figures}"
     if failing:
         return 1, f"ZFS_REPLICATE WARNING - {fails}; none late yet, {oldest} | {figures}"
@@ -5841,6 +5940,7 @@ def replicate(options: argparse.Namespace, report: Report, alone: Lock) -> int:
 def attempt(options: argparse.Namespace, report: Report, alone: Lock) -> int:
     """Run, and run anew when the link was lost. Raises Failure if it could not even start."""
     started = False
+    held: set[str] | None = None
     lost: tuple[str, Failure] | None = None
     for pause in (0.0, *pauses(options.retries)):
         if lost:
@@ -5849,9 +5949,13 @@ def attempt(options: argparse.Namespace, report: Report, alone: Lock) -> int:
             time.sleep(pause)
         try:
             with logged_in(options, report, alone) as it:
-                it.begin(briefly=True)
-                started = True
-                it.execute(int(time.time()))
+                it.held_before = held  # what the first attempt took over was not held before this run
+                try:
+                    it.begin(briefly=True)
+                    started = True
+                    it.execute(int(time.time()))
+                finally:
+                    held = it.held_before
                 lost = it.lost
                 if it.failing and not lost and not report.failures:
                     it.target_host.ask(clear_mark(options.local_fs))
@@ -6053,7 +6157,8 @@ def columns() -> int:
 def report_for(options: argparse.Namespace) -> Report:
     """Who looks on? A terminal, cron, or a program that reads JSON."""
     told = options.dry_run or options.retire
-    shown = is_run(options) and (options.progress or (sys.stderr.isatty() and not options.quiet))
+    is_seen = sys.stderr is not None and sys.stderr.isatty()
+    shown = is_run(options) and (options.progress or (is_seen and not options.quiet))
     meter = Meter(sys.stderr, columns) if shown else None
     return Report(options.verbose, sys.stdout if told and not options.json else None, meter)
 

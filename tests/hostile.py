@@ -1247,7 +1247,9 @@ class Case:
         for key in hop.branches() if told.status == 0 else ():
             there, here = hop.held(key)
             common, holdable = hop.mutual(key, bookmarks=True), hop.mutual(key, bookmarks=False)
-            if common is not None and (here != {common} or not {holdable} - {None} <= there):
+            # What was common once, and is newer here, may be the last copy: it stays held.
+            newer = hop.ours(key).since(common) if common is not None else set()
+            if common is not None and (here - newer != {common} or not {holdable} - {None} <= there):
                 self.accuse("after", f"holds of {key!r}")
 
     def hindered(self, hop: Hop, key: str) -> bool:

@@ -124,7 +124,7 @@ BUGS: dict[str, Edits] = {
     ),
     "what was set aside is as anything else": (("    return ASIDE in key\n", "    return False\n"),),
     "what was set aside is at the source": (
-        ("{key: dataset for key, dataset in tree.items() if not is_set_aside(key)}, failure", "tree, failure"),
+        ("if not is_passing(key)}", "}"),
     ),
     "the mirror of another line is pulled into": (
         ("    if local is not None and others_tags(local, policy):\n        return of_another_line(local, policy)\n", ""),
@@ -138,7 +138,16 @@ BUGS: dict[str, Edits] = {
     "a line on the wrong host holds there": (
         ("            if key not in self.left_alone and self.is_ours(key)\n", "            if key not in self.left_alone\n"),
     ),
-    "a line that is run the other way round": (("if local is not None and not local.held_before and is_reversed(source, local):", "if False:"),),
+    "a hold of anybody's at the source makes it ours": (
+        ("        return newest_mutual(self.source[key], local) is None\n", "        mutual = newest_mutual(self.source[key], local)\n        return mutual is None or self.policy.tag in (mutual.source.tags or ())\n"),
+    ),
+    "what is no mirror is held": (("                self.left_alone |= {key} if plan.elsewhere else set()\n", ""),),
+    "what we have made inert is taken for ours": (("TAKEN_OVER not in sources and all(", "all("),),
+    "what is in use is made inert": (("                if self.was_changed(it.key):\n", "                if False:\n"),),
+    "what is rolled back is not made inert": (("        for it in self.exposed({key: self.decide(key)}):\n            self.expose_no_more(it)\n", ""),),
+    "a placeholder of the source is mirrored": (("is_set_aside(key) or PLACEHOLDER in key\n", "is_set_aside(key)\n"),),
+    "each attempt asks anew what was held before": (("                it.held_before = held  #", "                it.held_before = None  #"),),
+    "a line that is run the other way round": (("and is_reversed(source, local):", "and False:"),),
     "an empty listing is believed": (("    missing = [root for root in roots if root not in tree]\n", "    missing = []\n"),),
     "strangers below are no matter": (("    if local.strangers:\n", "    if False:\n"),),
     "received over children": (("    way = (MakeWay(),) if local is not None and local.parent else ()\n", "    way = ()\n"),),
@@ -170,7 +179,7 @@ BUGS: dict[str, Edits] = {
     "-F onto data": (("    force = (\"-F\",) if local and local.vacant and not local.parent else ()\n", "    force = (\"-F\",) if local else ()\n"),),
     "first receive onto data": (("    if not local.vacant:\n", "    if False:\n"),),
     "one tag for both sides": (("        return self.tag + RECEIVED\n", "        return self.tag\n"),),
-    "names stripped": (("        row = line.split(\"\\t\")\n", "        row = [it.strip() for it in line.split(\"\\t\")]\n"),),
+    "names stripped": (("        row = line.split(\"\\t\", max(widths))\n", "        row = [it.strip() for it in line.split(\"\\t\")]\n"),),
     "only the last status counts": (("    failed = [(program, status, text) for program, status, text in ended if status != 0]\n", "    failed = [(program, status, text) for program, status, text in ended[-1:] if status != 0]\n"),),
     "dead link looks like a clean end": (("channel.status_event.wait(CONNECT_SECONDS) or channel.exit_status == -1", "channel.status_event.wait(CONNECT_SECONDS) and channel.exit_status == 1"),),
     "rollback of what others hold": (("    elif snapshot.tags - {policy.received_tag}:\n", "    elif False:\n"),),
@@ -185,7 +194,7 @@ BUGS: dict[str, Edits] = {
         ("        said = failure.receiver_said if isinstance(failure, StreamFailed) else \"\"\n", "        said = failure.what\n"),
     ),
     "a hint from what another host says": (("\"out of space|quota exceeded\", failure.receiver_said)", "\"out of space|quota exceeded\", failure.what)"),),
-    "a command prints as much as it likes": (("        if len(self.kept) > OUTPUT_BYTES:\n", "        if False:\n"),),
+    "a command prints as much as it likes": (("        if len(self.kept) > self.most:\n            raise", "        if False:\n            raise"),),
     "a command complains as much as it likes": (("        if len(self.kept) > 2 * self.most:", "        if False:"),),
     "patience for each piece of an answer": (
         ("        if left <= 0:\n            raise socket.timeout\n        channel.settimeout(left)\n", ""),

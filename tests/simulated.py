@@ -146,6 +146,11 @@ class Store:
         """The snapshot with this guid, and its short name."""
         return next(((name, point) for name, point in self.snapshots.items() if point.guid == guid), None)
 
+    def since(self, guid: int) -> set[int]:
+        """The guids of what is newer than that snapshot."""
+        found = self.point(guid)
+        return {it.guid for it in self.snapshots.values() if found and it.createtxg > found[1].createtxg}
+
     def changed_since(self, guid: int | None) -> bool:
         found = self.point(guid)
         return not found or found[1].content != self.content

@@ -109,6 +109,7 @@ def test_netem_delays_the_lab_network(machines: list[Machine]) -> None:
     assert fast < 0.4 <= slow
 
 
+@pytest.mark.full
 def test_the_clock_moves_with_us_and_survives_a_power_loss_as_pools_do(machines: list[Machine]) -> None:
     source = machines[0]
     guid = source.run("zpool get -H -o value guid tank").stdout

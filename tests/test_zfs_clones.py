@@ -130,6 +130,7 @@ def test_renamed_and_moved_datasets_are_followed_and_nothing_is_lost(site: Site)
     assert names(site.backup, f"{MIRROR}/hosts/mail") == ["monday", "tuesday"]
 
 
+@pytest.mark.full
 def test_a_rename_that_is_refused_here_keeps_the_base_at_the_source(site: Site) -> None:
     site.plant("www/logs")
     site.snapshot("monday")

@@ -30,6 +30,7 @@ def doctor(site: Site, *options: str, status: int) -> list[str]:
     return done.stdout.splitlines()
 
 
+@pytest.mark.full
 def test_before_the_first_run_and_when_all_is_well(site: Site) -> None:
     site.plant("www")
     said = doctor(site, status=1)

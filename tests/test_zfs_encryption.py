@@ -86,6 +86,7 @@ def test_raw_without_any_key_and_opened_at_the_mirror(site: Site) -> None:
         assert names(site.backup, MIRROR + child) == ["monday", "tuesday", "wednesday", "thursday"]
 
 
+@pytest.mark.full
 def test_decrypted_and_under_the_key_of_the_local_parent(site: Site) -> None:
     plant(site)
     parent = MIRROR.rpartition("/")[0]

@@ -86,6 +86,7 @@ def failing(machine: Machine, word: str) -> Iterator[None]:
         machine.run("umount /usr/sbin/zfs")
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("word", ["holds", "release"])
 def test_nothing_goes_while_holds_cannot_be_read_or_released(aged: Site, word: str) -> None:
     with failing(aged.source, word):

@@ -19,6 +19,7 @@ PARENT = "offsite" + "/x" * 46
 """Of 47 levels; ZFS allows 50."""
 
 
+@pytest.mark.full
 def test_names_too_long_or_too_deep_here_and_odd_ones(site: Site) -> None:
     tag, deep = "t" * 246, f"{PARENT}/m"
     job = f"zfs_replicate -h source -r {TREE} -l {deep} -t {tag} -k 30"
@@ -149,6 +150,7 @@ def test_pools_that_are_read_only_not_there_or_full(site: Site) -> None:
     site.assert_in_step()
 
 
+@pytest.mark.full
 def test_suspended_pool_is_told_and_done_when_it_is_back(site: Site) -> None:
     """Its disk is a file that can no longer grow: every write fails, and ZFS waits for somebody to mend that."""
     site.source.run(f"zfs create -p {TREE} && head -c 300000 /dev/urandom > /{TREE}/one")

@@ -54,6 +54,7 @@ def test_cable_pulled_during_a_stream(site: Site) -> None:
     goes_on(site)
 
 
+@pytest.mark.full
 @ON_ONE
 def test_frozen_peer_during_a_stream(site: Site) -> None:
     """Without a word on the command line: keepalives notice."""

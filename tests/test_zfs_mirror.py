@@ -127,6 +127,7 @@ def test_intermediates_pulls_every_snapshot_between(site: Site) -> None:
     site.assert_in_step()
 
 
+@pytest.mark.full
 def test_new_child_later_and_child_gone_at_the_source(site: Site) -> None:
     site.plant("www", "mail")
     site.snapshot("monday")
@@ -182,6 +183,7 @@ def test_renamed_source_snapshot_is_still_the_base(site: Site) -> None:
     site.assert_in_step()
 
 
+@pytest.mark.full
 def test_bookmark_serves_as_base_when_its_snapshot_is_gone(site: Site) -> None:
     site.plant("www")
     site.snapshot("monday")
@@ -199,6 +201,7 @@ def test_bookmark_serves_as_base_when_its_snapshot_is_gone(site: Site) -> None:
     site.assert_in_step()
 
 
+@pytest.mark.full
 def test_names_with_spaces_also_trailing_ones(site: Site) -> None:
     site.source.run(f"zfs create -p '{TREE}/my files/a ' && head -c 9999 /dev/urandom > '/{TREE}/my files/a /f'")
     site.snapshot("first day ")
@@ -267,6 +270,7 @@ def test_interrupted_increment_goes_on_and_its_base_stays(site: Site) -> None:
     assert site.checksums(site.backup, MIRROR) == site.checksums(site.source, TREE)
 
 
+@pytest.mark.full
 def test_stale_token_is_abandoned_and_the_pull_planned_anew(site: Site) -> None:
     site.source.run(f"zfs create -p {TREE} && head -c 30M /dev/urandom > /{TREE}/big")
     site.snapshot("monday")

@@ -131,6 +131,7 @@ def at_work(site: Site, job: str = JOB) -> Iterator[None]:
     assert (running.returncode, stdout + stderr) == (0, "")
 
 
+@pytest.mark.full
 def test_runs_of_other_jobs_wait_for_no_tree_in_silence(site: Site) -> None:
     """The same line is silent; the same tree from elsewhere, and a tree within or around, are told. One beside is free."""
     site.source.run(

@@ -73,6 +73,7 @@ def test_newer_local_snapshot_is_refused(site: Site) -> None:
     site.replicate_silently("--rollback")
 
 
+@pytest.mark.full
 def test_local_change_is_refused_by_zfs_and_explained(site: Site) -> None:
     site.plant("www")
     site.snapshot("monday")
@@ -106,6 +107,7 @@ def test_failed_parent_keeps_its_children_waiting_and_says_so(site: Site) -> Non
     assert names(site.backup, MIRROR) == ["monday"]
 
 
+@pytest.mark.full
 def test_host_that_would_pull_from_itself_is_told(site: Site) -> None:
     """One crontab on both of two hosts, or a name that leads back here: expiry would destroy the only copy."""
     site.backup.run(f"zfs create -p {MIRROR} && zfs snapshot -r offsite@monday && zfs snapshot -r offsite@tuesday")

@@ -80,6 +80,7 @@ def test_from_one_release_to_the_other(site: Site) -> None:
     assert there.count("bytes") == 3
 
 
+@pytest.mark.full
 def test_pool_that_lacks_features_and_gains_them(site: Site) -> None:
     site.backup.run(
         f"""
