@@ -3435,7 +3435,8 @@ class LockFile:
             flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
             self.descriptor = os.open(path, flags, 0o600)
         except OSError as error:
-            raise Failure(f"cannot open the lock file {path}: {error.strerror}", "see who owns it") from None
+            hint = f"see who owns it, and who may write to {os.path.dirname(path)}: ls -ld {shlex.quote(path)}"
+            raise Failure(f"cannot open the lock file {path}: {error.strerror}", hint) from None
         why = strange(os.fstat(self.descriptor), os.geteuid())
         if why:
             self.close()
@@ -4602,7 +4603,7 @@ class Run:
             for ride, arrival in zip(train, passage.arrived):
                 refused = refused_properties(arrival.said)
                 for name, said in refused.items():
-                    self.report.step(f"{self.local_name(ride.key)}: arrived without property {name}: {said}")
+                    self.report.step(f"{self.local_name(ride.key)}: arrived without property {name}: {excerpt(said)}")
                 wrong = self.disproof(ride.key, last[ride.key]) or unset_properties(
                     self.target_host, ride.ends[1], refused
                 )
@@ -5493,13 +5494,13 @@ def verdict(
     reasons: nothing runs, or runs fail, or they do not and the source has nothing newer. A snapshot is as old as its
     source says, and at least as old as it has been here: so no date keeps a mirror young to which nothing comes.
     """
+    fails = f"runs fail since {clock(failing)}" if failing else ""
     if not found:
-        return 3, "ZFS_REPLICATE UNKNOWN - nothing here was ever in step"
+        return 3, "; ".join(filter(None, ("ZFS_REPLICATE UNKNOWN - nothing here was ever in step", fails)))
     ages = {it.name: now - min(it.common.creation, it.received or now, now) for it in found if it.common}
     late = [name for name, age in ages.items() if age > max_age]
     worst = max(ages, key=lambda name: ages[name])
     oldest = f"{worst} is of {span(ages[worst])} ago"
-    fails = f"runs fail since {clock(failing)}" if failing else ""
     figures = f"age={ages[worst]:.0f}s;;{max_age:.0f};0 datasets={len(ages)};;;0 late={len(late)};;;0"
     ahead = [it.common for it in found if it.common and is_ahead(it, now)]
     if ahead:

@@ -138,6 +138,19 @@ BUGS: dict[str, Edits] = {
     "a line on the wrong host holds there": (
         ("            if key not in self.left_alone and self.is_ours(key)\n", "            if key not in self.left_alone\n"),
     ),
+    "what paramiko trips over is a traceback": (
+        ("        except Exception as error:  # noqa: BLE001 -- paramiko hands on", "        except OSError as error:  # noqa: BLE001 -- paramiko hands on"),
+    ),
+    "a failed receiver waits for a silent sender": (
+        ("        if self.broken and now - self.moved_at >= LINK_SECONDS:\n", "        if False:\n"),
+    ),
+    "a slow receiver is the sender's fault": (
+        ("        if self.mark and self.pipe and in_pipe(self.pipe):\n", "        if False:\n"),
+    ),
+    "what the source lost loses its hold here": (
+        ("        on_local.update(it.guid for it in newer if policy.received_tag in (it.tags or ()))\n", ""),
+    ),
+    "holds of others go without a word": (("            self.tell_others_holds(plans)\n", ""),),
     "a hold of anybody's at the source makes it ours": (
         ("        return newest_mutual(self.source[key], local) is None\n", "        mutual = newest_mutual(self.source[key], local)\n        return mutual is None or self.policy.tag in (mutual.source.tags or ())\n"),
     ),

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 CHUNKS = 10
-CASES = 50 * int(EXAMPLES) if EXAMPLES else 1000
+CASES = 50 * int(EXAMPLES) if EXAMPLES else 2000
 FIRST = random.SystemRandom().randrange(2**40) if EXAMPLES else 0
 """Of the seeds: the same on every run, unless asked to look longer."""
 

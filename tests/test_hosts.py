@@ -17,6 +17,7 @@ import threading
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, Callable
 
 import paramiko
@@ -209,6 +210,20 @@ def test_both_outputs_and_the_status_come_apart(host: Host) -> None:
     assert host.ask(shell("echo out; echo err >&2; exit 3")) == Answer(3, "out\n", "err\n")
     assert host.ask(("true",)) == Answer(0, "", "")
     assert host.ask(("false",)) == Answer(1, "", "")
+
+
+@pytest.mark.parametrize("error", [IndexError("pop from empty list"), UnicodeDecodeError("utf-8", b"\xff", 0, 1, "x")])
+def test_whatever_paramiko_trips_over_is_a_lost_link(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    """Its thread hands on what it met in a malformed packet."""
+
+    def trip(*_: object) -> Answer:
+        raise error
+
+    host = SshHost(Connection("source", (), {"hostname": ("source",), "user": ("root",)}))
+    vars(host)["client"] = SimpleNamespace(get_transport=lambda: None, close=lambda: None)
+    monkeypatch.setattr(host, "exchange", trip)
+    with pytest.raises(LinkLost, match="lost the connection to source during zfs list"):
+        host.ask(("zfs", "list"))
 
 
 def test_run_returns_what_was_printed(host: Host) -> None:

@@ -262,7 +262,7 @@ def sources(length: int, rng: random.Random) -> Iterator[tuple[Dataset, Marks]]:
         pytest.param(POLICY, 4, 24_576, id="newest"),
         pytest.param(POLICY, 5, 229_376, id="newest-of-five", marks=pytest.mark.full),
         pytest.param(EVERY, 4, 24_576, id="intermediates"),
-        pytest.param(replace(POLICY, selection=SOME), 4, 24_576, id="newest-of-some"),
+        pytest.param(replace(POLICY, selection=SOME), 4, 24_576, id="newest-of-some", marks=pytest.mark.full),
         pytest.param(replace(EVERY, selection=SOME), 4, 24_576, id="some"),
     ],
 )

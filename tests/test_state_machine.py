@@ -936,7 +936,7 @@ def test_a_long_life() -> None:
     run_state_machine_as_test(
         Life,
         settings=settings(
-            max_examples=int(EXAMPLES or 40),
+            max_examples=int(EXAMPLES or 25),
             stateful_step_count=50 if THOROUGH else 25,
             derandomize=not THOROUGH,
             database=None,

@@ -8,6 +8,8 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
+import time
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, Callable
 
@@ -228,6 +230,26 @@ def test_a_byte_at_times_is_no_stream() -> None:
     with pytest.raises(StreamFailed, match=r"no more than \d+ bytes of the stream have come in 1s: ") as caught:
         stream([sender, ("cat",)], transport=Transport(patience=1.0))
     assert caught.value.hint.endswith("--stall-timeout")
+
+
+def test_a_receiver_that_failed_waits_for_no_sender(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that says nothing does not notice that nobody reads any more; and shall not hide what was said here."""
+    monkeypatch.setattr("zfs_replicate.LINK_SECONDS", 1)
+    began = time.monotonic()
+    with pytest.raises(StreamFailed, match="destination is busy") as caught:
+        stream([("sleep", "60"), shell("echo destination is busy >&2; exit 1")], transport=Transport(patience=30.0))
+    assert "destination is busy" in caught.value.receiver_said
+    assert time.monotonic() - began < 15
+
+
+def test_a_receiver_that_takes_its_time_has_no_floor() -> None:
+    """What lies in the pipe has come."""
+    reads = (
+        "import sys, time\nfor _ in range(25): sys.stdin.buffer.raw.read(10); time.sleep(0.1)\nsys.stdin.buffer.read()"
+    )
+    stream(
+        [shell("head -c 60000 /dev/zero; sleep 3"), (sys.executable, "-c", reads)], transport=Transport(patience=1.0)
+    )
 
 
 HOUR = 3600
