@@ -17,6 +17,7 @@ def origin(site: Site, child: str) -> str:
     return get(site.backup, "origin", MIRROR + child)[0]
 
 
+@pytest.mark.full
 def test_clones_arrive_as_clones_also_promoted_ones(site: Site) -> None:
     """`a-clone` sorts before its origin, `golden` after what was cloned from it and promoted."""
     site.plant("golden", "before")

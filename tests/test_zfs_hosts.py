@@ -25,6 +25,7 @@ def test_unreachable_host(site: Site) -> None:
     assert "cannot reach nowhere.invalid port 22" in done.stderr
 
 
+@pytest.mark.full
 def test_unknown_host_key_is_refused_with_the_remedy(site: Site) -> None:
     site.backup.write("/root/.ssh/config", "Host source\n  GlobalKnownHostsFile none\n")
     try:

@@ -110,6 +110,7 @@ def import_again(machine: Machine, pool: str, options: str = "") -> None:
     machine.run(f"for i in $(seq 30); do zpool export {pool} && break; sleep 1; done; zpool import {options} {pool}")
 
 
+@pytest.mark.full
 def test_pools_that_are_read_only_not_there_or_full(site: Site) -> None:
     site.source.run(f"zfs create -p {TREE}/www && head -c 300000 /dev/urandom > /{TREE}/www/one")
     site.snapshot("monday")

@@ -70,6 +70,7 @@ def test_frozen_peer_during_a_stream(site: Site) -> None:
     goes_on(site)
 
 
+@pytest.mark.full
 def test_lost_link_is_retried_and_the_stream_resumed(site: Site) -> None:
     plant_big(site)
     running = site.start("-v", "--retries", "3")
@@ -81,6 +82,7 @@ def test_lost_link_is_retried_and_the_stream_resumed(site: Site) -> None:
     site.assert_in_step()
 
 
+@pytest.mark.full
 def test_signals_end_everything_and_leave_a_resumable_state(site: Site) -> None:
     plant_big(site, "50M")
     temporary = site.backup.run("ls /tmp").stdout

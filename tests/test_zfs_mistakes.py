@@ -83,6 +83,7 @@ def test_dataset_that_is_no_mirror_gets_nothing_below_it(site: Site) -> None:
     assert site.backup.run(f"cat /{MIRROR}/www/file").stdout == "precious\n"
 
 
+@pytest.mark.full
 def test_line_one_level_up_leaves_the_other_mirror_its_name(site: Site) -> None:
     site.source.run(f"zfs create -p {TREE}/www")
     site.snapshot("monday")

@@ -200,6 +200,7 @@ def test_monitoring(site: Site) -> None:
     assert "future" in looking_on(site, "--status")
 
 
+@pytest.mark.full
 def test_the_end_of_a_mirror(site: Site) -> None:
     site.plant("www")
     site.snapshot("monday")
@@ -275,6 +276,7 @@ def test_streams_are_compressed_and_limited_between_two_machines(site: Site) -> 
 README = (PROGRAM.parent / "README.md").read_text(encoding="utf-8")
 
 
+@pytest.mark.full
 def test_lines_of_the_readme_word_for_word(site: Site) -> None:
     """The line of the crontab, run by the systemd timer's service; where our holds are."""
     site.plant("www")

@@ -167,6 +167,7 @@ def commands(word: str) -> list[str]:
     return [line.strip().replace("HOST", "source") for line in block.splitlines()]
 
 
+@pytest.mark.full
 def test_restore_as_the_readme_says(site: Site) -> None:
     plant(site)
     site.snapshot("monday")

@@ -49,6 +49,7 @@ def test_same_name_with_other_guid_is_refused(site: Site) -> None:
     assert names(site.backup, f"{MIRROR}/www") == ["monday"]
 
 
+@pytest.mark.full
 def test_newer_local_snapshot_is_refused(site: Site) -> None:
     site.plant("www")
     site.snapshot("monday")

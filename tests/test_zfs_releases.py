@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.zfs
 
 PAIRS = [
-    pytest.param(pair, id="-to-".join(pair), marks=() if set(pair) == {OLDEST, NEWEST} else pytest.mark.full)
+    pytest.param(pair, id="-to-".join(pair), marks=() if pair == (OLDEST, NEWEST) else pytest.mark.full)
     for pair in itertools.permutations(RELEASES, 2)
 ]
 

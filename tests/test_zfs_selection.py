@@ -29,6 +29,7 @@ def test_properties_that_the_mirror_has_of_its_own(site: Site) -> None:
     site.assert_in_step()
 
 
+@pytest.mark.full
 def test_part_of_a_tree_and_some_of_its_snapshots(site: Site) -> None:
     site.plant("www/cache", "mail")
     for name in ("daily-1", "hourly-1", "daily-2", "daily-3", "hourly-2"):
