@@ -51,6 +51,7 @@ def of_each(machine: Machine, name: str, root: str, children: tuple[str, ...]) -
     return [get(machine, name, root + child)[0] for child in children]
 
 
+@pytest.mark.full
 def test_raw_without_any_key_and_opened_at_the_mirror(site: Site) -> None:
     plant(site)
     site.snapshot("monday")

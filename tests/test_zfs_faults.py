@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import faults
 import pytest
-from faults import FULL, INCREMENT, KINDS, SCENARIOS, Bench, Kind, Scenario
+from faults import INCREMENT, KINDS, SCENARIOS, Bench, Kind, Scenario
 from lab_image import RELEASES
 
 if TYPE_CHECKING:
@@ -23,9 +23,7 @@ pytestmark = [pytest.mark.zfs, pytest.mark.each]
 
 SAMPLE = (
     (INCREMENT, faults.TOOL_KILLED, "source", "release", "before"),
-    (FULL, faults.ALL_KILLED, "backup", "recv", "after"),
     (INCREMENT, faults.SSHD_KILLED, "source", "send", "midway"),
-    (FULL, faults.CABLE_BRIEFLY, "source", "send", "midway"),
 )
 """One point each, the first that fits; the releases take turns. All the rest of the matrix is for `--full`."""
 

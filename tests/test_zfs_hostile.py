@@ -135,6 +135,7 @@ def points(site: Site) -> dict[str, tuple[str, str]]:
     return {guid: (name, users) for guid, name, users in (row.split("\t") for row in rows)}
 
 
+@pytest.mark.full
 def test_stream_of_another_dataset_is_not_believed(site: Site) -> None:
     """A first one; an increment from the right base; a whole one in answer to an increment."""
     site.source.run(f"zfs create -p {TREE}/fork && zfs create {TREE}/whole && echo 1 > /{TREE}/fork/file")

@@ -82,6 +82,7 @@ def test_second_run_does_nothing_with_one_login_and_two_commands(site: Site) -> 
     site.assert_in_step()
 
 
+@pytest.mark.full
 def test_a_tree_goes_by_one_command_and_what_fails_holds_nobody_up(site: Site) -> None:
     """The number of commands at the source is that of the trains, whatever the number of datasets."""
     children = [f"d{number}" for number in range(6)]
@@ -255,6 +256,7 @@ def test_interrupted_first_receive_into_an_empty_target_goes_on(site: Site) -> N
     assert site.checksums(site.backup, MIRROR) == site.checksums(site.source, TREE)
 
 
+@pytest.mark.full
 def test_interrupted_increment_goes_on_and_its_base_stays(site: Site) -> None:
     site.source.run(f"zfs create -p {TREE}")
     site.snapshot("monday")

@@ -92,6 +92,7 @@ def test_a_resumed_stream_counts_what_is_there(site: Site) -> None:
     site.assert_in_step()
 
 
+@pytest.mark.full
 def test_what_a_run_would_do_is_what_it_does(site: Site) -> None:
     site.plant("www", "mail")
     site.snapshot("monday")

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.zfs
 
 
+@pytest.mark.full
 def test_target_with_data_is_refused_and_the_rest_is_done(site: Site) -> None:
     site.plant("www", "mail")
     site.snapshot("monday")

@@ -250,6 +250,7 @@ def take_over(site: Site, kinds: Sequence[Kind]) -> None:
     assert_inert(backup, kinds)
 
 
+@pytest.mark.full
 def test_mirrors_made_by_hand_and_as_zrepl_does(site: Site) -> None:
     take_over(site, (MOUNTED, LIKE_ZREPL))
 
