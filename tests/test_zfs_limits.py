@@ -182,6 +182,7 @@ def test_suspended_pool_is_told_and_done_when_it_is_back(site: Site) -> None:
         )
 
 
+@pytest.mark.full
 def test_each_missing_right_is_granted_by_the_command_in_the_hint(site: Site) -> None:
     """Allowed nothing at first, then what the hints say, and no more."""
     job = accounts(site)
@@ -217,7 +218,10 @@ def test_each_missing_right_is_granted_by_the_command_in_the_hint(site: Site) ->
         f"this host: zfs allow keeper destroy,mount {MIRROR}",
     }
     assert len(said) <= 7
-    for key, points in history(site.backup, MIRROR).items():
+    left = ".made-way-for-mirror"  # of the placeholder, empty
+    for key, points in (
+        (key, points) for key, points in history(site.backup, MIRROR).items() if not key.endswith(left)
+    ):
         assert [point.name.partition("@")[2] for point in points] == ["tuesday"]
         assert get(site.backup, "readonly", f"{MIRROR}{key}") == ["on"]
     site.assert_in_step()
