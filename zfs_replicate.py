@@ -4248,7 +4248,7 @@ class Run:
         return plans
 
     def may_be_anothers(self, key: str) -> bool:
-        """Whether it may be held by another line, for its holds could not be read."""
+        """Whether another line may hold it: its holds could not be read, and nothing else says that it is ours."""
         local = self.target.get(key)
         known = local is None or local.held_before or local.recognised
         return local is not None and not known and any(it.tags is None for it in local.snapshots)
@@ -4325,7 +4325,7 @@ class Run:
         return number(run(self.target_host, get_value(name, "written")).strip(), "written") > 0
 
     def expose_no_more(self, it: Exposure) -> None:
-        """Unmount it, set what is missing, and note what is set: zfs would undo that with the first stream."""
+        """Unmount it, set what is missing, and note what is set here: zfs would undo that with the first stream."""
         name = self.local_name(it.key)
         if it.is_mounted:  # first, for each `zfs set` of how it is mounted does that anew
             self.report.event("unmount", name, f"{name}: unmount what another tool has mounted")
@@ -5354,7 +5354,7 @@ class Report:
         self.steps = steps or (sys.stderr if verbosity else None)
         self.meter = meter
         self.failures: list[str] = []
-        self.failed: set[str] = set()  # the same
+        self.failed: set[str] = set()  # the texts of these, as a set: there may be thousands
         self.overlapped = False  # another run was at work, and this one none
         self.events: list[dict[str, Any]] = []
         self.tallies: dict[str, Tally] = {}

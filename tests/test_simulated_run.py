@@ -142,6 +142,10 @@ def break_link() -> None:
 
 @pytest.fixture
 def job() -> Job:
+    return new_job()
+
+
+def new_job() -> Job:
     """A tree of a root, a filesystem with a child, and a volume, on `source`; an empty pool on `backup`."""
     world = World()
     source = Machine(world, "source", "backuppool", txg=9000)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from histories import LOCAL, RECEIVED, SOURCE, TAG
 from simulated import Machine, Near, World, days
-from test_simulated_run import Job, break_link, once, refusing, taken_over, told
+from test_simulated_run import Job, break_link, new_job, once, refusing, taken_over, told
 
 from zfs_replicate import ASIDE, PLACEHOLDER, TAKEN_OVER, Dataset, Failure, Policy, Report, Run, main, with_clones
 
@@ -41,11 +41,7 @@ def aged(machine: Machine) -> None:
 
 @pytest.fixture
 def job() -> Job:
-    world = World()
-    source = Machine(world, "source", "backuppool", txg=9000)
-    for key, kind in (("/www/logs", "filesystem"), ("/disk", "volume")):
-        source.create(SOURCE + key, kind)
-    return Job(source, Machine(world, "backup", "offsite"))
+    return new_job()
 
 
 def test_a_line_on_the_first_host_of_a_chain_holds_and_destroys_nothing_there() -> None:
