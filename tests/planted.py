@@ -154,7 +154,6 @@ BUGS: dict[str, Edits] = {
     "a hold of anybody's at the source makes it ours": (
         ("        return newest_mutual(self.source[key], local) is None\n", "        mutual = newest_mutual(self.source[key], local)\n        return mutual is None or self.policy.tag in (mutual.source.tags or ())\n"),
     ),
-    "what is no mirror is held": (("                self.left_alone |= {key} if plan.elsewhere else set()\n", ""),),
     "what we have made inert is taken for ours": (("TAKEN_OVER not in sources and all(", "all("),),
     "what is in use is made inert": (("                if self.was_changed(it.key):\n", "                if False:\n"),),
     "what is rolled back is not made inert": (("        for it in self.exposed({key: self.decide(key)}):\n            self.expose_no_more(it)\n", ""),),
