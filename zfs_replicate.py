@@ -244,11 +244,11 @@ class Dataset:
 
     `compressed` says that what is written is stored so. `origin` names the snapshot of which it is a clone. `inherited`
     are the snapshots of other datasets of its tree that are part of its history: its origin, and what came before that.
-    `vacant` says of a local filesystem without snapshots that it is known to hold no file, so that a first receive may
-    take its place, if nothing is below it; `parent` says that something is, and `strangers` are those below it that are
-    neither ours nor the source's. `changed` says of a local dataset that zfs found it changed since its newest
-    snapshot; `held_before` that we held a snapshot of it when the run began; `recognised` that its properties are those
-    of what we receive.
+    `empty` says of a local filesystem without snapshots whether it holds no file, so that a first receive may take its
+    place, if nothing is below it; None: nobody knows. `parent` says that something is below it, and `strangers` are
+    those that are neither ours nor the source's. `changed` says of a local dataset that zfs found it changed since its
+    newest snapshot; `held_before` that we held a snapshot of it when the run began; `recognised` that its properties
+    are those of what we receive.
     """
 
     name: str
@@ -260,7 +260,7 @@ class Dataset:
     compressed: bool = False
     origin: str = ""
     inherited: tuple[Snapshot, ...] = ()
-    vacant: bool = False
+    empty: bool | None = False
     parent: bool = False
     strangers: tuple[str, ...] = ()
     changed: bool = False
@@ -381,13 +381,15 @@ class Receive:
     """Receive `snapshot`: in full, or from `base` (a snapshot or bookmark of the source) up to it.
 
     `token` goes on with an interrupted receive instead. With an `origin`, the name of a local snapshot, the dataset is
-    new here, and becomes a clone of that one, as it is one of `base` there.
+    new here, and becomes a clone of that one, as it is one of `base` there. `lost_origin` names the snapshot that it
+    should be a clone of, and cannot, for that is not in this mirror.
     """
 
     snapshot: Snapshot
     base: Snapshot | None = None
     token: str | None = None
     origin: str = ""
+    lost_origin: str = ""
 
     def __str__(self) -> str:
         if self.token:
@@ -488,6 +490,39 @@ class Blocked:
 
 
 Plan = Union[UpToDate, Transfer, Blocked]
+
+
+@dataclass(frozen=True)
+class Create:
+    """Create a placeholder: a parent that has no snapshot at the source, or an ancestor of the local root."""
+
+    name: str
+
+
+@dataclass(frozen=True)
+class Rename:
+    """Rename the local dataset with the key `old`, with all below it, to the name that it has at the source by now."""
+
+    old: str
+
+
+LocalStep = Union[Rename, MakeWay, Rollback, Quarantine, Abandon]
+LOCAL_STEPS = (Rename, MakeWay, Rollback, Quarantine, Abandon)
+"""The steps that need no stream, and change the names here."""
+
+Entry = Union[UpToDate, Failure, Step, Create, Rename, WayOut]
+"""What the plan of a tree says of a dataset: a step, or that and why there is none."""
+
+
+@dataclass(frozen=True)
+class Trees:
+    """What is known of both sides, as listed last. `existing` are the local root and those of its ancestors that exist;
+    `failing` says that the local root tells of runs that failed before this one."""
+
+    source: Tree
+    target: Tree
+    existing: tuple[str, ...] = ()
+    failing: bool = False
 
 
 @dataclass(frozen=True)
@@ -1091,7 +1126,13 @@ def no_place(source: Dataset, local: Dataset, policy: Policy) -> Blocked | None:
             "below it is empty and left over, zfs destroy it",
             elsewhere=True,
         )
-    if not local.vacant:
+    if local.empty is None:
+        return Blocked(
+            f"it is not known whether {local.name} is empty, and a first receive would overwrite what it holds "
+            f"({newest_of(source, local)})",
+            f"what keeps this from working? zfs userspace '{local.name}'; or mirror to another place with -l",
+        )
+    if not local.empty:
         return Blocked(
             f"{local.name} is not empty: it holds data but no snapshot, and a first receive would overwrite it "
             f"({newest_of(source, local)})",
@@ -1386,16 +1427,6 @@ def converge_holds(source: Dataset, local: Dataset | None, policy: Policy, heirs
     return HoldMoves(place_source, place_local, release_source, release_local)
 
 
-def may_be_held(source: Dataset, local: Dataset | None, policy: Policy) -> list[Snapshot]:
-    """The snapshots in the history of a source dataset on which our tag may stand, whatever an earlier run did not get
-    to do: none that is older than the oldest one we hold here, for that goes last of all (see `Run.converge`). It may
-    be any where we hold none here, or one that is a snapshot there no more."""
-    times = {snapshot.guid: snapshot.createtxg for snapshot in source.history}
-    ours = [it.guid for it in local.snapshots if it.may_carry(policy.received_tag)] if local else []
-    since = min((times.get(guid, 0) for guid in ours), default=0)
-    return [snapshot for snapshot in source.history if snapshot.createtxg >= since]
-
-
 def needed_by_heirs(source: Tree, target: Tree) -> dict[str, set[int]]:
     """By dataset of the source, which of its snapshots are the newest mutual ones of clones that inherited them."""
     found: dict[str, set[int]] = {}
@@ -1519,11 +1550,6 @@ def may_expire(source: Dataset | None, local: Dataset, policy: Policy, now: int)
     return {snapshot.guid for snapshot in expire(hoped, local, policy, now).destroy}
 
 
-def twins_to_ask_for(source: Dataset, due: Container[int]) -> list[Snapshot]:
-    """The snapshots at the source whose holds alone decide whether their local twins expire, and are not known."""
-    return [twin for twin in source.history if twin.guid in due and twin.tags is None]
-
-
 def reason_to_keep(
     snapshot: Snapshot, twin: Snapshot | None, local: Dataset, mutual: Mutual, policy: Policy
 ) -> str | None:
@@ -1546,6 +1572,334 @@ def reason_to_keep(
     return None
 
 
+class TreePlan:
+    """What is to be done to the whole tree: `entries`, in order, each the key of a dataset and a step; or UpToDate; or
+    the Failure why there is no step.
+
+    Every step is planned on what the steps before it will leave, which is `target` in the end. --dry-run prints this
+    plan; a run carries out what it can of it at once, lists again, and plans anew until no step is left (`Executor`).
+
+    Datasets that are `given_up` have failed in this run, and get no step. `left_alone` are those of which we touch
+    nothing, not even a hold.
+    """
+
+    def __init__(self, trees: Trees, policy: Policy, given_up: Container[str] = ()) -> None:
+        self.policy = policy
+        self.given_up = given_up
+        self.source = trees.source
+        self.target = dict(trees.target)
+        self.existing = {*trees.existing}
+        self.entries: list[tuple[str, Entry]] = []
+        self.left_alone: set[str] = set()
+        self.elsewhere: set[str] = set()  # where what is here is no mirror of the source's dataset
+        self.late: set[int] = set()  # guids of what should be here by now, and failed to come
+        self.unlisted: set[str] = set()  # what has a name in this plan under which it is not listed yet
+        self.moved = moved_mirrors(trees.source, trees.target, policy)
+        # Which local dataset has a copy of the snapshots that clones of the source come from.
+        origins = {source.inherited[-1].guid for source in trees.source.values() if source.inherited}
+        self.copies: dict[int, str | None] = dict.fromkeys(origins)
+        for key in self.target:
+            self.note_copies(key)
+        for key in [key for key in trees.target if key.endswith(PLACEHOLDER)]:
+            self.return_children(key[: -len(PLACEHOLDER)])
+        # Names first: what has got a new name at the source may have left its old one to another dataset.
+        order = in_order(self.source)
+        for key in order:
+            self.follow_rename(key)
+        for key in order:
+            self.plan_one(key)
+
+    def local_name(self, key: str) -> str:
+        return self.policy.target_root + key
+
+    def fail(self, key: str, failure: Failure) -> None:
+        if key not in self.given_up:
+            self.entries.append((key, failure))
+
+    def note_copies(self, key: str) -> None:
+        for snapshot in self.target[key].snapshots if self.copies else ():
+            if snapshot.guid in self.copies:
+                self.copies[snapshot.guid] = key
+
+    def origin_of(self, source: Dataset) -> Snapshot | None:
+        """Our copy of the snapshot that a dataset of the source was cloned from."""
+        guid = source.inherited[-1].guid if source.inherited else None
+        key = self.copies.get(guid) if guid is not None else None
+        local = self.target.get(key) if key is not None else None
+        return local.find(guid) if local else None
+
+    def follow_rename(self, key: str) -> None:
+        """Rename the mirror of a dataset that was renamed at the source, once its new parent is here."""
+        old = former_name(self.source[key], key, self.target, self.moved)
+        if old is None or key in self.given_up:
+            return
+        try:
+            parents = missing_parents(key, self.source, self.target, self.existing, self.policy)
+        except Failure:
+            return  # its parent may be here when its own turn comes
+        self.create(key, parents)
+        self.move(old, key)
+
+    def create(self, key: str, names: Iterable[str]) -> None:
+        for name in names:
+            self.entries.append((key, Create(name)))
+            self.existing.add(name)
+            if is_below(name, self.policy.target_root):
+                self.target[name[len(self.policy.target_root) :]] = Dataset(name, "filesystem", empty=True)
+
+    def move(self, old: str, key: str) -> None:
+        self.entries.append((key, Rename(old)))
+        self.target = with_renamed(self.target, old, key, self.policy)
+        self.unlisted |= {it for it in self.target if is_below(it, key)}
+        self.moved = {guid: (rekeyed(it, old, key), local) for guid, (it, local) in self.moved.items()}
+        self.copies = {guid: it if it is None else rekeyed(it, old, key) for guid, it in self.copies.items()}
+
+    def return_children(self, key: str) -> None:
+        """Rename back what was below a placeholder that has made way, once the dataset itself is here."""
+        away, here = key + PLACEHOLDER, self.target.get(key)
+        if not here or not here.snapshots or away not in self.target or away in self.source:
+            return
+        if self.target[away].snapshots:
+            return
+        for old in sorted(it for it in self.target if it.rpartition("/")[0] == away):
+            home = key + old[len(away) :]
+            if home not in self.target and home not in self.given_up:
+                self.move(old, home)
+
+    def plan_one(self, key: str) -> None:
+        self.follow_rename(key)
+        source, parent = self.source[key], key.rpartition("/")[0]
+        local = self.target.get(key)
+        if key in self.unlisted and local and not local.snapshots:
+            return  # whether its place is empty is found out under the name that it will have
+        if may_be_of_another_line(local):  # what could not be read was reported
+            self.elsewhere.add(key)
+            self.left_alone.add(key)
+            return
+        plan = self.decide(key)
+        override = allowed_override(plan, self.policy)
+        if override and key not in self.given_up:
+            plan = self.override(key, override)
+        if isinstance(plan, Blocked):
+            if plan.elsewhere:
+                self.elsewhere.add(key)
+                self.left_alone.add(key)
+            self.fail(key, Failure(plan.reason, plan.hint))
+        elif key and parent in self.elsewhere and not self.is_mirrored(key):
+            self.elsewhere.add(key)
+            if isinstance(plan, Transfer):
+                what = f"skipped, for what {self.local_name(parent)} is here is no mirror of the source's"
+                self.fail(key, Failure(what, PARENT_FIRST))
+        elif isinstance(plan, UpToDate):
+            self.entries.append((key, plan))
+        else:
+            try:
+                self.add_steps(key, source, plan)
+            except Failure as failure:
+                self.late.update(snapshot.guid for snapshot in plan.targets)
+                self.fail(key, failure)
+
+    def is_mirrored(self, key: str) -> bool:
+        """Whether there is a snapshot here that the source has too."""
+        local = self.target.get(key)
+        return local is not None and newest_mutual(self.source[key], local) is not None
+
+    def decide(self, key: str) -> Plan:
+        source = self.source[key]
+        return plan_dataset(source, self.target.get(key), self.policy, self.local_name(key), self.origin_of(source))
+
+    def override(self, key: str, override: WayOut) -> Plan:
+        """The plan for what an override leaves. Where that would be blocked as well, it is not taken."""
+        before = dict(self.target)
+        if isinstance(override, Quarantine):
+            self.target = {it: local for it, local in before.items() if not is_below(it, key)}
+        else:
+            self.target[key] = rolled_back(before[key], override)
+        plan = self.decide(key)
+        if isinstance(plan, Blocked):
+            self.target = before
+        else:
+            self.entries.append((key, override))
+        return plan
+
+    def add_steps(self, key: str, source: Dataset, plan: Transfer) -> None:
+        """Raises Failure if a parent or an origin should be here, and is not."""
+        steps = list(plan.steps)
+        local = self.target.get(key)
+        is_first = local is None or any(isinstance(step, MakeWay) for step in steps)
+        parents = []
+        if local is None:
+            parents = missing_parents(key, self.source, self.target, self.existing, self.policy)
+        first = next((step for step in steps if isinstance(step, Receive)), None)
+        if is_first and first and source.origin and not first.origin and not first.token:
+            if source.inherited and source.inherited[-1].guid in self.late:
+                raise Failure(f"skipped, for its origin {source.origin} is not wholly here", ORIGIN_FIRST)
+            steps[steps.index(first)] = replace(first, lost_origin=source.origin)
+        if key in self.given_up:
+            self.late.update(snapshot.guid for snapshot in plan.targets)
+            return
+        self.create(key, parents)
+        self.entries += [(key, step) for step in steps]
+        after = foreseen(source, None if is_first else local, self.local_name(key), plan)
+        self.target[key] = replace(after, recognised=True)
+        self.note_copies(key)
+        self.return_children(key)
+
+
+def rekeyed(key: str, old: str, new: str) -> str:
+    """The key of a dataset once `old` is renamed to `new`, with all below it."""
+    return new + key[len(old) :] if is_below(key, old) else key
+
+
+def with_renamed(target: Tree, old: str, new: str, policy: Policy) -> Tree:
+    """The local tree once a dataset is renamed, with all below it."""
+    found = {}
+    for key, local in target.items():
+        now = rekeyed(key, old, new)
+        found[now] = local if now == key else renamed(local, policy.target_root + now)
+    return found
+
+
+def former_name(source: Dataset, key: str, target: Tree, moved: Moved) -> str | None:
+    """Under which key the mirror of a dataset is still here that has another name at the source by now, or whose
+    parent had to make way; None if it is here under its own name, or not at all."""
+    if key in target:
+        return None
+    made_way = (above + PLACEHOLDER + key[len(above) :] for above in lineage(key)[:-1])
+    return next((old for old in made_way if old in target), None) or former_key(source, key, moved)
+
+
+def mirrors_of(trees: Trees, policy: Policy) -> Tree:
+    """What is here of each dataset of the source; be it, where a rename could not be followed (yet), under its former
+    name."""
+    moved = moved_mirrors(trees.source, trees.target, policy)
+    found = {}
+    for key, source in trees.source.items():
+        old = former_name(source, key, trees.target, moved)
+        local = trees.target.get(key if old is None else old)
+        if local:
+            found[key] = local
+    return found
+
+
+def may_be_of_another_line(local: Dataset | None) -> bool:
+    """Whether another line may hold a dataset: its holds could not be read, and nothing else says that it is ours."""
+    if local is None or local.held_before or local.recognised:
+        return False
+    return any(snapshot.tags is None for snapshot in local.snapshots)
+
+
+def is_ours(source: Dataset, local: Dataset | None) -> bool:
+    """Whether we hold something of a local dataset, or have received it. Not so with what was here before, be it the
+    mirror of another tool, or the original itself where a line is run on the wrong host. That we take over when the
+    source is ahead of it, and we pull."""
+    if local is None or local.held_before or local.recognised:
+        return True
+    return newest_mutual(source, local) is None
+
+
+def allowed_override(plan: Plan, policy: Policy) -> WayOut | None:
+    """What the user has allowed us to do where nothing else helps."""
+    allowed = {Rollback: policy.rollback, Quarantine: policy.quarantine}
+    ways = plan.ways if isinstance(plan, Blocked) else ()
+    return next((way for way in ways if allowed[type(way)]), None)
+
+
+PARENT_FIRST = "it follows when its parent's failure is mended"
+ORIGIN_FIRST = "it follows, as a clone, when the failure of its origin's dataset is mended"
+
+
+def missing_parents(key: str, source: Tree, target: Tree, existing: Container[str], policy: Policy) -> list[str]:
+    """What is to be created above a local dataset: ancestors of the root, and parents without a snapshot. Raises
+    Failure if what should be there by now is not."""
+    if key == "":
+        return [name for name in lineage(policy.target_root)[:-1] if name not in existing]
+    parent = key.rpartition("/")[0]
+    here = target.get(parent)
+    if here and here.partial and not here.snapshots:
+        # Should its rest never come it must be given up, and zfs gives up no dataset that has children.
+        raise Failure(f"skipped, for its parent {here.name} is not wholly here", PARENT_FIRST)
+    if here:
+        return []
+    name = policy.target_root + parent
+    if policy.selection.of_snapshots(source[parent].snapshots):
+        raise Failure(f"skipped, for its parent {name} is not here", PARENT_FIRST)
+    return [*missing_parents(parent, source, target, existing, policy), name]
+
+
+def hold_changes_of(trees: Trees, policy: Policy, left_alone: Container[str] = ()) -> dict[str, HoldMoves]:
+    """By dataset of the source, the changes that bring our holds to where they belong; nothing of those that are left
+    alone, or are not ours."""
+    mirrors = mirrors_of(trees, policy)
+    needed = needed_by_heirs(trees.source, mirrors)
+    found = {
+        key: converge_holds(source, mirrors.get(key), policy, needed.get(source.name, ()))
+        for key, source in trees.source.items()
+        if key not in left_alone and is_ours(source, mirrors.get(key))
+    }
+    return {key: changes for key, changes in found.items() if changes}
+
+
+def lost_holds(trees: Trees, policy: Policy, left_alone: Container[str]) -> Iterator[tuple[str, str]]:
+    """By local dataset, what to tell of a hold at the source that somebody has released, or another backup host with
+    the same tag has moved: the next time the base itself may be gone."""
+    for key, local in mirrors_of(trees, policy).items():
+        if not local.held_before or key in left_alone:
+            continue
+        common = newest_mutual(trees.source[key], local)
+        if common is None or common.local != newest_received(local, policy):
+            continue
+        base = common.source
+        if base.tags is not None and not base.is_bookmark and policy.tag not in base.tags:
+            line = (
+                f"{base.name} is not held by {policy.tag} any more, and is needed: somebody has released it, or "
+                "another backup host uses the same tag; let each mirror have a tag of its own"
+            )
+            yield local.name, line
+
+
+def holds_of_others(trees: Trees, policy: Policy, plan: TreePlan) -> Iterator[tuple[str, str]]:
+    """By local dataset, what to tell, before its first run releases them, of holds at the source that bear our tag, and
+    are not where an earlier run of this line would have got to: somebody else may count on them."""
+    coming: dict[str, set[int]] = {}
+    for key, step in plan.entries:
+        coming.setdefault(key, set()).update({step.snapshot.guid} if isinstance(step, Receive) else ())
+    mirrors = mirrors_of(trees, policy)
+    for key, ours in coming.items():
+        source, local = trees.source[key], mirrors.get(key)
+        if local and (local.held_before or not is_ours(source, local) or is_foreign(source, local)):
+            continue
+        if local:
+            ours.update(it.guid for it in local.snapshots)
+            ours.update({local.partial.to_guid or 0} if local.partial else ())
+        held = [it.name for it in source.snapshots if policy.tag in (it.tags or ()) and it.guid not in ours]
+        if held:
+            line = (
+                f"{few(held)} held by {policy.tag}, and there is no mirror of it here: that hold goes now; "
+                "if no earlier run of this line left it, let each mirror have a tag of its own"
+            )
+            yield policy.target_root + key, line
+
+
+def is_foreign(source: Dataset, local: Dataset) -> bool:
+    """Whether there are snapshots here, none of which the source has."""
+    return bool(local.snapshots) and newest_mutual(source, local) is None
+
+
+def holds_to_read(source: Dataset, local: Dataset | None, policy: Policy, now: int) -> list[Snapshot]:
+    """The snapshots in the history of a source dataset whose holds a run must know.
+
+    Our tag can be on none that is older than the oldest one that we hold here, because that hold is always released
+    last (see `Holds.move_all`); on any, if we hold none here, or one that is no snapshot there any more. And before a
+    local snapshot expires, the holds on its twin.
+    """
+    times = {snapshot.guid: snapshot.createtxg for snapshot in source.history}
+    ours = [it.guid for it in local.snapshots if it.may_carry(policy.received_tag)] if local else []
+    since = min((times.get(guid, 0) for guid in ours), default=0)
+    due = may_expire(source, local, policy, now) if local else set()
+    return [it for it in source.history if it.createtxg >= since or it.guid in due]
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Room 5: Commands
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1558,6 +1912,9 @@ SBIN = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
 BATCH_BYTES = 64 * 1024
 """Names per command: Linux takes at most 128 KiB in one word, and a remote command travels as one word."""
+
+NAME_COST = 8
+"""Bytes that each name takes besides its own."""
 
 
 def in_turn(commands: Sequence[Command]) -> str:
@@ -1600,7 +1957,7 @@ def batches(names: Iterable[str], most: int = BATCH_BYTES) -> Iterator[list[str]
             yield batch
             batch, size = [], 0
         batch.append(name)
-        size += len(name) + 8
+        size += len(name) + NAME_COST
     if batch:
         yield batch
 
@@ -1891,7 +2248,7 @@ def receive(
     options += [word for key in left_out if key not in values for word in ("-x", key)]
     if local is None:
         options += born
-    force = ("-F",) if local and local.vacant and not local.parent else ()
+    force = ("-F",) if local and local.empty and not local.parent else ()
     return ("zfs", "recv", "-s", "-u", "-h", *force, *options, snapshot)
 
 
@@ -3413,17 +3770,8 @@ def unset_properties(target: Host, receiving: Command, refused: dict[str, str]) 
 MOST_STEPS = 6
 """Steps that one dataset may need in one run beyond those of its first plan: ways out, what is found only meanwhile."""
 
-Carry = Callable[[Sequence[Train]], list[Passage]]
-"""Carries trains from the source to here, side by side; see `pull`."""
-
-
-@dataclass(frozen=True)
-class Ride:
-    """A step of one dataset, by its key, with what sends and what receives its stream."""
-
-    key: str
-    step: Receive
-    ends: tuple[Command, Command]
+Send = Callable[[Sequence[Train]], list[Passage]]
+"""Carries batches of streams from the source to here, side by side; see `pull`."""
 
 
 class LockFile:
@@ -3795,12 +4143,17 @@ def ask_about(
     return tags, ivsets
 
 
+def also_to_read(names: Sequence[str], others: Iterable[str], now: int) -> list[str]:
+    """Of other snapshots as many as still fit into the request that asks for the holds on `names`: some each day, so
+    that the turn of each comes. A hold of ours that should not be there, whoever left it, is found by that."""
+    *_, last = [[], *batches(names)]
+    room = BATCH_BYTES - sum(len(name) + NAME_COST for name in last)
+    turns = list(batches(others, room)) if room > NAME_LIMIT else []
+    return turns[now // DAY % len(turns)] if turns else []
+
+
 MOST_IN_TURN = 100
 """Commands in one request, streams on one train: they travel as one word, of which Linux takes 128 KiB."""
-
-PARENT_FIRST = "it follows when its parent's failure is mended"
-ORIGIN_FIRST = "it follows, as a clone, when the failure of its origin's dataset is mended"
-
 
 Both = Callable[[Callable[[], Any], Callable[[], Any]], tuple[Any, Any]]
 """Calls two functions, and returns what they return."""
@@ -3833,136 +4186,104 @@ def told_later() -> Iterator[None]:
         pass
 
 
-Basis = tuple[Dataset, Union[Dataset, None], Union[Snapshot, None]]
-"""What a plan is made from: the source, what is here, and what is here of the snapshot that it is a clone of."""
+class Lister:
+    """Lists both trees, and finds out what only further commands can tell.
 
+    It remembers for the whole run in which local datasets we held something when the run began (`held_before`), and
+    which we have `received`: no listing tells that.
+    """
 
-class Run:
-    """One run over a tree. The steps are told in "How one run goes" at the top."""
-
-    def __init__(
-        self,
-        policy: Policy,
-        source: Host,
-        target: Host,
-        carry: Carry,
-        report: Report,
-        *,
-        jobs: int = 1,
-        both: Both = both_in_turn,
-    ) -> None:
-        """`jobs` trains at most go side by side; `both` calls two functions and returns what they return."""
+    def __init__(self, policy: Policy, source: Host, target: FencedHost, report: Report, both: Both) -> None:
         self.policy = policy
         self.source_host = source
-        self.target_host = FencedHost(target, policy.target_root)
-        self.carry = carry
+        self.target_host = target
         self.report = report
-        self.jobs = jobs
         self.both = both
-        self.source: Tree = {}
-        self.target: Tree = {}
-        self.briefly = False  # whether of the source no more is asked for than is needed
-        self.asked: set[str] = set()  # the snapshots at the source that were asked for by name
-        self.moved: Moved = {}  # what may be here of datasets that were renamed at the source
-        self.held_before: set[str] | None = None  # in which local datasets we held a snapshot when the run began
-        self.recognised: set[str] = set()  # what we received, as its properties tell
-        self.left_alone: set[str] = set()  # what could not be made inert, and so is not ours yet
-        self.own_values: dict[str, dict[str, str]] = {}  # what is set here and would be lost, see `receive`
-        self.existing: list[str] = []  # of the lineage of the local root
-        self.uncreated: dict[str, Failure] = {}  # placeholders that could not be made
-        self.failing = False  # whether the local root says that the runs before this one did
-        self.features: list[str] | None = None  # of the local pool
-        self.order: list[str] = []  # of the datasets of the source
-        self.decided: dict[str, tuple[Basis, Plan]] = {}  # the last plan for each, and what it was made from
-        self.brought: dict[str, int] = {}  # how many steps a dataset had to go when its streams came by train
-        self.rights: list[str] = []  # what root must run to let us move the holds
-        self.lost: tuple[str, LinkLost] | None = None  # what was at work when the link broke
+        self.held_before: set[str] | None = None
+        self.received: set[str] = set()
 
-    # survey
+    def list_both(self, now: int, *, in_full: bool = False) -> Trees:
+        """List both trees, at the same time, and read the holds that matter; `in_full`: all of the source. Raises
+        Failure if either cannot be listed."""
+        read = read_tree if in_full else read_outline
+        there, trees = self.both(lambda: self.list_source(read), self.list_target)
+        trees = self.inspect(replace(trees, source=self.told(self.source_host, there)))
+        return trees if in_full else self.read_holds(trees, trees.source, now)
 
-    def begin(self, *, briefly: bool = False) -> None:
-        """The first survey; `briefly` asks no more of the source than a run needs. Raises Failure also if both trees
-        are in one pool and overlap: expiry would take the source for its own mirror."""
-        self.briefly = briefly
-        roots = (self.policy.source_root, self.policy.target_root)
-        if overlap(*roots):
-            guids = [run(host, identify(roots[0].split("/")[0])) for host in (self.source_host, self.target_host)]
-            if guids[0] == guids[1]:
-                raise Failure(
-                    f"{self.source_host.label} is this host, and {roots[0]} and {roots[1]} overlap: "
-                    "a tree cannot be mirrored into itself",
-                    "this line may be meant for another host: check -h and -l",
-                )
-        self.survey()
-
-    def survey(self) -> None:
-        """List both trees, at the same time. Raises Failure if either cannot be listed."""
-        there, here = self.both(self.list_source, self.list_target)
-        self.source = self.known(self.source_host, there)
-        self.take_target(here)
-        self.ask_for_ours(self.source)
-
-    def survey_again(self, keys: set[str]) -> None:
+    def list_again(self, trees: Trees, keys: Iterable[str], now: int) -> Trees:
         """List anew the datasets of the source that we had to do with, and their mirrors; all, where these are most, or
         one of them is gone or has another name by now."""
-        there = [self.source[key].name for key in keys]
-        here = [local.name for local in map(self.mirror, keys) if local]
-        if 2 * len(keys) <= len(self.source) and 2 * sum(map(len, there + here)) <= BATCH_BYTES:
-            with contextlib.suppress(CommandFailed):
-                self.survey_only(there, here)
-                return
-        self.survey()
+        mirrors = mirrors_of(trees, self.policy)
+        keys = [key for key in keys if key in trees.source]
+        there = [trees.source[key].name for key in keys]
+        here = [mirrors[key].name for key in keys if key in mirrors]
+        if 2 * len(there) > len(trees.source) or 2 * sum(map(len, there + here)) > BATCH_BYTES:
+            return self.list_both(now)
+        try:
+            source, target = self.both(lambda: self.list_source(read_outline, there), lambda: self.list_mirrors(here))
+        except CommandFailed:
+            return self.list_both(now)
+        some, mirrored = self.told(self.source_host, source), self.told(self.target_host, target)
+        trees = replace(
+            trees, source=with_clones({**trees.source, **some}), target=with_clones({**trees.target, **mirrored})
+        )
+        return self.read_holds(self.inspect(trees, mirrored), some, now)
 
-    def survey_only(self, there: Sequence[str], here: Sequence[str]) -> None:
-        """List these datasets at the source, and those here, at the same time."""
-        source, target = self.both(lambda: self.list_source(there), lambda: self.list_mirrors(here))
-        some = self.known(self.source_host, source)
-        self.source = with_clones({**self.source, **some})
-        self.target = with_clones({**self.target, **self.examined(self.known(self.target_host, target))})
-        self.ask_for_ours(some)
+    def list_target_again(self, trees: Trees) -> Trees:
+        """List all of the local tree anew."""
+        return self.inspect(replace(self.list_target(), source=trees.source))
 
-    def ask_for_ours(self, keys: Iterable[str]) -> None:
-        """Learn of those datasets on which of their snapshots our holds are, if only an outline of them is known; also
-        where they were before: this may be the proof of what was released since."""
-        if self.briefly:
-            for key in keys:
-                self.asked.update(it.name for it in may_be_held(self.source[key], self.target.get(key), self.policy))
-            self.ask_for([it.name for key in keys for it in self.source[key].snapshots if it.name in self.asked])
+    def list_some_again(self, trees: Trees, keys: Iterable[str]) -> Trees:
+        """List some local datasets anew. Raises CommandFailed if of one it is not known whether it is there."""
+        keys = [*dict.fromkeys(keys)]
+        target = {key: local for key, local in trees.target.items() if key not in keys}
+        for names in batches(self.policy.target_root + key for key in keys):
+            command = list_tree(*names, alone=True)
+            answer = self.target_host.ask(command)
+            found = parse_tree(answer.stdout, *self.places)[0]
+            asked = {name[len(self.policy.target_root) :]: name for name in names}
+            if not all(key in found or says_absent(answer, name) for key, name in asked.items()):
+                output(self.target_host, command, answer)  # what is not listed need not be absent: this raises
+            target.update((key, found[key]) for key in asked if key in found)
+        return self.inspect(replace(trees, target=target), keys)
 
-    def ask_for(self, names: Sequence[str]) -> None:
-        """Learn what an outline leaves out of snapshots at the source: their holds, and of encrypted ones that both
-        sides know whether they came raw. Where these are most of a long list, or an encrypted one is a bookmark, or one
-        is gone by now, all is listed in full."""
-        pairs = ((source, self.target[key]) for key, source in self.source.items() if key in self.target)
-        mutuals = (newest_mutual(source, local) for source, local in pairs if source.encrypted)
-        encrypted = {mutual.source.name for mutual in mutuals if mutual}
-        are_long = sum(map(len, names)) > BATCH_BYTES
-        are_most = len(names) * 2 > sum(len(source.snapshots) for source in self.source.values())
-        if not (are_long and are_most) and not any("#" in name for name in encrypted):
-            with told_later():
-                self.source = with_clones(with_tags(self.source, *ask_about(self.source_host, names, encrypted)))
-                return
-        self.briefly = False
-        self.source = self.known(self.source_host, self.list_source())
+    def list_received(self, trees: Trees, streams: Sequence[Stream]) -> Trees:
+        """List of each dataset what is said to have arrived last, and no more of a history that may be long: what was
+        to come before that has come as well. Where it is not there, list all of the dataset."""
+        steps: dict[str, list[Receive]] = {}
+        for stream in streams:
+            steps.setdefault(stream.key, []).append(stream.step)
+        names = {key: self.policy.target_root + key for key in steps}
+        exactly = (it for key, some in steps.items() for it in (names[key], names[key] + some[-1].snapshot.short))
+        found: Tree = {}
+        for batch in batches(exactly):
+            found.update(parse_tree(self.target_host.ask(list_exactly(batch)).stdout, *self.places)[0])
+        target, unproven = dict(trees.target), []
+        for key, some in steps.items():
+            local = found.get(key)
+            if local and [snapshot.guid for snapshot in local.snapshots] == [some[-1].snapshot.guid]:
+                plan = Transfer(tuple(some))
+                *past, _ = foreseen(trees.source[key], trees.target.get(key), local.name, plan).snapshots
+                target[key] = replace(local, snapshots=(*past, *local.snapshots))
+            else:
+                unproven.append(key)
+        trees = self.inspect(replace(trees, target=target), steps.keys() - set(unproven))
+        return self.list_some_again(trees, unproven) if unproven else trees
 
-    def survey_target(self) -> None:
-        self.take_target(self.list_target())
-
-    def list_source(self, only: Sequence[str] = ()) -> Reading:
+    def list_source(self, read: Callable[..., Reading], only: Sequence[str] = ()) -> Reading:
         root = self.policy.source_root
-        read = read_outline if self.briefly else read_tree
         try:
             tree, failure = read(self.source_host, root, self.policy.selection, only)
-            return with_clones({key: it for key, it in tree.items() if not is_passing(key)}), failure
         except CommandFailed as failure:
             if f"'{root}': dataset does not exist" in failure.what:
                 failure.hint = f"check -r; is the pool imported there? zpool import {root.split('/')[0]}"
             raise
+        return with_clones({key: it for key, it in tree.items() if not is_passing(key)}), failure
 
-    def list_target(self) -> Reading:
-        """List the local tree, and what there is of its ancestors."""
+    def list_target(self) -> Trees:
+        """The local tree, and what there is of its ancestors."""
         names = lineage(self.policy.target_root)
-        root, aside = names[-1], names[-1] + PLACEHOLDER
+        root, aside = self.places
         asked = [*names, *([aside] if len(aside) <= NAME_LIMIT else [])]
         answer = self.target_host.ask(list_existing(asked))
         existing = [row[0] for row in fields(answer.stdout, 1)]
@@ -3970,14 +4291,18 @@ class Run:
             if name not in existing and (name == names[0] or not says_absent(answer, name)):
                 hint = suspended(answer.stderr) or f"is the pool imported? zpool import {names[0]}"
                 raise Failure(f"cannot list {name} on {self.target_host.label}: {answer.stderr.strip()}", hint)
-        self.existing = [name for name in names if name in existing]
-        if root in existing:
-            self.failing = bool(self.target_host.ask(get_mark(root)).stdout)
+        failing = root in existing and bool(self.target_host.ask(get_mark(root)).stdout)
         places = [name for name in (root, aside) if name in existing]
-        return read_tree(self.target_host, root, self.policy.selection, (), places) if places else ({}, None)
+        tree: Tree = {}
+        if places:
+            selection = self.policy.selection
+            tree = self.told(self.target_host, read_tree(self.target_host, root, selection, (), places))
+        if self.held_before is None:
+            self.held_before = {key for key, local in tree.items() if newest_received(local, self.policy)}
+        return Trees({}, tree, tuple(name for name in names if name in existing), failing)
 
     def list_mirrors(self, names: Sequence[str]) -> Reading:
-        """List some datasets of the local tree, if there are any."""
+        """Some datasets of the local tree, if there are any."""
         if not names:
             return {}, None
         return read_tree(self.target_host, self.policy.target_root, self.policy.selection, names, self.places)
@@ -3987,549 +4312,168 @@ class Run:
         """Where the local tree is; the second, while its root is a placeholder that has made way."""
         return self.policy.target_root, self.policy.target_root + PLACEHOLDER
 
-    def take_target(self, reading: Reading) -> None:
-        tree = self.known(self.target_host, reading)
-        if self.held_before is None:
-            self.held_before = {key for key, local in tree.items() if newest_received(local, self.policy)}
-        self.target = self.examined(tree)
-        self.moved = moved_mirrors(self.source, self.target, self.policy)
-
-    def known(self, host: Host, reading: Reading) -> Tree:
+    def told(self, host: Host, reading: Reading) -> Tree:
         """A tree that was read; what could not be read of it is reported."""
         tree, failure = reading
         if failure:
             self.report.failure(f"holds on {host.label}", failure)
         return tree
 
-    def examined(self, tree: Tree) -> Tree:
-        return {key: self.examine(key, local) for key, local in tree.items()}
+    # what only further commands can tell
 
-    def examine(self, key: str, local: Dataset) -> Dataset:
-        """Find out what only further commands can tell: whose rest a token waits for, whether there is any file."""
+    def inspect(self, trees: Trees, keys: Iterable[str] | None = None) -> Trees:
+        """Find out of local datasets whose rest a token waits for, whether a place is empty, and what is ours."""
+        target = dict(trees.target)
+        for key in [*target] if keys is None else keys:
+            if key in target:
+                target[key] = self.inspect_one(key, target[key], trees.source)
+        trees = replace(trees, target=target)
+        ours = self.recognise(trees, target if keys is None else keys)
+        self.received |= ours
+        return replace(trees, target={**target, **{key: replace(target[key], recognised=True) for key in ours}})
+
+    def inspect_one(self, key: str, local: Dataset, source: Tree) -> Dataset:
         if local.partial:
             answer = self.target_host.ask(decode_token(local.partial.token))
             local = replace(local, partial=parse_token(local.partial.token, answer.stdout + answer.stderr))
-        local = replace(local, held_before=key in (self.held_before or ()), recognised=key in self.recognised)
-        source = self.source.get(key)
-        if source and self.selected(key) and not local.snapshots and local.kind == "filesystem":
-            below = self.below(local.name)
-            strangers = tuple(name for name, inner in below.items() if not self.is_known(name, inner, below))
-            local = replace(
-                local, vacant=self.is_empty(local.name), parent=bool(below), strangers=tuple(sorted(strangers))
-            )
-        return local
+        local = replace(local, held_before=key in (self.held_before or ()), recognised=key in self.received)
+        there = source.get(key)
+        if there is None or local.snapshots or local.partial or local.kind != "filesystem":
+            return local
+        if not self.policy.selection.of_snapshots(there.snapshots):
+            return local
+        tree = self.told(self.target_host, read_tree(self.target_host, local.name, Selection()))
+        below = {local.name + inner: dataset for inner, dataset in tree.items() if inner}
+        strangers = sorted(name for name, inner in below.items() if not self.may_be_below(name, inner, below, source))
+        return replace(local, empty=self.is_empty(local.name), parent=bool(below), strangers=tuple(strangers))
 
-    def is_empty(self, name: str) -> bool:
-        """Whether a filesystem holds no file, and is known not to."""
+    def is_empty(self, name: str) -> bool | None:
+        """Whether a filesystem holds no file; None if that cannot be told."""
         self.target_host.ask(settle(lineage(name)[0]))
         command = count_files(name)
         answer = self.target_host.ask(command)
-        rights = permit(self.target_host, command, answer.stderr)
-        if rights:
+        if answer.status != 0:
+            rights = permit(self.target_host, command, answer.stderr)
             self.report.failure(name, Failure(f"cannot tell whether it is empty: {answer.stderr.strip()}", rights))
-        return answer.status == 0 and count_objects(answer.stdout) == 1
+            return None
+        return count_objects(answer.stdout) == 1
 
-    def below(self, name: str) -> Tree:
-        """What is below a local dataset by name, be it selected or not."""
-        tree = self.known(self.target_host, read_tree(self.target_host, name, Selection()))
-        return {name + key: inner for key, inner in tree.items() if key}
-
-    def is_known(self, name: str, local: Dataset, among: Tree) -> bool:
+    def may_be_below(self, name: str, local: Dataset, among: Tree, source: Tree) -> bool:
         """Whether what is below a dataset, which is to be received there, may be there: a mirror of ours, what we set
         aside, or an empty parent of such."""
         key = name[len(self.policy.target_root) :]
-        source = self.source.get(key)
+        there = source.get(key)
         if not self.policy.selection.has_dataset(key) or others_tags(local, self.policy):
             return False
-        if is_set_aside(key) or newest_received(local, self.policy) or (source and local.partial):
+        if is_set_aside(key) or newest_received(local, self.policy) or (there and local.partial):
             return True
         if local.snapshots or local.kind != "filesystem":
-            return bool(source and newest_mutual(source, local))
+            return bool(there and newest_mutual(there, local))
         has_children = any(inner.startswith(f"{name}/") for inner in among)
-        may_be = source is not None or has_children or name.endswith(PLACEHOLDER)
-        return may_be and self.is_empty(name)
+        return (there is not None or has_children or name.endswith(PLACEHOLDER)) and self.is_empty(name) is True
 
-    def look_again(self, key: str) -> Dataset | None:
-        """List one local dataset anew; None if it is not there."""
-        self.look_at([key])
-        return self.target.get(key)
+    def recognise(self, trees: Trees, keys: Iterable[str]) -> set[str]:
+        """Which datasets we have received in a run that did not get as far as to hold them: nobody else sets all the
+        properties that we set. We ourselves set them also before we pull into what others made, and note so."""
+        target, found = trees.target, set()
+        doubtful = [key for key in keys if key in target and key in trees.source]
+        doubtful = [key for key in doubtful if not is_ours(trees.source[key], target[key])]
+        for batch in batches(target[key].name for key in doubtful):
+            for name, sources in parse_sources(run(self.target_host, list_sources(batch)), batch).items():
+                key = name[len(self.policy.target_root) :]
+                ours = kinds_values(target[key].kind, self.policy.properties)
+                if TAKEN_OVER not in sources and all(sources.get(it) == "local" for it in ours):
+                    found.add(key)
+        return found
 
-    def look_at(self, keys: Iterable[str]) -> None:
-        """List local datasets anew. Raises CommandFailed if of one it is not known whether it is there."""
-        for names in batches(self.local_name(key) for key in dict.fromkeys(keys)):
-            command = list_tree(*names, alone=True)
-            answer = self.target_host.ask(command)
-            found = parse_tree(answer.stdout, *self.places)[0]
-            keys_by_name = {name: name[len(self.policy.target_root) :] for name in names}
-            if not all(key in found or says_absent(answer, name) for name, key in keys_by_name.items()):
-                output(self.target_host, command, answer)  # what is not listed need not be absent: this raises
-            for key in keys_by_name.values():
-                self.target.pop(key, None)
-                if key in found:
-                    self.target[key] = self.examine(key, found[key])
+    def read_holds(self, trees: Trees, keys: Iterable[str], now: int) -> Trees:
+        """Learn what an outline leaves out of snapshots at the source: the holds that a run must know, and of encrypted
+        ones that both sides know whether they came raw.
 
-    def look_for(self, rides: Sequence[Ride]) -> None:
-        """List of each dataset what is said to have arrived last, and no more of a history that may be long: what was
-        to come before that has come as well. Where it is not there, list all."""
-        steps: dict[str, list[Receive]] = {}
-        for ride in rides:
-            steps.setdefault(ride.key, []).append(ride.step)
-        names = [(self.local_name(key), self.local_name(key) + some[-1].snapshot.short) for key, some in steps.items()]
-        found: Tree = {}
-        for batch in batches(name for pair in names for name in pair):
-            found.update(parse_tree(self.target_host.ask(list_exactly(batch)).stdout, *self.places)[0])
-        unproven = []
-        for key, some in steps.items():
-            now = found.get(key)
-            if now and [snapshot.guid for snapshot in now.snapshots] == [some[-1].snapshot.guid]:
-                *past, _ = foreseen(self.source[key], self.target.get(key), now.name, Transfer(tuple(some))).snapshots
-                self.target[key] = self.examine(key, replace(now, snapshots=(*past, *now.snapshots)))
-            else:
-                unproven.append(key)
-        self.look_at(unproven)
+        All is listed in full where these are most of a long list, or one is gone by now, or an encrypted one is a
+        bookmark.
+        """
+        source, target = trees.source, trees.target
+        wanted = (it for key in keys for it in holds_to_read(source[key], target.get(key), self.policy, now))
+        names = [*dict.fromkeys(it.name for it in wanted)]
+        if not names:
+            return trees
+        mutuals = (newest_mutual(source[key], target[key]) for key in source if source[key].encrypted and key in target)
+        encrypted = {mutual.source.name for mutual in mutuals if mutual}
+        every = [it.name for dataset in source.values() for it in dataset.snapshots]
+        is_long = sum(map(len, names)) > BATCH_BYTES and 2 * len(names) > len(every)
+        if not is_long and not any("#" in name for name in encrypted):
+            others = also_to_read(names, (name for name in every if name not in {*names}), now)
+            for asked in ([*names, *others], names):
+                with told_later():
+                    found = with_tags(source, *ask_about(self.source_host, asked, encrypted))
+                    return replace(trees, source=with_clones(found))
+        return replace(trees, source=self.told(self.source_host, self.list_source(read_tree)))
 
-    def selected(self, key: str) -> list[Snapshot]:
-        """The snapshots at the source that are meant."""
-        return self.policy.selection.of_snapshots(self.source[key].snapshots)
+
+@dataclass(frozen=True)
+class Stream:
+    """A step of one dataset, by its key, with what sends and what receives its stream."""
+
+    key: str
+    step: Receive
+    ends: tuple[Command, Command]
+
+
+class LocalSteps:
+    """Takes the steps of a plan that need no stream: renames, overrides, aborted receives."""
+
+    def __init__(self, policy: Policy, lister: Lister, report: Report) -> None:
+        self.policy = policy
+        self.lister = lister
+        self.host = lister.target_host
+        self.report = report
+
+    def take(self, trees: Trees, key: str, step: LocalStep, now: int, parents: Iterable[str]) -> None:
+        """Take one. `parents` are the placeholders that a rename needs. Raises Failure."""
+        name = self.local_name(key)
+        if isinstance(step, Rename):
+            for parent in parents:
+                run(self.host, create_parent(parent))
+            self.move(step.old, key)
+        elif isinstance(step, MakeWay):
+            self.make_way(trees, key)
+        elif isinstance(step, Quarantine):
+            self.quarantine(key, now)
+        elif isinstance(step, Rollback):
+            self.roll_back(trees.target[key], step)
+        else:
+            self.report.step(f"{name}: {step}")
+            run(self.host, abandon(name))
 
     def local_name(self, key: str) -> str:
         return self.policy.target_root + key
 
-    # plan, hold, stream, verify
-
-    def execute(self, now: int) -> None:
-        """All that follows the first survey. What fails on the way is reported, and the rest goes on; a lost link is
-        only noted in `lost`, for it may be worth another try."""
-        try:
-            self.recognise()
-            plans = self.plan()
-            self.make_inert(plans)
-            self.tell_lost_holds()
-            self.tell_others_holds(plans)
-            touched = self.transfer(plans, now)
-            if touched:  # hours may have gone by: what is to be destroyed is looked at anew as well
-                touched |= self.may_expire(now).keys()
-            for _ in range(3):  # what was not known yet, or was renamed at the source, is found by the survey
-                touched |= self.converge()
-                if not touched:
-                    break
-                self.survey_again(touched)
-                touched = set()
-            moved = self.converge() if self.ask_for_twins(now) else set()
-            if moved:
-                self.survey_again(moved)
-            self.check_holds()
-            if self.policy.bookmark:
-                self.move_bookmarks()
-            self.expire(now)
-        except LinkLost as failure:
-            self.lost = self.lost or (self.policy.target_root, failure)
-        except Failure as failure:
-            self.report.failure(self.policy.target_root, failure)
-
-    def decide(self, key: str) -> Plan:
-        """The plan for a dataset by what is known of both sides now. It is asked for again and again, for all datasets
-        after each step of one: so it is made anew only if something else is known than before."""
-        basis = (self.source[key], self.target.get(key), self.local_origin(key))
-        decided = self.decided.get(key)
-        if decided and all(now is then for now, then in zip(basis, decided[0])):
-            return decided[1]
-        source, local, origin = basis
-        plan = plan_dataset(source, local, self.policy, self.local_name(key), origin)
-        self.decided[key] = (basis, plan)
-        return plan
-
-    def local_origin(self, key: str) -> Snapshot | None:
-        """What is here of the snapshot of which a dataset is a clone at the source."""
-        inherited = self.source[key].inherited
-        twins = (local.find(inherited[-1].guid) for local in self.target.values()) if inherited else ()
-        return next(filter(None, twins), None)
-
-    def origin_to_come(self, key: str) -> bool:
-        """Whether the origin of a clone should have been here by now, and will be when a failure is mended."""
-        inherited = self.source[key].inherited
-        if not inherited:
-            return False
-        owner = inherited[-1].name.partition("@")[0][len(self.policy.source_root) :]
-        if owner not in self.source:
-            return False
-        plan = self.decide(owner)
-        is_first = self.order.index(owner) < self.order.index(key)
-        return is_first and isinstance(plan, Transfer) and inherited[-1] in plan.targets
-
-    def former(self, key: str) -> str | None:
-        """As what the mirror of a dataset is still here that has another name at the source by now, or whose parent had
-        to be made way for."""
-        if key in self.target:
-            return None
-        above = lineage(key)[:-1]
-        made_way = (parent + PLACEHOLDER + key[len(parent) :] for parent in above)
-        return next((old for old in made_way if old in self.target), former_key(self.source[key], key, self.moved))
-
-    def mirror(self, key: str) -> Dataset | None:
-        """What is here of a dataset; be it, where a rename could not be followed (yet), under its former name."""
-        former = self.former(key)
-        return self.target.get(key if former is None else former)
-
-    def follow_rename(self, key: str) -> None:
-        """Rename what was the mirror of a dataset before it got this name at the source. Nothing is lost by that."""
-        old = self.former(key)
-        if old is not None:
-            self.check_below(old)
-            self.make_room(key)
-            self.move(old, key)
-            self.survey_target()
-
     def move(self, old: str, key: str) -> None:
-        """Rename a local dataset, with all below it."""
-        name = self.local_name(key)
-        as_there = "" if PLACEHOLDER in old + key else ", as at the source"
+        """Rename a local dataset, with all below it. Nothing is lost by that."""
+        name, as_there = self.local_name(key), ""
+        if PLACEHOLDER not in old + key:
+            self.check_below(old)
+            as_there = ", as at the source"
         self.report.event("rename", name, f"{self.local_name(old)}: now called {name}{as_there}")
-        run(self.target_host, rename(self.local_name(old), name))
-        if self.held_before is not None:
-            self.held_before |= {key + inner[len(old) :] for inner in self.held_before if is_below(inner, old)}
+        run(self.host, rename(self.local_name(old), name))
+        before = self.lister.held_before or set()
+        self.lister.held_before = before | {rekeyed(it, old, key) for it in before}
 
-    def make_way(self, key: str) -> None:
+    def make_way(self, trees: Trees, key: str) -> None:
         """Rename a placeholder, for the dataset itself to take its place."""
         name, away = self.local_name(key), self.local_name(key + PLACEHOLDER)
-        if key + PLACEHOLDER in self.target:
+        if key + PLACEHOLDER in trees.target:
             raise Failure(
                 f"{name} is to make way for what is to be received there, but {away} is left of an earlier time",
                 f"see that nothing is in it, then: zfs destroy '{away}'",
             )
+        self.report.step(f"{name}: {MakeWay()}")
         self.move(key, key + PLACEHOLDER)
-        self.survey_target()
-
-    def return_children(self) -> None:
-        """Rename back what was below a placeholder that has made way, once the dataset itself is here."""
-        moved = False
-        for old in sorted(self.target):
-            above = old.rpartition("/")[0]
-            home = above[: -len(PLACEHOLDER)]
-            here = self.target.get(home)
-            is_away = above.endswith(PLACEHOLDER) and above not in self.source and not self.target[above].snapshots
-            key = home + old[len(above) :]
-            if is_away and here and here.snapshots and key not in self.target:
-                with told_later():
-                    self.move(old, key)
-                    moved = True
-        if moved:
-            self.survey_target()
-
-    def plan(self) -> dict[str, Plan]:
-        """What to do for each dataset, in order. Those blocked for good are reported, and left out."""
-        plans = {}
-        self.order = in_order(self.source)
-        self.return_children()
-        for key in self.order:
-            with told_later():  # its parent may be here when it is its turn
-                self.follow_rename(key)
-        elsewhere: set[str] = set()  # where what is here is no mirror of the source's
-        for key in self.order:
-            if self.may_be_anothers(key):  # what could not be read is reported
-                elsewhere.add(key)
-                self.left_alone.add(key)
-                continue
-            plan = self.decide(key)
-            parent = key.rpartition("/")[0]
-            if isinstance(plan, Blocked) and not self.way_out(plan):
-                self.report.failure(self.local_name(key), Failure(plan.reason, plan.hint))
-                elsewhere |= {key} if plan.elsewhere else set()
-                self.left_alone |= {key} if plan.elsewhere else set()
-            elif key and parent in elsewhere and not self.is_mirrored(key):
-                elsewhere.add(key)
-                if not isinstance(plan, UpToDate):
-                    what = f"skipped, for what {self.local_name(parent)} is here is no mirror of the source's"
-                    self.report.failure(self.local_name(key), Failure(what, PARENT_FIRST))
-            else:
-                plans[key] = plan
-                if isinstance(plan, UpToDate):
-                    self.tell_in_step(key)
-        return plans
-
-    def may_be_anothers(self, key: str) -> bool:
-        """Whether another line may hold it: its holds could not be read, and nothing else says that it is ours."""
-        local = self.target.get(key)
-        known = local is None or local.held_before or local.recognised
-        return local is not None and not known and any(it.tags is None for it in local.snapshots)
-
-    def is_ours(self, key: str) -> bool:
-        """Whether we hold something of a dataset here, or have received it: not so with what was here before, be it the
-        mirror of another tool, or the original itself where a line is run on the wrong host. That we take over when the
-        source is ahead of it, and we pull."""
-        local = self.mirror(key)
-        if local is None or local.held_before or key in self.brought or key in self.recognised:
-            return True
-        return newest_mutual(self.source[key], local) is None
-
-    def recognise(self) -> None:
-        """Find out which datasets we have received in a run that did not get as far as to hold them: nobody else sets
-        all the properties that we set. We ourselves set them also before we pull into what others made, and note so."""
-        keys = [key for key, local in self.target.items() if key in self.source and not self.is_ours(key)]
-        for batch in batches(self.target[key].name for key in keys):
-            found = parse_sources(run(self.target_host, list_sources(batch)), batch)
-            for name, sources in found.items():
-                key = name[len(self.policy.target_root) :]
-                ours = kinds_values(self.target[key].kind, self.policy.properties)
-                if TAKEN_OVER not in sources and all(sources.get(it) == "local" for it in ours):
-                    self.recognised.add(key)
-                    self.target[key] = replace(self.target[key], recognised=True)
-
-    def is_mirrored(self, key: str) -> bool:
-        """Whether there is a snapshot here that the source has too."""
-        local = self.mirror(key)
-        return local is not None and newest_mutual(self.source[key], local) is not None
-
-    def tell_in_step(self, key: str) -> None:
-        what = "in step" if self.selected(key) else "no snapshot to pull"
-        if not self.is_ours(key):
-            what = "in step, and not held: it is taken over when there is something to pull"
-        self.report.event(what, self.local_name(key), f"{self.local_name(key)}: {what}")
-
-    def way_out(self, plan: Blocked) -> WayOut | None:
-        """What the user has allowed us to do where nothing else helps."""
-        allowed = {Rollback: self.policy.rollback, Quarantine: self.policy.quarantine}
-        return next((way for way in plan.ways if allowed[type(way)]), None)
-
-    def make_inert(self, plans: dict[str, Plan]) -> None:
-        """See to it that what is to be pulled into is as inert as what we receive ourselves, before that: what another
-        tool made, and what an earlier version of this program did. What is set here stays as it is set.
-
-        Where that fails for a dataset which is not ours yet, it is left alone, for it might be mounted or shared.
-        """
-        # Children first: to unmount a dataset unmounts what is mounted below it.
-        for it in sorted(self.exposed(plans), key=lambda it: it.key, reverse=True):
-            name = self.local_name(it.key)
-            try:
-                if self.was_changed(it.key):
-                    plans[it.key] = self.decide(it.key)
-                else:
-                    self.expose_no_more(it)
-            except CommandFailed as failure:
-                self.report.failure(name, failure)
-                if not self.target[it.key].held_before:
-                    self.left_alone.add(it.key)
-                    plans.pop(it.key, None)
-
-    def was_changed(self, key: str) -> bool:
-        """Whether what others made was written to, so that nothing can be pulled into it as it is. It may be in use,
-        and no mirror at all: so nothing is set there before it is known that we may roll it back."""
-        local = self.target[key]
-        if not local.held_before and not local.recognised and self.is_written(local.name):
-            self.target[key] = replace(local, changed=True)
-        return self.target[key].changed
-
-    def is_written(self, name: str) -> bool:
-        """Whether anything was written to a local dataset since its newest snapshot."""
-        self.target_host.ask(settle(lineage(name)[0]))
-        return number(run(self.target_host, get_value(name, "written")).strip(), "written") > 0
-
-    def expose_no_more(self, it: Exposure) -> None:
-        """Unmount it, set what is missing, and note what is set here: zfs would undo that with the first stream."""
-        name = self.local_name(it.key)
-        if it.is_mounted:  # first, for each `zfs set` of how it is mounted does that anew
-            self.report.event("unmount", name, f"{name}: unmount what another tool has mounted")
-            run(self.target_host, unmount(name))
-        if it.missing:
-            self.report.event("set", name, f"{name}: {it}", values=it.missing)
-        for values in filter(None, shares_last(it.missing)):
-            run(self.target_host, set_values(name, values))
-        if it.mountpoint_came:
-            run(self.target_host, inherit(name, "mountpoint"))
-        own = {key: run(self.target_host, get_value(name, key))[:-1] for key in it.own}
-        self.own_values[it.key] = {key: settable(key, value) for key, value in own.items()}
-
-    def exposed(self, plans: dict[str, Plan]) -> Iterator[Exposure]:
-        """How far each local dataset that is to be pulled into is from being inert."""
-        keys = [key for key, plan in plans.items() if isinstance(plan, Transfer) and self.is_mirrored(key)]
-        for batch in batches(self.target[key].name for key in keys if key in self.target):
-            sources = parse_sources(run(self.target_host, list_sources(batch)), batch)
-            mounted = {row[0] for row in fields(run(self.target_host, list_mounted(batch)), 2) if row[1] == "yes"}
-            for name in batch:
-                key = name[len(self.policy.target_root) :]
-                yield exposure(key, self.target[key], sources[name], self.policy.properties, name in mounted)
-
-    def tell_lost_holds(self) -> None:
-        """Tell of a hold at the source that somebody has released, or another backup host with the same tag has moved:
-        the next time the base itself may be gone."""
-        for key, source in self.source.items():
-            local = self.mirror(key)
-            mutual = newest_mutual(source, local) if local and key not in self.left_alone else None
-            if local and mutual and local.held_before and mutual.local == newest_received(local, self.policy):
-                self.tell_if_lost(local.name, mutual.source)
-
-    def tell_if_lost(self, name: str, base: Snapshot) -> None:
-        if base.tags is not None and not base.is_bookmark and self.policy.tag not in base.tags:
-            self.report.notice(
-                "hold lost",
-                name,
-                f"{base.name} is not held by {self.policy.tag} any more, and is needed: somebody has released it, or "
-                "another backup host uses the same tag; let each mirror have a tag of its own",
-            )
-
-    def tell_others_holds(self, plans: dict[str, Plan]) -> None:
-        """Tell, before the first run of a dataset releases them, of holds at the source that bear our tag, and are not
-        where an earlier run of this line would have got to: somebody else may count on them."""
-        for key, plan in plans.items():
-            source, local = self.source[key], self.mirror(key)
-            if local and (
-                local.held_before or (local.snapshots and not self.is_mirrored(key)) or not self.is_ours(key)
-            ):
-                continue
-            ours = {it.guid for it in plan.targets} if isinstance(plan, Transfer) else set()
-            if local:
-                ours.update(it.guid for it in local.snapshots)
-                ours.update({local.partial.to_guid or 0} if local.partial else ())
-            held = [it.name for it in source.snapshots if self.policy.tag in (it.tags or ()) and it.guid not in ours]
-            if held:
-                self.report.notice(
-                    "others hold",
-                    self.local_name(key),
-                    f"{few(held)} held by {self.policy.tag}, and there is no mirror of it here: that hold goes now; "
-                    "if no earlier run of this line left it, let each mirror have a tag of its own",
-                )
-
-    def transfer(self, plans: dict[str, Plan], now: int) -> set[str]:
-        """Hold, then stream and verify: by the train what goes by train, the rest one by one. Returns what may have
-        changed on either side."""
-        self.hold_targets(plans.values())
-        waiting = [key for key, plan in plans.items() if not isinstance(plan, UpToDate)]
-        touched: set[str] = set()
-        done: set[str] = set()
-        while waiting and not self.lost:
-            touched.update(waiting)
-            trains = self.board(waiting)
-            failed = self.depart(trains) if trains else self.bring_up_alone(waiting[0], now)
-            for key, failure in failed.items():
-                if isinstance(failure, LinkLost):
-                    self.lost = (self.local_name(key), failure)  # the others would only wait for the same link
-                else:
-                    self.report.failure(self.local_name(key), failure)
-            done |= failed.keys() if trains else {waiting[0]}
-            with told_later():
-                self.return_children()
-            # Of all, for what was in step before may have been renamed aside, with its parent.
-            waiting = [key for key in plans if key not in done and not isinstance(self.decide(key), UpToDate)]
-        return touched
-
-    def bring_up_alone(self, key: str, now: int) -> dict[str, Failure]:
-        """As `bring_up`; returns what failed."""
-        try:
-            self.bring_up(key, now)
-        except Stuck:
-            raise
-        except Failure as failure:
-            return {key: failure}
-        return {}
-
-    def board(self, waiting: Sequence[str]) -> list[list[Ride]]:
-        """The trains for those of the waiting datasets that need nothing but streams. On a single train a child may
-        ride behind its parent, a clone behind its origin: what rides is taken for arrived there. Trains that go side by
-        side know nothing of each other, so then it waits for the next ones."""
-        for key in waiting:
-            if self.is_held(self.decide(key)):  # what cannot be held does not come, and leaves no placeholder behind
-                with told_later():
-                    self.make_room(key)
-        trains: list[list[Ride]] = [[] for _ in range(self.jobs)]
-        left: set[str] = set()
-        truth = dict(self.target)
-        for key in waiting:
-            rides: list[Ride] = []
-            if key == "" or key.rpartition("/")[0] not in left:
-                with told_later():
-                    rides = self.rides(key)
-            train = min((it for it in trains if self.has_room(it, rides)), key=len, default=None)
-            if not rides or train is None:
-                left.add(key)
-                continue
-            train += rides
-            if self.jobs == 1:
-                plan = Transfer(tuple(ride.step for ride in rides))
-                self.target[key] = foreseen(self.source[key], self.target.get(key), self.local_name(key), plan)
-        self.target = truth
-        return [train for train in trains if train]
-
-    def rides(self, key: str) -> list[Ride]:
-        """What brings a dataset up to date, if that is nothing but streams that are sure to find their place; else
-        nothing. Raises Failure if a parent or an origin is missing."""
-        plan, source, local = self.decide(key), self.source[key], self.target.get(key)
-        if not isinstance(plan, Transfer) or (local and not local.snapshots):
-            return []
-        if len(plan.steps) >= self.brought.get(key, len(plan.steps) + 1):
-            return []  # it came, and has no fewer steps to go: from now on they are counted
-        if not self.is_held(plan):
-            return []
-        if local is None and (self.missing_above(key) or self.former(key) is not None):
-            return []
-        rides = []
-        for step in plan.steps[:MOST_IN_TURN]:
-            if not isinstance(step, Receive) or step.token:
-                return []
-            if local is None:
-                self.check_origin(key, step)
-            rides.append(Ride(key, step, self.ends(key, step, local)))
-            local = foreseen(source, local, self.local_name(key), Transfer((step,)))
-        return rides
-
-    def has_room(self, train: Sequence[Ride], rides: Sequence[Ride]) -> bool:
-        """Whether more can ride with a train: of one kind, for they go through one packer, and not too many."""
-        if not train or not rides:
-            return True
-        same = self.compressible(train[0].key) == self.compressible(rides[0].key)
-        return same and len(train) + len(rides) <= MOST_IN_TURN
-
-    def depart(self, trains: Sequence[Sequence[Ride]]) -> dict[str, Failure]:
-        """As `ride`; returns also what kept it from proving anything."""
-        for ride in (ride for train in trains for ride in train):
-            self.report.step(f"{self.local_name(ride.key)}: {ride.step}")
-        try:
-            return self.ride(trains)
-        except Stuck:
-            raise
-        except Failure as failure:
-            return {ride.key: failure for train in trains for ride in train}
-
-    def is_held(self, plan: Plan) -> bool:
-        """Whether all that this plan sends is known to be held."""
-        return isinstance(plan, Transfer) and all(self.policy.tag in (target.tags or ()) for target in plan.targets)
-
-    def hold_targets(self, plans: Iterable[Plan]) -> dict[str, str]:
-        """Hold what these plans send, all in one command. Returns what is not held, with what zfs said."""
-        tag = self.policy.tag
-        targets = [target for plan in plans if isinstance(plan, Transfer) for target in plan.targets]
-        unheld = sorted({target.name for target in targets if tag not in (target.tags or ())})
-        missing = place_holds(self.source_host, tag, unheld)
-        held = set(unheld) - missing.keys()
-        for key in {name.partition("@")[0][len(self.policy.source_root) :] for name in held}:
-            self.source[key] = held_after(self.source[key], tag, held)
-        return missing
-
-    def bring_up(self, key: str, now: int) -> None:
-        """Step by step until the plan has nothing more to say; after each step the plan is made anew from a listing."""
-        self.follow_rename(key)
-        most = MOST_STEPS + len(steps_of(self.decide(key)))
-        for _ in range(most):
-            plan = self.decide(key)
-            if isinstance(plan, UpToDate):
-                return
-            if isinstance(plan, Blocked):
-                way = self.way_out(plan)
-                if way is None:
-                    raise Failure(plan.reason, plan.hint)
-                self.clear(key, way, now)
-                continue
-            missing = self.hold_targets([plan])  # all were held together before; ask again where that failed
-            if missing:
-                rights = permit(self.source_host, hold(self.policy.tag, missing), "".join({*missing.values()}))
-                raise Failure(
-                    f"cannot hold {refusals(missing)}", ways_out("nothing was sent that may vanish meanwhile", rights)
-                )
-            self.perform(key, plan.steps[0])
-        raise StreamFailed(f"still not in step after {most} steps", "run again; if it stays so, report it")
 
     def check_below(self, key: str) -> None:
         """See to it that nothing of another line is renamed with a dataset, be it selected or not."""
-        tree, failure = read_tree(self.target_host, self.local_name(key), Selection())
+        tree, failure = read_tree(self.host, self.local_name(key), Selection())
         if failure:
             raise failure
         others = [it for it in tree.values() if others_tags(it, self.policy)]
@@ -4537,369 +4481,681 @@ class Run:
             blocked = of_another_line(others[0], self.policy)
             raise Failure(f"{blocked.reason}; so {self.local_name(key)} is not renamed", blocked.hint)
 
-    def clear(self, key: str, way: WayOut, now: int) -> None:
-        """Take a way out that the user has allowed, and say so before."""
-        name = self.local_name(key)
-        if isinstance(way, Quarantine):
-            self.check_below(key)
-            aside = aside_of(name, now)
-            self.report.notice(
-                "quarantine", name, f"{name}: renaming it to {aside}, children and all, to pull it afresh"
-            )
-            run(self.target_host, rename(name, aside))
-            self.held_before = {it for it in self.held_before or () if not is_below(it, key)}
-            self.survey_target()
-            return
-        self.report.notice("rollback", name, f"{name}: {way}")
+    def quarantine(self, key: str, now: int) -> None:
+        self.check_below(key)
+        name, aside = self.local_name(key), aside_of(self.local_name(key), now)
+        self.report.notice("quarantine", name, f"{name}: renaming it to {aside}, children and all, to pull it afresh")
+        run(self.host, rename(name, aside))
+        for known in (self.lister.held_before or set(), self.lister.received):
+            known.difference_update([it for it in known if is_below(it, key)])
+
+    def roll_back(self, local: Dataset, way: Rollback) -> None:
+        host, policy = self.host, self.policy
+        self.report.notice("rollback", local.name, f"{local.name}: {way}")
         # Ours may stand on what goes, if the source was rolled back before: the hold on the common one comes first.
         # What others made gets none before it is inert.
-        first = [way.to.name] if self.target[key].held_before else []
-        missing = place_holds(self.target_host, self.policy.received_tag, first)
+        missing = place_holds(host, policy.received_tag, [way.to.name] if local.held_before else [])
         if missing:
             said = missing[way.to.name]
-            rights = permit(self.target_host, hold(self.policy.received_tag, [way.to.name]), said)
+            rights = permit(host, hold(policy.received_tag, [way.to.name]), said)
             raise Failure(f"cannot hold {way.to.name}: {said}", ways_out("nothing was rolled back", rights))
-        ours = [snapshot.name for snapshot in way.newer if snapshot.tags]
-        for batch in batches(ours):
-            run(self.target_host, release(self.policy.received_tag, batch))
-        partial = self.target[key].partial
-        if partial and partial.from_guid != way.to.guid:
-            run(self.target_host, abandon(name))  # it hangs on a snapshot that is to go
-        run(self.target_host, rollback(way.to))
-        self.look_again(key)
-        for it in self.exposed({key: self.decide(key)}):
-            self.expose_no_more(it)
+        for batch in batches(snapshot.name for snapshot in way.newer if snapshot.tags):
+            run(host, release(policy.received_tag, batch))
+        if local.partial and local.partial.from_guid != way.to.guid:
+            run(host, abandon(local.name))  # it hangs on a snapshot that is to go
+        run(host, rollback(way.to))
 
-    def perform(self, key: str, step: Step) -> None:
-        """One step, and the proof that it did what it says."""
-        self.report.step(f"{self.local_name(key)}: {step}")
-        if isinstance(step, Abandon):
-            self.give_up(key)
-        elif isinstance(step, MakeWay):
-            self.make_way(key)
-        elif self.make_ready(key, step):
-            failed = self.ride([[Ride(key, step, self.ends(key, step, self.target.get(key)))]])
-            if failed:
-                raise failed[key]
 
-    def ride(self, trains: Sequence[Sequence[Ride]]) -> dict[str, Failure]:
-        """Carry the streams of trains; a listing proves what has arrived. Returns by dataset what failed: of each train
-        one, at most, and what arrived otherwise than it should. What was to follow it is still to be done."""
-        places = self.key_places(trains)
-        to_go = {ride.key: len(steps_of(self.decide(ride.key))) for train in trains for ride in train}
-        try:
-            passages = self.carry(
-                [Train(tuple(ride.ends for ride in train), self.compressible(train[0].key)) for train in trains]
-            )
-        except StreamFailed as failure:
-            passages = [Passage((), failure)] * len(trains)
-        self.look_for([ride for train, it in zip(trains, passages) for ride in train[: len(it.arrived)]])
-        self.look_at(ride.key for train, it in zip(trains, passages) for ride in train[len(it.arrived) :][:1])
-        failed: dict[str, Failure] = {}
-        self.put_back_key_places(trains, places)
-        self.put_back_mountpoints(trains)
-        for train, passage in zip(trains, passages):
-            last = {ride.key: ride.step for ride, _ in zip(train, passage.arrived)}
-            for ride, arrival in zip(train, passage.arrived):
-                refused = refused_properties(arrival.said)
-                for name, said in refused.items():
-                    self.report.step(f"{self.local_name(ride.key)}: arrived without property {name}: {excerpt(said)}")
-                wrong = self.disproof(ride.key, last[ride.key]) or unset_properties(
-                    self.target_host, ride.ends[1], refused
-                )
-                self.brought[ride.key] = to_go[ride.key]
-                if wrong:
-                    failed[ride.key] = wrong
-                else:
-                    self.report.pulled(self.local_name(ride.key), ride.step, arrival)
-            lost = train[min(len(passage.arrived), len(train) - 1)]
-            reason = passage.failure and self.diagnosed(lost, passage.failure)
-            if reason:
-                failed[lost.key] = reason
-        return failed
+class InertMirror:
+    """Keeps what we pull into inert, whoever made it: read-only, not mounted, not shared.
 
-    def put_back_mountpoints(self, trains: Sequence[Sequence[Ride]]) -> None:
-        """Up to OpenZFS 2.3.8 and 2.4.3, what was here before takes over the source's mountpoint, -x or not, if one is
-        set above it (https://github.com/openzfs/zfs/commit/66a45b8269). Once said, it is inherited for good. Nothing is
-        mounted by that, for canmount was set with it."""
-        keys = {ride.key for train in trains for ride in train if self.own_values.get(ride.key)} & self.target.keys()
-        for batch in batches(self.local_name(key) for key in sorted(keys)):
-            for (name,) in fields(run(self.target_host, list_foreign_mountpoints(batch)), 1):
-                run(self.target_host, inherit(name, "mountpoint"))
+    `own_values` are, by dataset, what is set there and would be lost with the first properties to come (see `receive`);
+    `refused` are the datasets that could not be made inert, and are not ours yet.
+    """
 
-    def key_places(self, trains: Sequence[Sequence[Ride]]) -> dict[str, str]:
-        """Where the key of each encryption root is, of what comes raw and is here.
+    def __init__(self, policy: Policy, host: FencedHost, report: Report) -> None:
+        self.policy = policy
+        self.host = host
+        self.report = report
+        self.own_values: dict[str, dict[str, str]] = {}
+        self.refused: set[str] = set()
 
-        A raw stream with properties sets `keylocation` to what the source says, each time, and zfs recv lets nobody
-        leave it out: a file of this host, or the address of another (recv_fix_encryption_hierarchy in libzfs).
+    def exposures(self, trees: Trees, keys: Sequence[str]) -> Iterator[Exposure]:
+        """How far each local dataset that is to be pulled into is from being inert."""
+        host = self.host
+        for batch in batches(trees.target[key].name for key in keys):
+            sources = parse_sources(run(host, list_sources(batch)), batch)
+            mounted = {row[0] for row in fields(run(host, list_mounted(batch)), 2) if row[1] == "yes"}
+            for name in batch:
+                key = name[len(self.policy.target_root) :]
+                yield exposure(key, trees.target[key], sources[name], self.policy.properties, name in mounted)
+
+    def make_inert(self, trees: Trees, keys: Iterable[str]) -> tuple[Trees, set[str]]:
+        """See to it that what is to be pulled into is as inert as what we receive ourselves, before that: what another
+        tool made, and what an earlier version of this program did. What is set here stays as it is set.
+
+        Returns where that failed for a dataset which is not ours yet: it is to be left alone, for it might be mounted
+        or shared. What turns out to be changed is so in the trees.
         """
-        keys = {ride.key for train in trains for ride in train if self.policy.raw(self.source[ride.key])}
-        names = [self.local_name(key) for key in sorted(keys & self.target.keys())]
-        roots = [
-            row[0]
-            for batch in batches(names)
-            for row in fields(run(self.target_host, list_key_roots(batch)), 2)
-            if row[0] == row[1]
-        ]
-        found: dict[str, str] = {}
-        for batch in batches(roots):
-            found.update(self.values_of("keylocation", batch))
-        return found
+        target = dict(trees.target)
+        # Children first: to unmount a dataset unmounts what is mounted below it.
+        found = self.exposures(trees, [key for key in keys if key not in self.own_values])
+        for it in sorted(found, key=lambda it: it.key, reverse=True):
+            local = target[it.key]
+            is_new = not local.held_before and not local.recognised
+            try:
+                # It may be in use, and no mirror at all: nothing is set before it is known that we may pull into it.
+                if is_new and is_written(self.host, local.name):
+                    target[it.key] = replace(local, changed=True)
+                else:
+                    self.own_values[it.key] = self.expose_no_more(local.name, it)
+            except CommandFailed as failure:
+                self.report.failure(local.name, failure)
+                self.own_values[it.key] = {}
+                self.refused |= set() if local.held_before else {it.key}
+        return replace(trees, target=target), self.refused
 
-    def values_of(self, key: str, names: Sequence[str]) -> dict[str, str]:
-        """A property of local datasets: of all at once, and where a value has newlines, one by one."""
-        with contextlib.suppress(NotBelieved):
-            rows = [*fields(run(self.target_host, get_values(names, key)), 2)]
-            if sorted(row[0] for row in rows) == sorted(names):
-                return dict(rows)
-        return {name: run(self.target_host, get_value(name, key))[:-1] for name in names}
+    def expose_no_more(self, name: str, it: Exposure) -> dict[str, str]:
+        """Unmount it, and set what is missing. Returns what is set here: zfs would undo that with the first stream."""
+        host = self.host
+        self.report.exposure(name, it)
+        if it.is_mounted:  # first, for each `zfs set` of how it is mounted does that anew
+            run(host, unmount(name))
+        for values in filter(None, shares_last(it.missing)):
+            run(host, set_values(name, values))
+        if it.mountpoint_came:
+            run(host, inherit(name, "mountpoint"))
+        own = {key: run(host, get_value(name, key))[:-1] for key in it.own}
+        return {key: settable(key, value) for key, value in own.items()}
 
-    def put_back_key_places(self, trains: Sequence[Sequence[Ride]], before: dict[str, str]) -> None:
-        """Undo what the source has said of that; what has just come has its key from who is asked for it."""
-        for name, place in self.key_places(trains).items():
-            wanted = before.get(name, "prompt")
+    def put_back(
+        self, trees: Trees, raw: Sequence[str], keys_before: Mapping[str, str], arrived: Sequence[Stream]
+    ) -> None:
+        """Undo what streams have said of a place, and zfs recv lets nobody leave out.
+
+        What has just come raw has its key from who is asked for it; what was here before keeps where it had it from.
+
+        Up to OpenZFS 2.3.8 and 2.4.3, what was here before takes over the source's mountpoint, -x or not, if one is set
+        above it (https://github.com/openzfs/zfs/commit/66a45b8269). Once said, it is inherited for good. Nothing is
+        mounted by that, for canmount was set with it.
+        """
+        host, root = self.host, self.policy.target_root
+        here = [name for name in raw if name[len(root) :] in trees.target]
+        for name, place in key_places(host, here).items():
+            wanted = keys_before.get(name, "prompt")
             if place != wanted:
                 try:
-                    run(self.target_host, set_values(name, {"keylocation": wanted}))
+                    run(host, set_values(name, {"keylocation": wanted}))
                 except CommandFailed as failure:
                     self.report.failure(name, failure)
+        taken = sorted({self.policy.target_root + it.key for it in arrived if self.own_values.get(it.key)})
+        for batch in batches(name for name in taken if name[len(root) :] in trees.target):
+            for (name,) in fields(run(host, list_foreign_mountpoints(batch)), 1):
+                run(host, inherit(name, "mountpoint"))
 
-    def disproof(self, key: str, step: Receive) -> StreamFailed | None:
-        """What is wrong if a dataset does not end in the snapshot that is said to have arrived."""
-        now = self.target.get(key)
-        if now and now.snapshots and now.snapshots[-1].guid == step.snapshot.guid:
-            return None
-        return StreamFailed(
-            f"zfs recv reported success, but {self.local_name(key)} does not end in {step.snapshot.short}"
-        )
 
-    def diagnosed(self, ride: Ride, failure: Failure) -> Failure | None:
-        """A failed stream with the way out that the listing after it suggests. None where ZFS found what no listing
-        shows: it is noted in `target`, and the plan, made anew, will say what it means."""
-        now = self.target.get(ride.key)
-        said = failure.receiver_said if isinstance(failure, StreamFailed) else ""
-        if now and "has been modified" in said:
-            return self.judged(ride, now, failure)
-        missing = " or ".join(lacking(said, self.features or ()))
-        if missing:
-            failure.hint = f"the pool here lacks {missing}: zpool upgrade, with a newer OpenZFS if need be"
-        elif now and now.partial and now.partial.token == ride.step.token and not failure.hint:
-            failure.hint = f"if this rest never comes, give it up, bytes and all: zfs recv -A '{now.name}'"
-        return failure
+def is_written(host: Host, name: str) -> bool:
+    """Whether anything was written to a local dataset since its newest snapshot."""
+    host.ask(settle(lineage(name)[0]))
+    return number(run(host, get_value(name, "written")).strip(), "written") > 0
 
-    def judged(self, ride: Ride, now: Dataset, failure: Failure) -> Failure | None:
-        """What "has been modified" means. zfs says so too of a stream that has another base than it should, and then
-        nothing here is to be rolled back or set aside, whatever the command line allows."""
-        if self.is_written(now.name):
-            self.target[ride.key] = replace(now, changed=True)
-            return None
-        newest = now.snapshots[-1].guid if now.snapshots else None
-        base = ride.step.base.guid if ride.step.base else now.partial.from_guid if now.partial else None
-        if newest != base:
-            return None  # a snapshot was made here meanwhile: the plan will say so
-        failure.hint = (
-            "nothing was changed here since: find out what the source has sent instead of what it was asked for"
-        )
-        return failure
 
-    def give_up(self, key: str) -> None:
-        name = self.local_name(key)
-        run(self.target_host, abandon(name))
-        now = self.look_again(key)
-        if now and now.partial:
-            raise Failure(f"{name} still has an interrupted receive", f"look at it: zfs recv -A '{name}'")
+def key_places(host: Host, names: Iterable[str]) -> dict[str, str]:
+    """Where the key of each encryption root among local datasets is.
 
-    def make_ready(self, key: str, step: Receive) -> bool:
-        """See to it that a receive finds its place. False if it is not free any more, and a new plan is due."""
-        local = self.target.get(key)
-        if local is None:
-            self.make_room(key)
-            self.check_origin(key, step)
-        elif local.vacant:
-            # Hours may have gone since the survey, and hours may go until the stream is whole: what anybody writes
+    A raw stream with properties sets `keylocation` to what the source says, each time, and zfs recv lets nobody leave
+    it out: a file of this host, or the address of another (recv_fix_encryption_hierarchy in libzfs).
+    """
+    found: dict[str, str] = {}
+    for batch in batches(names):
+        roots = [row[0] for row in fields(run(host, list_key_roots(batch)), 2) if row[0] == row[1]]
+        for some in batches(roots):
+            found.update(values_of(host, "keylocation", some))
+    return found
+
+
+def values_of(host: Host, key: str, names: Sequence[str]) -> dict[str, str]:
+    """A property of local datasets: of all at once, and where a value has newlines, one by one."""
+    with contextlib.suppress(NotBelieved):
+        rows = [*fields(run(host, get_values(names, key)), 2)]
+        if sorted(row[0] for row in rows) == sorted(names):
+            return dict(rows)
+    return {name: run(host, get_value(name, key))[:-1] for name in names}
+
+
+class Executor:
+    """Carries out the plan of a tree, in rounds: names and overrides first, then streams, in as few batches as can be.
+
+    After each round it lists what it has touched, and plans anew, until no step is left. A dataset that fails is
+    reported and `given_up`; the others go on. A lost link ends it, and is noted in `lost`.
+    """
+
+    def __init__(self, policy: Policy, lister: Lister, send: Send, report: Report, jobs: int) -> None:
+        self.policy = policy
+        self.lister = lister
+        self.local_steps = LocalSteps(policy, lister, report)
+        self.inert = InertMirror(policy, lister.target_host, report)
+        self.send = send
+        self.report = report
+        self.jobs = jobs
+        self.given_up: set[str] = set()
+        self.touched: set[str] = set()  # the datasets of which anything may have changed on either side
+        self.tries: dict[str, tuple[int, int | None]] = {}  # how often a dataset got no further; steps left at the last
+        self.features: list[str] | None = None  # of the local pool
+        self.lost: tuple[str, LinkLost] | None = None  # what was at work when the link broke
+
+    def bring_up_to_date(self, trees: Trees, plan: TreePlan, now: int) -> tuple[Trees, TreePlan]:
+        """Returns what both sides are like then, and the plan that has no step left."""
+        self.tell_in_step(trees, plan)
+        # What came in a run that died before it held it may lack what is to be done after a stream, see `put_back`.
+        unfinished = [key for key, local in trees.target.items() if local.recognised and not local.held_before]
+        trees, _ = self.inert.make_inert(trees, unfinished)
+        while True:
+            for key, entry in plan.entries:
+                if isinstance(entry, Failure):
+                    self.give_up(key, entry)
+            try:
+                trees, is_done = self.change_names(trees, plan, now)
+                if not is_done:
+                    trees, is_done = self.send_streams(trees, plan)
+            except LinkLost as failure:
+                self.lost = self.lost or (self.policy.target_root, failure)
+                is_done = False
+            plan = TreePlan(trees, self.policy, self.given_up)
+            if not is_done or self.lost:
+                return trees, plan
+
+    def local_name(self, key: str) -> str:
+        return self.policy.target_root + key
+
+    def tell_in_step(self, trees: Trees, plan: TreePlan) -> None:
+        for key, entry in plan.entries:
+            if isinstance(entry, UpToDate):
+                self.report.in_step(self.local_name(key), in_step(trees.source[key], plan.target.get(key), self.policy))
+
+    def give_up(self, key: str, failure: Failure) -> None:
+        self.given_up.add(key)
+        self.report.failure(self.local_name(key), failure)
+
+    def is_stuck(self, key: str, left: int) -> bool:
+        """Give up a dataset that was worked on too often without getting any further."""
+        count, before = self.tries.get(key, (0, None))
+        count += before is not None and left >= before
+        self.tries[key] = (count, None)
+        if count > MOST_STEPS:
+            what = f"still not in step after {MOST_STEPS} steps that brought it no further"
+            self.give_up(key, StreamFailed(what, "run again; if it stays so, report it"))
+        return count > MOST_STEPS
+
+    def note_try(self, key: str, left: int) -> None:
+        """A step of a dataset was taken, while so many were left."""
+        self.tries[key] = (self.tries.get(key, (0, None))[0], left)
+
+    # names and overrides
+
+    def change_names(self, trees: Trees, plan: TreePlan, now: int) -> tuple[Trees, bool]:
+        """Take the steps that need no stream, but for those that follow one. Returns whether there was any."""
+        coming: set[str] = set()  # what a stream has still to bring
+        parents: dict[str, list[str]] = {}
+        is_done = False
+        for key, step in plan.entries:
+            if isinstance(step, Create):
+                parents.setdefault(key, []).append(step.name)
+            elif isinstance(step, Receive):
+                coming.add(key)
+            elif isinstance(step, LOCAL_STEPS):
+                old = step.old if isinstance(step, Rename) else key
+                if not coming.isdisjoint([*lineage(key), *lineage(old)]):
+                    coming.add(key)
+                    continue
+                is_done = True
+                self.touched.add(key)
+                self.note_try(key, 0)
+                try:
+                    if not self.is_stuck(key, 0):
+                        self.local_steps.take(trees, key, step, now, parents.pop(key, ()))
+                except (LinkLost, Stuck):
+                    raise
+                except Failure as failure:
+                    self.give_up(key, failure)
+                    coming.add(key)
+        return (self.lister.list_target_again(trees) if is_done else trees), is_done
+
+    # streams
+
+    def send_streams(self, trees: Trees, plan: TreePlan) -> tuple[Trees, bool]:
+        """Hold, then send what can be sent now. Returns whether anything was done."""
+        receives: dict[str, list[Receive]] = {}
+        parents: dict[str, list[str]] = {}
+        late: set[str] = set()  # what a step that follows a stream has still to name
+        for key, step in plan.entries:
+            if isinstance(step, Receive) and late.isdisjoint(lineage(key)):
+                receives.setdefault(key, []).append(step)
+            elif isinstance(step, Create):
+                parents.setdefault(key, []).append(step.name)
+            elif isinstance(step, LOCAL_STEPS):
+                late.add(key)
+        receives = {key: steps for key, steps in receives.items() if not self.is_stuck(key, len(steps))}
+        if not receives:
+            return trees, False
+        self.touched |= receives.keys()
+        trees, refused = self.inert.make_inert(trees, [key for key in receives if is_mirror(trees, key)])
+        self.given_up |= refused
+        if refused & receives.keys() or any((local := trees.target.get(key)) and local.changed for key in receives):
+            return trees, True  # another plan is due
+        trees = self.hold(trees, receives)
+        receives = {key: steps for key, steps in receives.items() if key not in self.given_up}
+        trees, is_ready = self.make_places(trees, receives, parents)
+        lanes = self.lanes(trees, receives) if is_ready else []
+        return (self.send_lanes(trees, lanes) if lanes else trees), True
+
+    def hold(self, trees: Trees, receives: Mapping[str, Sequence[Receive]]) -> Trees:
+        """Hold all that is to be sent, in one command; and where that fails, what is of one dataset by itself."""
+        tag, host, source = self.policy.tag, self.lister.source_host, dict(trees.source)
+        wanted = {
+            key: [it.snapshot.name for it in steps if tag not in (it.snapshot.tags or ())]
+            for key, steps in receives.items()
+        }
+        missing = place_holds(host, tag, [name for names in wanted.values() for name in names])
+        for key, names in wanted.items():
+            if not missing.keys().isdisjoint(names):
+                missing_here = place_holds(host, tag, [name for name in names if name in missing])
+                if missing_here:
+                    rights = permit(host, hold(tag, missing_here), "".join({*missing_here.values()}))
+                    what = f"cannot hold {refusals(missing_here)}"
+                    hint = ways_out("nothing was sent that may vanish meanwhile", rights)
+                    self.give_up(key, Failure(what, hint))
+                    continue
+            source[key] = held_after(source[key], tag, {*names})
+        return replace(trees, source=source)
+
+    def make_places(
+        self, trees: Trees, receives: Mapping[str, Sequence[Receive]], parents: Mapping[str, Sequence[str]]
+    ) -> tuple[Trees, bool]:
+        """See to it that each stream finds its place: placeholders above it, or an empty filesystem. Returns False if
+        one is not free any more."""
+        host, root = self.lister.target_host, self.policy.target_root
+        existing, target = [*trees.existing], dict(trees.target)
+        known = {*existing, *(local.name for local in target.values())}
+        for key in receives:
+            for name in parents.get(key, ()):
+                if name in known or (name != lineage(name)[0] and name.rpartition("/")[0] not in known):
+                    continue
+                try:
+                    run(host, create_parent(name))
+                except CommandFailed as failure:
+                    for other in receives:
+                        if is_below(self.local_name(other), name):
+                            self.give_up(other, failure)
+                    break
+                known.add(name)
+                if is_below(name, root):
+                    target[name[len(root) :]] = Dataset(name, "filesystem")
+                else:
+                    existing.append(name)
+        trees = replace(trees, target=target, existing=tuple(existing))
+        created = [key for key in target if key not in trees.target]
+        empty = [key for key in receives if (local := target.get(key)) and local.empty and not local.snapshots]
+        for key in empty:
+            # Hours may have gone since the listing, and hours may go until the stream is whole: what anybody writes
             # meanwhile -F would overwrite.
-            run(self.target_host, make_read_only(local.name))
-            local = self.look_again(key)
-            return local is not None and local.vacant
-        return True
+            run(host, make_read_only(self.local_name(key)))
+        trees = self.lister.list_some_again(trees, [*created, *empty])
+        return trees, all((local := trees.target.get(key)) and local.empty for key in empty)
 
-    def check_origin(self, key: str, step: Receive) -> None:
-        """See to it that a clone comes as one, if it can."""
-        origin = self.source[key].origin
-        if origin and not step.origin:
-            if self.origin_to_come(key):
-                raise Failure(f"skipped, for its origin {origin} is not wholly here", ORIGIN_FIRST)
-            self.report.step(f"{self.local_name(key)}: in full, for its origin {origin} is not in this mirror")
+    def lanes(self, trees: Trees, receives: Mapping[str, Sequence[Receive]]) -> list[list[Stream]]:
+        """The batches that go side by side now, with what of each dataset can go along. In a single batch a child may
+        follow its parent, and a clone its origin; side by side nobody waits for anybody, so there it goes later."""
+        lanes: list[list[Stream]] = [[] for _ in range(self.jobs)]
+        coming: set[str] = set()  # datasets, and names of snapshots, that this round brings
+        for key, some in receives.items():
+            steps = some[:MOST_IN_TURN]
+            kind = self.compressible(trees.source[key])
+            fitting = [
+                lane
+                for lane in lanes
+                if not lane
+                or (len(lane) + len(steps) <= MOST_IN_TURN and self.compressible(trees.source[lane[0].key]) == kind)
+            ]
+            if not fitting or key in self.given_up or not self.has_place(trees, key, steps[0], coming):
+                continue
+            lane, local = min(fitting, key=len), trees.target.get(key)
+            for step in steps:
+                lane.append(Stream(key, step, self.ends(trees.source, key, step, local)))
+                local = foreseen(trees.source[key], local, self.local_name(key), Transfer((step,)))
+                self.note_try(key, len(some))
+            if self.jobs == 1:
+                coming |= {key, *(self.local_name(key) + step.snapshot.short for step in steps)}
+        return [lane for lane in lanes if lane]
 
-    def ends(self, key: str, step: Receive, local: Dataset | None) -> tuple[Command, Command]:
+    def has_place(self, trees: Trees, key: str, first: Receive, coming: Container[str]) -> bool:
+        """Whether the parent and the origin of a dataset are here, or come before it."""
+        if key in trees.target:
+            return True
+        above = lineage(self.policy.target_root)[:-1] if key == "" else []
+        if key:
+            parent = key.rpartition("/")[0]
+            here = trees.target.get(parent)
+            is_whole = here is not None and (here.snapshots or not here.partial)
+            if not is_whole and parent not in coming:
+                return False
+        owner = first.origin.partition("@")[0][len(self.policy.target_root) :]
+        origins = trees.target[owner].snapshots if first.origin and owner in trees.target else ()
+        has_origin = not first.origin or first.origin in coming or any(it.name == first.origin for it in origins)
+        return has_origin and all(name in trees.existing for name in above)
+
+    def ends(self, source: Tree, key: str, step: Receive, local: Dataset | None) -> tuple[Command, Command]:
         """The commands at both ends of the stream of a step, into a dataset that is like `local` then."""
-        source, policy = self.source[key], self.policy
-        parent = self.source.get(key.rpartition("/")[0]) if key else None
-        born = birth(source, parent, step, policy)
+        policy, parent = self.policy, source.get(key.rpartition("/")[0]) if key else None
         name = self.local_name(key) + step.snapshot.short
-        receiving = receive(source, local, name, policy.properties, born, own=self.own_values.get(key, {}))
-        self.target_host.check(receiving)
-        return send(source, step, policy.raw(source), self.flags()), receiving
+        born = birth(source[key], parent, step, policy)
+        receiving = receive(source[key], local, name, policy.properties, born, own=self.inert.own_values.get(key, {}))
+        self.lister.target_host.check(receiving)
+        return send(source[key], step, policy.raw(source[key]), self.flags()), receiving
 
-    def compressible(self, key: str) -> bool:
+    def compressible(self, source: Dataset) -> bool:
         """Whether a stream has in full what a packer could make less of."""
-        source = self.source[key]
         as_stored = source.compressed and "-c" in self.flags()
         return not as_stored and not self.policy.raw(source)
 
     def flags(self) -> Command:
         """What streams may use, asked when the first of them is due."""
         if self.features is None:
-            rows = fields(run(self.target_host, list_features(lineage(self.policy.target_root)[0])), 2)
+            pool = lineage(self.policy.target_root)[0]
+            rows = fields(run(self.lister.target_host, list_features(pool)), 2)
             self.features = [name.partition("@")[2] for name, value in rows if value in ("enabled", "active")]
         return stream_flags(self.features)
 
-    def missing_above(self, key: str) -> list[str]:
-        """What is to be created above a local dataset: ancestors of the root, and parents without a snapshot. Raises
-        Failure if what should be there by now is not."""
-        if key == "":
-            return [name for name in lineage(self.policy.target_root)[:-1] if name not in self.existing]
-        parent = key.rpartition("/")[0]
-        here = self.target.get(parent)
-        if here and here.partial and not here.snapshots:
-            # Should its rest never come it must be given up, and zfs gives up no dataset that has children.
-            raise Failure(f"skipped, for its parent {here.name} is not wholly here", PARENT_FIRST)
-        if here:
-            return []
-        if self.selected(parent):
-            raise Failure(f"skipped, for its parent {self.local_name(parent)} is not here", PARENT_FIRST)
-        return [*self.missing_above(parent), self.local_name(parent)]
+    def send_lanes(self, trees: Trees, lanes: Sequence[Sequence[Stream]]) -> Trees:
+        """Carry the streams; a listing proves what has arrived. Of each lane one fails at most: what was to follow it
+        is still to be done."""
+        streams = [stream for lane in lanes for stream in lane]
+        for stream in streams:
+            self.report.stream(self.local_name(stream.key), stream.step)
+        raw = sorted({self.local_name(it.key) for it in streams if self.policy.raw(trees.source[it.key])})
+        here = {local.name for local in trees.target.values()}
+        keys_before = key_places(self.lister.target_host, [name for name in raw if name in here])
+        try:
+            trains = [
+                Train(tuple(it.ends for it in lane), self.compressible(trees.source[lane[0].key])) for lane in lanes
+            ]
+            results = self.send(trains)
+        except StreamFailed as failure:
+            results = [Passage((), failure)] * len(lanes)
+        arrived = [it for lane, result in zip(lanes, results) for it in lane[: len(result.arrived)]]
+        lost = [lane[len(result.arrived)] for lane, result in zip(lanes, results) if len(result.arrived) < len(lane)]
+        for key in {it.key for it in streams} - {it.key for it in [*arrived, *lost]}:
+            self.tries[key] = (self.tries[key][0], None)  # that its turn did not come is no want of progress
+        self.lister.received |= {it.key for it in arrived}
+        trees = self.lister.list_received(trees, arrived)
+        trees = self.lister.list_some_again(trees, [it.key for it in lost])
+        self.inert.put_back(trees, raw, keys_before, arrived)
+        self.settle(trees, arrived, [it for result in results for it in result.arrived])
+        for lane, result in zip(lanes, results):
+            if result.failure:
+                trees = self.judge(trees, lane[min(len(result.arrived), len(lane) - 1)], result.failure)
+        return trees
 
-    def make_room(self, key: str) -> None:
-        """Create what is missing above a dataset that is not here. Raises Failure if that fails, or did before."""
-        for name in self.missing_above(key) if key not in self.target else ():
-            if name in self.uncreated:
-                raise self.uncreated[name]
-            try:
-                run(self.target_host, create_parent(name))
-            except CommandFailed as failure:
-                self.uncreated[name] = failure
-                raise
-            self.existing.append(name)
-            if f"{name}/".startswith(f"{self.policy.target_root}/"):
-                self.look_again(name[len(self.policy.target_root) :])
+    def settle(self, trees: Trees, arrived: Sequence[Stream], arrivals: Sequence[Arrival]) -> None:
+        """Tell of what has arrived, and give up what is not as it should be."""
+        last = {it.key: it.step for it in arrived}
+        for stream, arrival in zip(arrived, arrivals):
+            name = self.local_name(stream.key)
+            refused = refused_properties(arrival.said)
+            for key, said in refused.items():
+                self.report.step(f"{name}: arrived without property {key}: {excerpt(said)}")
+            wrong = not_arrived(trees.target.get(stream.key), name, last[stream.key])
+            wrong = wrong or unset_properties(self.lister.target_host, stream.ends[1], refused)
+            if wrong:
+                self.give_up(stream.key, wrong)
+            else:
+                self.report.pulled(name, stream.step, arrival)
 
-    # converge
+    def judge(self, trees: Trees, stream: Stream, failure: Failure) -> Trees:
+        """Give up a dataset whose stream failed, with the hint that the listing after it suggests; or, where ZFS found
+        what no listing shows, note that in the tree: the next plan says what it means."""
+        if isinstance(failure, LinkLost):
+            self.lost = self.lost or (self.local_name(stream.key), failure)  # the others would wait for the same link
+            return trees
+        local = trees.target.get(stream.key)
+        said = failure.receiver_said if isinstance(failure, StreamFailed) else ""
+        missing = " or ".join(lacking(said, self.features or ()))
+        if local and "has been modified" in said:
+            # zfs says so too of a stream that has another base than it should. Then nothing here is to be rolled back
+            # or set aside, whatever the command line allows.
+            if is_written(self.lister.target_host, local.name):
+                return replace(trees, target={**trees.target, stream.key: replace(local, changed=True)})
+            newest = local.snapshots[-1].guid if local.snapshots else None
+            base = stream.step.base.guid if stream.step.base else local.partial.from_guid if local.partial else None
+            if newest != base:
+                return trees  # a snapshot was made here meanwhile: the plan will say so
+            failure.hint = (
+                "nothing was changed here since: find out what the source has sent instead of what it was asked for"
+            )
+        elif missing:
+            failure.hint = f"the pool here lacks {missing}: zpool upgrade, with a newer OpenZFS if need be"
+        elif local and local.partial and local.partial.token == stream.step.token and not failure.hint:
+            failure.hint = f"if this rest never comes, give it up, bytes and all: zfs recv -A '{local.name}'"
+        self.give_up(stream.key, failure)
+        return trees
 
-    def wanted_moves(self) -> dict[str, HoldMoves]:
-        mirrors = {key: local for key in self.source if (local := self.mirror(key))}
-        needed = needed_by_heirs(self.source, mirrors)
-        wanted = {
-            key: converge_holds(source, mirrors.get(key), self.policy, needed.get(source.name, ()))
-            for key, source in self.source.items()
-            if key not in self.left_alone and self.is_ours(key)
-        }
-        return {key: moves for key, moves in wanted.items() if moves}
 
-    def converge(self) -> set[str]:
-        """Move the holds. New ones are placed, on both sides, before any old one goes: releasing can destroy
-        (`destroy -d`), and at every instant one common snapshot must be held. Returns where anything was done.
+def holds_any(local: Dataset | None, tag: str) -> bool:
+    """Whether we hold anything of a local dataset, or may do so."""
+    return local is not None and any(snapshot.may_carry(tag) for snapshot in local.snapshots)
 
-        Ours here are also what tells the next run on which snapshots to look for those there (`may_be_held`). So they
-        go last, and the first of a dataset comes last, both only where nothing of its history is left held there.
+
+def is_mirror(trees: Trees, key: str) -> bool:
+    local = trees.target.get(key)
+    return local is not None and newest_mutual(trees.source[key], local) is not None
+
+
+def in_step(source: Dataset, local: Dataset | None, policy: Policy) -> str:
+    """What to tell of a dataset for which there is nothing to do."""
+    if not is_ours(source, local):
+        return "in step, and not held: it is taken over when there is something to pull"
+    return "in step" if policy.selection.of_snapshots(source.snapshots) else "no snapshot to pull"
+
+
+def not_arrived(local: Dataset | None, name: str, step: Receive) -> StreamFailed | None:
+    """What is wrong if a dataset does not end in the snapshot that is said to have arrived."""
+    if local and local.snapshots and local.snapshots[-1].guid == step.snapshot.guid:
+        return None
+    return StreamFailed(
+        f"zfs recv reported success, but {name.partition('@')[0]} does not end in {step.snapshot.short}"
+    )
+
+
+class Holds:
+    """Moves our holds and bookmarks to where they belong."""
+
+    def __init__(self, policy: Policy, source: Host, target: Host) -> None:
+        self.policy = policy
+        self.source_host = source
+        self.target_host = target
+        self.refused: list[tuple[Host, Command, str]] = []  # what could not be placed or released, and what zfs said
+
+    def move_all(self, trees: Trees, changes: Mapping[str, HoldMoves]) -> None:
+        """Move the holds, in four steps whose order is what keeps a mirror alive:
+
+            1  place new ones: on the source everywhere, here where one of ours is already
+            2  release old ones on the source, of datasets where 1 succeeded
+            3  place the first one of a dataset here, where 2 left nothing behind
+            4  release old ones here, of the same datasets
+
+        1 comes before 2: at every instant one common snapshot must be held, and a release can destroy (`destroy -d`).
+
+        2 comes before 3 and 4, because nothing of ours on the source is ever older than our oldest hold here. The next
+        run relies on that: it looks for ours on the source from there on, and not in all of a long history (see
+        `holds_to_read`). So our oldest hold here must not move up, nor come first, before everything that is older is
+        gone there.
         """
-        wanted = self.wanted_moves()
-        answers: list[tuple[Host, Command, str]] = []
+        source, target = (self.source_host, self.policy.tag), (self.target_host, self.policy.received_tag)
+        self.refused = []
+        mirrors = mirrors_of(trees, self.policy)
+        new = {key for key in changes if not holds_any(mirrors.get(key), self.policy.received_tag)}
+        missing = self.place_new(*target, (it for key in changes if key not in new for it in changes[key].place_local))
+        missing |= self.place_new(*source, (it for each in changes.values() for it in each.place_source))
+        sure = [key for key, it in changes.items() if missing.isdisjoint([*it.place_local, *it.place_source])]
+        left = self.release_old(*source, (it for key in sure for it in changes[key].release_source))
+        clean = [key for key in sure if left.isdisjoint(it.name for it in trees.source[key].history)]
+        self.place_new(*target, (it for key in clean if key in new for it in changes[key].place_local))
+        self.release_old(*target, (it for key in clean for it in changes[key].release_local))
 
-        def of(keys: Iterable[str]) -> HoldMoves:
-            return sum((wanted[key] for key in keys), HoldMoves())
+    def place_new(self, host: Host, tag: str, names: Iterable[str]) -> set[str]:
+        """Returns those that are not known to be held now."""
+        missing = place_holds(host, tag, names)
+        self.refused += [(host, hold(tag, [name]), said) for name, said in missing.items()]
+        return {*missing}
 
-        def place(host: Host, tag: str, names: Iterable[str]) -> set[str]:
-            missing = place_holds(host, tag, names)
-            answers.extend((host, hold(tag, [name]), said) for name, said in missing.items())
-            return set(missing)
+    def release_old(self, host: Host, tag: str, names: Iterable[str]) -> set[str]:
+        """Returns those that may be held as before. What is left after all the listing tells that follows."""
+        left: set[str] = set()
+        for batch in batches(names):
+            answer = host.ask(release(tag, batch))
+            self.refused.append((host, release(tag, batch), answer.stderr))
+            left.update(batch if answer.status != 0 else ())
+        return left
 
-        def let_go(host: Host, tag: str, names: Iterable[str]) -> set[str]:
-            """Returns those that may be held as before. What is left after all the survey tells that follows."""
-            left: set[str] = set()
-            for batch in batches(names):
-                answer = host.ask(release(tag, batch))
-                answers.append((host, release(tag, batch), answer.stderr))
-                left.update(batch if answer.status != 0 else ())
-            return left
+    def problems(self, changes: Mapping[str, HoldMoves]) -> Iterator[tuple[str, Failure]]:
+        """By dataset, what is wrong with the changes that are still to be made."""
+        rights = [*dict.fromkeys(filter(None, (permit(*refused) for refused in self.refused)))]
+        hint = "; ".join(["the next run tries again", *(rights or ["see who may hold and release"])])
+        for key, it in changes.items():
+            not_placed = few(it.place_source + it.place_local)
+            not_released = few(it.release_source + it.release_local)
+            what = [f"not held: {not_placed}"] * bool(not_placed) + [f"still held: {not_released}"] * bool(not_released)
+            yield self.policy.target_root + key, Failure("; ".join(what), hint)
 
-        here, there = (self.target_host, self.policy.received_tag), (self.source_host, self.policy.tag)
-        first = {key for key in wanted if not self.may_hold_here(key)}
-        missing = place(*here, of(wanted.keys() - first).place_local) | place(*there, of(wanted).place_source)
-        sure = [key for key, it in wanted.items() if not missing & {*it.place_local, *it.place_source}]
-        left = let_go(*there, of(sure).release_source)
-        clean = [key for key in sure if left.isdisjoint(it.name for it in self.source[key].history)]
-        place(*here, of(first.intersection(clean)).place_local)
-        let_go(*here, of(clean).release_local)
-        self.rights = [*dict.fromkeys(filter(None, (permit(*answer) for answer in answers)))]
-        return set(wanted)
+    def bookmark_commands(self, trees: Trees) -> dict[str, list[Command]]:
+        """What is to be done about our bookmarks, by dataset of the source: a new one is placed before old ones go."""
+        commands: dict[str, list[Command]] = {}
+        for key, source in trees.source.items():
+            marks = converge_bookmarks(source, trees.target.get(key), self.policy)
+            place = [bookmark(marks.place, self.policy.mark(marks.place.guid))] if marks.place else []
+            commands[source.name] = [*place, *map(destroy_bookmark, marks.remove)]
+        return commands
 
-    def may_hold_here(self, key: str) -> bool:
-        local = self.mirror(key)
-        return local is not None and any(it.may_carry(self.policy.received_tag) for it in local.snapshots)
 
-    def move_bookmarks(self) -> None:
+class Run:
+    """One run over a tree: lists, brings up to date, moves the holds, expires. `trees` is what is known by now."""
+
+    def __init__(
+        self,
+        policy: Policy,
+        source: Host,
+        target: Host,
+        send: Send,
+        report: Report,
+        *,
+        jobs: int = 1,
+        both: Both = both_in_turn,
+    ) -> None:
+        """`jobs` batches of streams at most go side by side; `both` calls two functions, and returns both results."""
+        self.policy = policy
+        self.report = report
+        self.lister = Lister(policy, source, FencedHost(target, policy.target_root), report, both)
+        self.executor = Executor(policy, self.lister, send, report, jobs)
+        self.trees = Trees({}, {})
+
+    @property
+    def source_host(self) -> Host:
+        return self.lister.source_host
+
+    @property
+    def target_host(self) -> FencedHost:
+        return self.lister.target_host
+
+    def begin(self, now: int, *, in_full: bool = False) -> None:
+        """List both trees for the first time. Raises Failure also if both are in one pool and overlap: expiry would
+        take the source for its own mirror."""
+        roots = (self.policy.source_root, self.policy.target_root)
+        if overlap(*roots):
+            guids = [run(host, identify(roots[0].split("/")[0])) for host in (self.source_host, self.target_host)]
+            if guids[0] == guids[1]:
+                raise Failure(
+                    f"{self.source_host.label} is this host, and {roots[0]} and {roots[1]} overlap: "
+                    "a tree cannot be mirrored into itself",
+                    "this line may be meant for another host: check -h and -l",
+                )
+        self.trees = self.lister.list_both(now, in_full=in_full)
+
+    def execute(self, now: int) -> None:
+        """All that follows the first listing. What fails on the way is reported, and the rest goes on; a lost link is
+        only noted in `lost`, for it may be worth another try."""
+        try:
+            plan = TreePlan(self.trees, self.policy)
+            for name, line in lost_holds(self.trees, self.policy, plan.left_alone):
+                self.report.notice("hold lost", name, line)
+            for name, line in holds_of_others(self.trees, self.policy, plan):
+                self.report.notice("others hold", name, line)
+            self.trees, plan = self.executor.bring_up_to_date(self.trees, plan, now)
+            self.update_holds(plan.left_alone | self.executor.inert.refused, now)
+            if self.policy.bookmark:
+                self.update_bookmarks(now)
+            self.expire(now)
+        except LinkLost as failure:
+            self.executor.lost = self.lost or (self.policy.target_root, failure)
+        except Failure as failure:
+            self.report.failure(self.policy.target_root, failure)
+
+    @property
+    def lost(self) -> tuple[str, LinkLost] | None:
+        """What was at work when the link broke, if it did."""
+        return self.executor.lost
+
+    def update_holds(self, left_alone: Container[str], now: int) -> None:
+        """Move the holds, and list again what was touched, until there is nothing left to move: what was not known yet,
+        or was renamed at the source meanwhile, is found by the listing."""
+        holds = Holds(self.policy, self.source_host, self.target_host)
+        touched = {*self.executor.touched}
+        if touched:  # hours may have gone by: what is to be destroyed is looked at anew as well
+            touched |= {
+                key
+                for key, local in self.trees.target.items()
+                if may_expire(self.trees.source.get(key), local, self.policy, now)
+            }
+        for _ in range(3):
+            changes = hold_changes_of(self.trees, self.policy, left_alone)
+            holds.move_all(self.trees, changes)
+            touched |= changes.keys()
+            if not touched:
+                return
+            self.trees = self.lister.list_again(self.trees, touched, now)
+            touched = set()
+        for name, failure in holds.problems(hold_changes_of(self.trees, self.policy, left_alone)):
+            self.report.failure(name, failure)
+
+    def update_bookmarks(self, now: int) -> None:
         """Place our bookmarks, each before its older ones go: all together, and where that fails one by one. One that
         fails is reported, and the next run repairs."""
-        together = [command for commands in self.bookmark_commands().values() for command in commands]
+        holds = Holds(self.policy, self.source_host, self.target_host)
+        together = [command for commands in holds.bookmark_commands(self.trees).values() for command in commands]
         if all(self.source_host.ask(*some).status == 0 for some in chunks(together, MOST_IN_TURN)):
             return
-        self.survey()
-        for name, commands in self.bookmark_commands().items():
+        self.trees = self.lister.list_both(now)
+        for name, commands in holds.bookmark_commands(self.trees).items():
             try:
                 for command in commands:
                     run(self.source_host, command)
             except CommandFailed as failure:
                 self.report.failure(name, failure)
 
-    def bookmark_commands(self) -> dict[str, list[Command]]:
-        """What is to be done about our bookmarks, by dataset of the source."""
-        commands: dict[str, list[Command]] = {}
-        for key, source in self.source.items():
-            marks = converge_bookmarks(source, self.target.get(key), self.policy)
-            place = [bookmark(marks.place, self.policy.mark(marks.place.guid))] if marks.place else []
-            commands[source.name] = [*place, *map(destroy_bookmark, marks.remove)]
-        return commands
-
-    def check_holds(self) -> None:
-        for key, moves in self.wanted_moves().items():
-            not_placed = few(moves.place_source + moves.place_local)
-            not_released = few(moves.release_source + moves.release_local)
-            what = [f"not held: {not_placed}"] * bool(not_placed) + [f"still held: {not_released}"] * bool(not_released)
-            hint = "; ".join(["the next run tries again", *(self.rights or ["see who may hold and release"])])
-            self.report.failure(self.local_name(key), Failure("; ".join(what), hint))
-
-    # expire
-
-    def ask_for_twins(self, now: int) -> bool:
-        """Ask for the holds at the source on the twins of what is due to be destroyed here, where they are not known.
-        Returns whether there were any: one may carry ours, which does not belong there."""
-        names = [it.name for key, due in self.may_expire(now).items() for it in twins_to_ask_for(self.source[key], due)]
-        if names:
-            self.asked.update(names)
-            self.ask_for(names)
-        return bool(names)
-
-    def may_expire(self, now: int) -> dict[str, set[int]]:
-        """Of which datasets something may be due to be destroyed, and what."""
-        both = ((key, self.source.get(key), local) for key, local in self.target.items())
-        due = {key: may_expire(source, local, self.policy, now) for key, source, local in both}
-        return {key: guids for key, guids in due.items() if guids}
-
     def expire(self, now: int) -> None:
-        for key in self.target:
-            self.destroy_all({snapshot.name: snapshot for snapshot in self.due(key, now)})
+        for expiry in self.expiries(now):
+            self.destroy_all({snapshot.name: snapshot for snapshot in expiry.destroy})
 
-    def due(self, key: str, now: int) -> tuple[Snapshot, ...]:
-        """What is due to be destroyed of a local dataset; why the rest stays is told."""
-        local = self.target[key]
-        if key not in self.source and PLACEHOLDER not in key:
-            self.report.event("gone", local.name, f"{local.name}: not at the source (any more); left as it is")
-        expiry = expire(self.source.get(key), local, self.policy, now)
-        for snapshot, why in expiry.kept:
-            line = f"{snapshot.name}: past its time, but kept: {why}"
-            self.report.event("keep", local.name, line, snapshot=snapshot.short, why=why)
-        return expiry.destroy
+    def expiries(self, now: int) -> Iterator[Expiry]:
+        """What is due to be destroyed, by dataset; why the rest stays is told."""
+        for key, local in self.trees.target.items():
+            source = self.trees.source.get(key)
+            if source is None and PLACEHOLDER not in key:
+                self.report.event("gone", local.name, f"{local.name}: not at the source (any more); left as it is")
+            expiry = expire(source, local, self.policy, now)
+            for snapshot, why in expiry.kept:
+                line = f"{snapshot.name}: past its time, but kept: {why}"
+                self.report.event("keep", local.name, line, snapshot=snapshot.short, why=why)
+            yield expiry
 
     def destroy_all(self, snapshots: dict[str, Snapshot]) -> None:
         """Destroy in few commands; but zfs destroys none of a list if it cannot destroy one: then one by one."""
@@ -4949,11 +5205,12 @@ def aside_of(name: str, now: int) -> str:
 
 def standings(it: Run) -> Iterator[Standing]:
     """Where all datasets of the source stand, then what is here alone."""
+    source, target, root = it.trees.source, it.trees.target, it.policy.target_root
     usage = parse_usage(run(it.source_host, list_usage(it.policy.source_root)))
-    for key in sorted(it.source, key=lambda key: key.split("/")):
-        yield standing(it.source[key], it.target.get(key), it.local_name(key), it.policy, usage)
-    for key in sorted(it.target.keys() - it.source.keys(), key=lambda key: key.split("/")):
-        yield standing_alone(it.target[key], it.policy, "")
+    for key in sorted(source, key=lambda key: key.split("/")):
+        yield standing(source[key], target.get(key), root + key, it.policy, usage)
+    for key in sorted(target.keys() - source.keys(), key=lambda key: key.split("/")):
+        yield standing_alone(target[key], it.policy, "")
 
 
 def standings_here(target: Host, policy: Policy) -> Iterator[Standing]:
@@ -5026,145 +5283,103 @@ def whole(host: Host, root: str, selection: Selection) -> Tree:
     return tree
 
 
-class Rehearsal:
-    """Tells what a run would do, and does nothing of it. Each dataset is taken for what its plan will make of it: from
-    that follow the holds to move, and what expires."""
+def print_plan(it: Run, now: int) -> None:
+    """What --dry-run does: print the plan that a run would carry out, then the holds and the expiry that follow."""
+    plan = permitted_plan(it)
+    receives = {key: step for key, step in plan.entries if isinstance(step, Receive)}
+    for exposed in it.executor.inert.exposures(it.trees, [key for key in receives if is_mirror(it.trees, key)]):
+        it.report.exposure(it.executor.local_name(exposed.key), exposed)
+    sizes = estimated_sizes(it, plan)
+    places = {key: number for number, key in enumerate(in_order(it.trees.source))}
+    for key, step in sorted(plan.entries, key=lambda entry: places.get(entry[0], len(places))):
+        print_step(it, key, step, sizes, now)
+    it.trees = replace(it.trees, target=plan.target)
+    if receives:
+        it.trees = it.lister.read_holds(it.trees, it.trees.source, now)
+    source, target = dict(it.trees.source), dict(it.trees.target)
+    for key, changes in hold_changes_of(it.trees, it.policy, plan.left_alone).items():
+        print_hold_changes(it, changes)
+        source[key] = held_after(source[key], it.policy.tag, changes.place_source, changes.release_source)
+        if key in target:
+            target[key] = held_after(target[key], it.policy.received_tag, changes.place_local, changes.release_local)
+    it.trees = replace(it.trees, source=source, target=target)
+    for expiry in it.expiries(now):
+        for snapshot in expiry.destroy:
+            it.report.expired(snapshot, "expires")
 
-    def __init__(self, run: Run) -> None:
-        self.run = run
-        self.report = run.report
-        self.sizes: dict[Command, int] = {}  # bytes of streams, as foreseen by the source
 
-    def tell(self, now: int) -> None:
-        self.run.order = in_order(self.run.source)
-        self.run.recognise()
-        self.weigh()
-        self.tell_exposed()
-        for key in self.run.order:
+def permitted_plan(it: Run) -> TreePlan:
+    """The plan, without the renames that would be refused for what is below."""
+    executor = it.executor
+    for key, step in TreePlan(it.trees, it.policy).entries:
+        if isinstance(step, (Rename, Quarantine)):
             try:
-                self.foresee(key, now)
-            except (LinkLost, Stuck):
-                raise
+                # What is to be renamed before that has another name as yet, and is not found.
+                with contextlib.suppress(CommandFailed):
+                    executor.local_steps.check_below(step.old if isinstance(step, Rename) else key)
             except Failure as failure:
-                self.report.failure(self.run.local_name(key), failure)
-        self.run.ask_for_twins(now)
-        for key, moves in self.run.wanted_moves().items():
-            self.tell_moves(moves)
-            here, there = self.run.policy.received_tag, self.run.policy.tag
-            self.run.source[key] = held_after(self.run.source[key], there, moves.place_source, moves.release_source)
-            if key in self.run.target:
-                self.run.target[key] = held_after(self.run.target[key], here, moves.place_local, moves.release_local)
-        for key in self.run.target:
-            for snapshot in self.run.due(key, now):
-                self.report.expired(snapshot, "expires")
+                executor.give_up(key, failure)
+    return TreePlan(it.trees, it.policy, executor.given_up)
 
-    def tell_exposed(self) -> None:
-        for it in self.run.exposed({key: self.run.decide(key) for key in self.run.order}):
-            name = self.run.local_name(it.key)
-            if it.missing:
-                self.report.event("set", name, f"{name}: {it}", values=it.missing)
-            if it.is_mounted:
-                self.report.event("unmount", name, f"{name}: unmount what another tool has mounted")
 
-    def weigh(self) -> None:
-        """Ask for the sizes of many streams in one request; what this leaves out is asked for by itself."""
-        sendings = [
-            self.run.ends(key, step, self.run.target.get(key))[0]
-            for key in self.run.order
-            for step in steps_of(self.run.decide(key))
-            if isinstance(step, Receive)
-        ]
-        for some in chunks(sendings, MOST_IN_TURN):
-            found = parse_estimates(self.run.source_host.ask(*map(estimate, some)).stdout)
-            self.sizes.update((sending, size) for sending, (size, _) in zip(some, found))
+def print_hold_changes(it: Run, changes: HoldMoves) -> None:
+    """The holds of one dataset, as they are going to be moved."""
+    ours, theirs = it.policy.received_tag, it.policy.tag
+    for verb, tag, names in (
+        ("hold", theirs, changes.place_source),
+        ("hold", ours, changes.place_local),
+        ("release", theirs, changes.release_source),
+        ("release", ours, changes.release_local),
+    ):
+        for name in names:
+            dataset, _, short = name.partition("@")
+            it.report.event(verb, dataset, f"{name}: {verb} {tag}", snapshot=f"@{short}", tag=tag)
 
-    def foresee(self, key: str, now: int) -> None:
-        """One dataset. Raises Failure if it would be blocked, or skipped."""
-        run, name = self.run, self.run.local_name(key)
-        old = run.former(key)
-        if old is not None:
-            self.check_below(old)
-            self.make_room(key)
-            self.report.event("rename", name, f"{run.local_name(old)}: rename to {name}, as at the source")
-            for inner in within(run.target, old):
-                new = key + inner[len(old) :]
-                run.target[new] = renamed(run.target.pop(inner), run.local_name(new))
-            run.moved = moved_mirrors(run.source, run.target, run.policy)
-        plan = run.decide(key)
-        way = run.way_out(plan) if isinstance(plan, Blocked) else None
-        if way:
-            self.clear(key, way, now)
-            plan = run.decide(key)
-        if isinstance(plan, Blocked):
-            raise Failure(plan.reason, plan.hint)
-        if isinstance(plan, UpToDate):
-            run.tell_in_step(key)
-            return
-        self.make_room(key)
-        for step in plan.steps:
-            self.tell_step(key, step)
-        run.brought[key] = len(plan.steps)
-        run.target[key] = foreseen(run.source[key], run.target.get(key), name, plan)
 
-    def make_room(self, key: str) -> None:
-        for name in self.run.missing_above(key) if key not in self.run.target else ():
-            self.report.event("create", name, f"{name}: create, as a parent that never mounts")
-            self.run.existing.append(name)
-            if f"{name}/".startswith(f"{self.run.policy.target_root}/"):
-                self.run.target[name[len(self.run.policy.target_root) :]] = Dataset(name, "filesystem")
-
-    def check_below(self, key: str) -> None:
-        with contextlib.suppress(CommandFailed):  # what is to be renamed before that has another name as yet
-            self.run.check_below(key)
-
-    def clear(self, key: str, way: WayOut, now: int) -> None:
-        local = self.run.target[key]
-        if isinstance(way, Quarantine):
-            self.check_below(key)
-            self.report.event("quarantine", local.name, f"{local.name}: rename to {aside_of(local.name, now)}")
-            for inner in within(self.run.target, key):
-                del self.run.target[inner]
-        else:
-            self.report.event("rollback", local.name, f"{local.name}: {way}")
-            self.run.target[key] = rolled_back(local, way)
-
-    def tell_step(self, key: str, step: Step) -> None:
-        name = self.run.local_name(key)
-        if isinstance(step, Abandon):
-            self.report.event("abandon", name, f"{name}: {step}")
-            return
-        if isinstance(step, MakeWay):
-            self.report.event("make way", name, f"{name}: {step}")
-            self.run.target.pop(key)
-            return
-        if key not in self.run.target:
-            self.run.check_origin(key, step)
-        sending, _ = self.run.ends(key, step, self.run.target.get(key))
-        size = self.sizes.get(sending)
-        if size is None:
-            found = parse_estimates(self.run.source_host.ask(estimate(sending)).stdout)
-            size = found[0][0] if found else None
+def print_step(it: Run, key: str, step: Entry, sizes: Mapping[str, int], now: int) -> None:
+    """One step of the plan, as it is going to be."""
+    report, name = it.report, it.policy.target_root + key
+    if isinstance(step, Failure):
+        report.failure(name, step)
+    elif isinstance(step, UpToDate):
+        local = it.trees.target.get(key)
+        report.in_step(name, in_step(it.trees.source[key], local, it.policy))
+    elif isinstance(step, Create):
+        report.event("create", step.name, f"{step.name}: create, as a parent that never mounts")
+    elif isinstance(step, Rename):
+        report.event("rename", name, f"{it.policy.target_root + step.old}: rename to {name}, as at the source")
+    elif isinstance(step, Quarantine):
+        report.event("quarantine", name, f"{name}: rename to {aside_of(name, now)}")
+    elif isinstance(step, Receive):
+        if step.lost_origin:
+            report.step(f"{name}: in full, for its origin {step.lost_origin} is not in this mirror")
+        size = sizes.get(step.snapshot.name)
         base = f", onto that of guid {step.base.guid}" if step.base else ""
         amount = "size unknown" if size is None else human(size)
         line = f"{name}: pull {step}: {amount} (guid {step.snapshot.guid}{base})"
-        self.report.event("pull", name, line, **facts(step), bytes=size)
-
-    def tell_moves(self, moves: HoldMoves) -> None:
-        here, there = self.run.policy.received_tag, self.run.policy.tag
-        for verb, tag, names in (
-            ("hold", there, moves.place_source),
-            ("hold", here, moves.place_local),
-            ("release", there, moves.release_source),
-            ("release", here, moves.release_local),
-        ):
-            for name in names:
-                dataset, _, short = name.partition("@")
-                self.report.event(verb, dataset, f"{name}: {verb} {tag}", snapshot=f"@{short}", tag=tag)
+        report.event("pull", name, line, **facts(step), bytes=size)
+    else:
+        kinds = {Rollback: "rollback", Abandon: "abandon", MakeWay: "make way"}
+        report.event(kinds[type(step)], name, f"{name}: {step}")
 
 
-def within(tree: Tree, key: str) -> list[str]:
-    """The keys of a dataset and of all below it."""
-    return [inner for inner in tree if f"{inner}/".startswith(f"{key}/")]
+def estimated_sizes(it: Run, plan: TreePlan) -> dict[str, int]:
+    """Bytes of the streams of a plan, by snapshot: many in one request, and what that leaves out by itself."""
+    found: dict[str, int] = {}
+    source, raw = it.trees.source, it.policy.raw
+    sendings: dict[str, Command] = {
+        step.snapshot.name: estimate(send(source[key], step, raw(source[key]), it.executor.flags()))
+        for key, step in plan.entries
+        if isinstance(step, Receive)
+    }
+    names = [*sendings]
+    for start in range(0, len(names), MOST_IN_TURN):
+        some = names[start : start + MOST_IN_TURN]
+        sizes = parse_estimates(it.source_host.ask(*(sendings[name] for name in some)).stdout)
+        found.update((name, size) for name, (size, _) in zip(some, sizes))
+    for name in sendings.keys() - found.keys():
+        found.update((name, size) for size, _ in parse_estimates(it.source_host.ask(sendings[name]).stdout)[:1])
+    return found
 
 
 FULL_PERCENT = 90
@@ -5193,8 +5408,8 @@ class Doctor:
         yield Finding(f"{self.run.source_host.label}: reached, recognised, logged in")
         for look in (self.programs, lambda: self.clocks(there)):
             yield from self.tried(look)
-        self.run.begin()
-        for look in (self.trees, self.rights, self.plans, self.dates, self.holds, self.pool, self.mirror):
+        self.run.begin(int(time.time()), in_full=True)
+        for look in (self.trees, self.rights, self.plans, self.dates, self.pool, self.mirror):
             yield from self.tried(look)
 
     def tried(self, look: Callable[[], Iterator[Finding]]) -> Iterator[Finding]:
@@ -5223,8 +5438,9 @@ class Doctor:
         yield Finding(what, "keep-days counts by them: set both by NTP" if skew > MOST_SKEW else "")
 
     def trees(self) -> Iterator[Finding]:
-        snapshots = [snapshot for key in self.run.source for snapshot in self.run.selected(key)]
-        what = f"{self.policy.source_root}: {len(self.run.source)} datasets, {len(snapshots)} snapshots"
+        source, selection = self.run.trees.source, self.policy.selection
+        snapshots = [it for dataset in source.values() for it in selection.of_snapshots(dataset.snapshots)]
+        what = f"{self.policy.source_root}: {len(source)} datasets, {len(snapshots)} snapshots"
         if not snapshots:
             yield Finding(what, "make snapshots at the source: there is nothing to pull")
         else:
@@ -5235,7 +5451,7 @@ class Doctor:
         ours = [right_to_set(value.partition("=")[0]) for value in OVERRIDES]
         for host, place, verbs, properties in (
             (self.run.source_host, self.policy.source_root, RIGHTS_THERE, []),
-            (self.run.target_host, self.run.existing[-1], RIGHTS_HERE, ours),
+            (self.run.target_host, self.run.trees.existing[-1], RIGHTS_HERE, ours),
         ):
             if host.account is None:
                 continue
@@ -5248,35 +5464,24 @@ class Doctor:
 
     def plans(self) -> Iterator[Finding]:
         """What a run would do, or be refused."""
-        counts: dict[str, int] = {}
-        for key in self.run.source:
-            plan = self.run.decide(key)
-            if isinstance(plan, Blocked):
-                yield Finding(plan.reason, plan.hint)
-            what = {UpToDate: "in step", Transfer: "to be pulled", Blocked: "blocked"}[type(plan)]
-            counts[what] = counts.get(what, 0) + 1
-        yield Finding(f"{self.policy.target_root}: " + ", ".join(f"{n} {what}" for what, n in counts.items()))
+        what = {UpToDate: "in step", Receive: "to be pulled", Failure: "blocked"}
+        plan = TreePlan(self.run.trees, replace(self.policy, rollback=False, quarantine=False))
+        found: dict[str, str] = {}
+        for key, step in plan.entries:
+            if isinstance(step, Failure):
+                yield Finding(step.what, step.hint)
+            if type(step) in what:
+                found[key] = what[type(step)]
+        counts = {word: [*found.values()].count(word) for word in found.values()}
+        yield Finding(f"{self.policy.target_root}: " + ", ".join(f"{n} {word}" for word, n in counts.items()))
 
     def dates(self) -> Iterator[Finding]:
         """What was made in the future."""
-        for source, local in ((it, self.run.target.get(key)) for key, it in self.run.source.items()):
+        for source, local in ((it, self.run.trees.target.get(key)) for key, it in self.run.trees.source.items()):
             mutual = newest_mutual(source, local) if local else None
             if mutual and mutual.local.creation > time.time() + MOST_SKEW:
                 what = f"{mutual.local.name} is dated {clock(mutual.local.creation)}, in the future"
                 yield Finding(what, "compare the clocks (date) on both hosts")
-
-    def holds(self) -> Iterator[Finding]:
-        """Holds at the source that nobody but a person can have placed, and that no run looks for."""
-        tag = self.policy.tag
-        for key, moves in self.run.wanted_moves().items():
-            known = {it.name for it in may_be_held(self.run.source[key], self.run.target.get(key), self.policy)}
-            lost = [name for name in moves.release_source if name not in known]
-            if lost:
-                name = self.run.source[key].name
-                what = f"{name}: the hold {tag} is on older snapshots too, where no run looks for it: {len(lost)}"
-                some = next(batches(lost, MOST_SAID // 2))  # a name cut short could be that of another one
-                again = "; then --doctor again" * (len(some) < len(lost))
-                yield Finding(what, f"on {self.run.source_host.label}: {shlex.join(release(tag, some))}{again}")
 
     def pool(self) -> Iterator[Finding]:
         """Health, room and features of the local pool."""
@@ -5288,9 +5493,9 @@ class Doctor:
         yield Finding(
             f"{name}: {percent} % full", "make room, or expire earlier: -k" if percent >= FULL_PERCENT else ""
         )
-        if not self.run.target:
+        if not self.run.trees.target:
             used, _ = parse_space(run(self.run.source_host, list_space(self.policy.source_root)))
-            _, available = parse_space(run(self.run.target_host, list_space(self.run.existing[-1])))
+            _, available = parse_space(run(self.run.target_host, list_space(self.run.trees.existing[-1])))
             what = f"{name}: {available:,} bytes available, {used:,} used by {self.policy.source_root}"
             yield Finding(what, "make room: a first pull may not fit" if available < used else "")
         lacks = [f for f in FEATURE_BITS.values() if known.get(f"feature@{f}") not in ("enabled", "active")]
@@ -5299,16 +5504,20 @@ class Doctor:
 
     def mirror(self) -> Iterator[Finding]:
         """Whether nobody can write to the mirror, or see it, by accident; and what has made way and is left."""
-        if not self.run.target:
+        if not self.run.trees.target:
             return
-        for key, local in self.run.target.items():
-            if key.endswith(PLACEHOLDER) and not local.snapshots and within(self.run.target, key) == [key]:
+        for key, local in self.run.trees.target.items():
+            if (
+                key.endswith(PLACEHOLDER)
+                and not local.snapshots
+                and not any(it != key and is_below(it, key) for it in self.run.trees.target)
+            ):
                 remedy = shlex.join(("zfs", "destroy", local.name))
                 yield Finding(f"{local.name}: a placeholder that has made way, and is empty", remedy)
         wrong = 0
         for row in fields(run(self.run.target_host, list_state(self.policy.target_root)), len(STATE_COLUMNS)):
             name, _, readonly, canmount, mounted, nfs, smb = row
-            if canmount == "off" or name[len(self.policy.target_root) :] not in self.run.source:
+            if canmount == "off" or name[len(self.policy.target_root) :] not in self.run.trees.source:
                 continue
             it = shlex.quote(name)
             faults = {
@@ -5377,6 +5586,23 @@ class Report:
         """A step, told in `line`, of which more is known than its text."""
         self.events.append({"event": kind, "dataset": dataset, **facts})
         self.step(line)
+
+    def in_step(self, dataset: str, what: str) -> None:
+        """There is nothing to do for a dataset, and what that means."""
+        self.event(what, dataset, f"{dataset}: {what}")
+
+    def stream(self, dataset: str, step: Receive) -> None:
+        """A stream is about to come."""
+        if step.lost_origin:
+            self.step(f"{dataset}: in full, for its origin {step.lost_origin} is not in this mirror")
+        self.step(f"{dataset}: {step}")
+
+    def exposure(self, dataset: str, it: Exposure) -> None:
+        """A local dataset is made inert."""
+        if it.is_mounted:
+            self.event("unmount", dataset, f"{dataset}: unmount what another tool has mounted")
+        if it.missing:
+            self.event("set", dataset, f"{dataset}: {it}", values=it.missing)
 
     def expired(self, snapshot: Snapshot, how: str) -> None:
         """A local snapshot is gone, or is to go."""
@@ -5950,15 +6176,16 @@ def attempt(options: argparse.Namespace, report: Report, alone: Lock) -> int:
             time.sleep(pause)
         try:
             with logged_in(options, report, alone) as it:
-                it.held_before = held  # what the first attempt took over was not held before this run
+                it.lister.held_before = held  # what the first attempt took over was not held before this run
+                now = int(time.time())
                 try:
-                    it.begin(briefly=True)
+                    it.begin(now)
                     started = True
-                    it.execute(int(time.time()))
+                    it.execute(now)
                 finally:
-                    held = it.held_before
+                    held = it.lister.held_before
                 lost = it.lost
-                if it.failing and not lost and not report.failures:
+                if it.trees.failing and not lost and not report.failures:
                     it.target_host.ask(clear_mark(options.local_fs))
         except LinkLost as failure:
             lost = (options.local_fs, failure)
@@ -5992,8 +6219,9 @@ def look_after(options: argparse.Namespace, report: Report) -> int:
 def rehearse(options: argparse.Namespace, report: Report) -> int:
     """What --dry-run does. Without the lock, as --doctor."""
     with logged_in(options, report, None) as it:
-        it.begin(briefly=True)
-        Rehearsal(it).tell(int(time.time()))
+        now = int(time.time())
+        it.begin(now)
+        print_plan(it, now)
     return 1 if report.failures else 0
 
 
@@ -6001,7 +6229,7 @@ def tell_status(options: argparse.Namespace, report: Report) -> int:
     """What --status does. Without the source it tells what is known here."""
     try:
         with logged_in(options, report, None) as it:
-            it.begin()
+            it.begin(int(time.time()), in_full=True)
             found = list(standings(it))
     except Failure as failure:
         report.failure(options.local_fs, failure)

@@ -52,11 +52,11 @@ def source(history: str, name: str = SOURCE, kind: str = "filesystem") -> Datase
 
 
 def local(
-    history: str, partial: Partial | None = None, name: str = LOCAL, kind: str = "filesystem", vacant: bool = False
+    history: str, partial: Partial | None = None, name: str = LOCAL, kind: str = "filesystem", empty: bool = False
 ) -> Dataset:
     """A dataset here, in which we held a snapshot when the run began."""
     snapshots = points(name, history, first_txg=7)
-    return Dataset(name, kind, snapshots, partial=partial, vacant=vacant, held_before=True)
+    return Dataset(name, kind, snapshots, partial=partial, empty=empty, held_before=True)
 
 
 def partial(to_guid: int | None, from_guid: int | None = None) -> Partial:

@@ -306,6 +306,8 @@ class Attempts:
     @contextlib.contextmanager
     def logged_in(self, options: Namespace, report: Report, alone: object) -> Iterator[Attempts]:
         self.lost: tuple[str, LinkLost] | None = None
+        self.lister, self.trees = self, self
+        self.held_before: set[str] | None = None
         self.word = self.words.pop(0)
         if self.word == "unreachable":
             raise LinkLost("cannot reach it")
@@ -313,7 +315,7 @@ class Attempts:
             raise Failure("does not accept our login")
         yield self
 
-    def begin(self, *, briefly: bool = False) -> None:
+    def begin(self, now: int) -> None:
         if self.word == "lost in the survey":
             raise LinkLost("lost in the survey")
 

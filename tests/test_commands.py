@@ -341,11 +341,11 @@ def test_nothing_is_forced_where_data_may_be(mine: Dataset | None) -> None:
 
 
 def test_a_vacant_filesystem_is_overwritten() -> None:
-    assert "-F" in receive(source("@a,1"), local("", vacant=True), "t/a@a")
+    assert "-F" in receive(source("@a,1"), local("", empty=True), "t/a@a")
 
 
 def test_nothing_is_forced_over_what_has_children() -> None:
-    assert "-F" not in receive(source("@a,1"), replace(local("", vacant=True), parent=True), "t/a@a")
+    assert "-F" not in receive(source("@a,1"), replace(local("", empty=True), parent=True), "t/a@a")
 
 
 # What an account needs that is not root
@@ -378,7 +378,7 @@ ONE = Snapshot("offsite/vm/a@one", 1, 1, 0)
         (receive(source("@a,1"), None, "offsite/vm/a@a"), f"receive,create,mount,{OURS} offsite/vm"),
         (receive(source("@a,1"), None, "offsite/vm@a"), f"receive,create,mount,{OURS} offsite"),
         (receive(source("@a,1"), local("@a,1"), "offsite/vm@b"), "receive,create,mount offsite/vm"),
-        (receive(source("@a,1"), local("", vacant=True), "offsite@a"), f"receive,create,mount,{OURS} offsite"),
+        (receive(source("@a,1"), local("", empty=True), "offsite@a"), f"receive,create,mount,{OURS} offsite"),
         (
             receive(source("@a,1"), None, "offsite/vm@a", Properties(("a:b=c", "d:e=f", "atime=off"))),
             f"receive,create,mount,{OURS},atime offsite",

@@ -707,7 +707,7 @@ def pull(words: list[str], volumes: set[str]) -> tuple[Command, Command]:
     step = Receive(Snapshot(name, 0, 0, 0), Snapshot(base, 0, 0, 0) if base else None)
     if flag == "-t":
         step = Receive(step.snapshot, token=TOKEN_OF + target)
-    local = Dataset(target, kind, (Snapshot(target + "@", 0, 0, 0),) if flag and not force else (), vacant=force)
+    local = Dataset(target, kind, (Snapshot(target + "@", 0, 0, 0),) if flag and not force else (), empty=force)
     receiving = receive(Dataset("", kind), local, target + step.snapshot.short)
     return send(Dataset("", kind), step, False, ("-L", "-c")), receiving
 

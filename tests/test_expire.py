@@ -10,7 +10,7 @@ from dataclasses import replace
 import pytest
 from histories import DAY, LOCAL, POLICY, RECEIVED, SOURCE, TAG, local, partial, shorts, source
 
-from zfs_replicate import Dataset, Expiry, Partial, Selection, Snapshot, expire, may_expire, twins_to_ask_for
+from zfs_replicate import Dataset, Expiry, Partial, Selection, Snapshot, expire, holds_to_read, may_expire
 
 GUIDS = (30, 10, 20, 40)  # by position; neither they nor the txgs of one side tell the order of the other
 FOREIGN = 77
@@ -233,13 +233,12 @@ def test_a_foreign_tag_on_the_twin_keeps_nothing_here() -> None:
     assert expired(THERE.replace("@a,1,0", "@a,1,0!other!offsite:received"), local(THERE)) == "@a"
 
 
-def test_twins_to_ask_for_are_those_that_nothing_else_keeps() -> None:
+def test_holds_are_read_of_the_twins_that_nothing_else_keeps() -> None:
     here = local(f"@a,1 @b,2!keep @c,3 @d,4!{RECEIVED}")
     there = source("@a,1 @b,2 @c,3 @d,4")
     unknown = replace(there, snapshots=tuple(replace(it, tags=None) for it in there.snapshots))
     policy, now = replace(POLICY, keep_days=0), 99 * DAY
-    due = may_expire(unknown, here, policy, now)
-    assert [twin.short for twin in twins_to_ask_for(unknown, due)] == ["@a", "@c"]
-    assert twins_to_ask_for(there, due) == []
+    assert [twin.short for twin in holds_to_read(unknown, here, policy, now)] == ["@a", "@c", "@d"]
+    assert [twin.short for twin in holds_to_read(unknown, here, POLICY, now)] == ["@d"]
     assert may_expire(unknown, here, POLICY, now) == set()
     assert may_expire(None, here, policy, now) == set()

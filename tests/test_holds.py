@@ -10,7 +10,7 @@ from dataclasses import replace
 import pytest
 from histories import EVERY, LOCAL, POLICY, RECEIVED, SOURCE, TAG, local, partial, source
 
-from zfs_replicate import Dataset, HoldMoves, Snapshot, converge_holds, may_be_held
+from zfs_replicate import Dataset, HoldMoves, Snapshot, converge_holds, holds_to_read
 
 Tags = frozenset[str]
 
@@ -225,5 +225,5 @@ def test_intermediates_change_nothing() -> None:
 )
 def test_where_our_holds_there_may_be(here: str | None, asked: str) -> None:
     there = source("@a,1 @b,2 #m,7 @c,3 @d,4")
-    found = may_be_held(there, local(here) if here else None, POLICY)
+    found = holds_to_read(there, local(here) if here else None, POLICY, 0)
     assert "".join(snapshot.short[1:] for snapshot in found) == asked

@@ -177,7 +177,7 @@ def test_origins_that_lead_nowhere(change: Callable[[tuple[str, ...], str], str]
 
 
 @pytest.mark.parametrize(
-    "row", [f"{LOCAL}/www@d0\t{RECEIVED}", f"{SOURCE}/www@d0\t{TAG}", f"{SOURCE}-yearly@d0\t{TAG}"]
+    "row", [f"{LOCAL}/www@d0\t{RECEIVED}", f"{SOURCE}/www@none\t{TAG}", f"{SOURCE}-yearly@d0\t{TAG}"]
 )
 def test_tags_of_names_that_were_not_asked_for(row: str) -> None:
     """None of that answer is believed."""

@@ -403,7 +403,7 @@ def test_plan(there: str, here: str | None, newest: str, every: str) -> None:
 
 
 def test_a_first_receive_takes_the_place_of_a_vacant_filesystem() -> None:
-    assert decide(source("@a,1 @b,2"), local("", vacant=True)) == "full @b"
+    assert decide(source("@a,1 @b,2"), local("", empty=True)) == "full @b"
 
 
 def test_a_first_receive_never_overwrites_data_that_has_no_snapshot() -> None:

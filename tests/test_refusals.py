@@ -80,11 +80,12 @@ DIVERGED = {
     "common base gone": blocked(source("@b,2 @c,3"), local(f"@a,1!{RECEIVED}")),
     "wrong tree": blocked(source("@b,2"), local("@x,8")),
     "target not empty": blocked(source("@a,1"), local("")),
+    "target may not be empty": blocked(source("@a,1"), replace(local(""), empty=None)),
     "others below": blocked(
-        source("@a,1"), replace(local(""), vacant=True, parent=True, strangers=("offsite/home", "offsite/srv"))
+        source("@a,1"), replace(local(""), empty=True, parent=True, strangers=("offsite/home", "offsite/srv"))
     ),
     "a pool's root that should make way": blocked(
-        source("@a,1"), replace(local(""), name="offsite", vacant=True, parent=True)
+        source("@a,1"), replace(local(""), name="offsite", empty=True, parent=True)
     ),
     "the other way round": blocked(source(f"@a,1!{RECEIVED}"), replace(local(f"@a,1!{TAG}"), held_before=False)),
     "another line": blocked(source("@a,1 @b,2"), local("@a,1!years:received")),
@@ -94,7 +95,7 @@ DIVERGED = {
     "plain after raw": blocked(
         encrypted(source("@a,1 @b,2"), 100), encrypted(local("@a,1"), 100), replace(POLICY, decrypt=True)
     ),
-    "encrypted, and already here": blocked(encrypted(source("@a,1"), 100), replace(local(""), vacant=True)),
+    "encrypted, and already here": blocked(encrypted(source("@a,1"), 100), replace(local(""), empty=True)),
     "promoted away": blocked(promoted(), local("@a,1")),
     "token not decoded": blocked(source("@a,1"), local("", Partial("1-x", None, None))),
     "nested too deep": blocked(source("@a,1"), None, local_name=LOCAL + "/x" * 48),
@@ -130,7 +131,7 @@ def said_by_run(prepare: str) -> Failure:
     report = Quiet()
     there = Near(wire, origin, account=Account("puller", "source", "backuppool"))
     run = Run(Policy("backuppool", "offsite/m", TAG), there, Near(wire, backup), wire.carry, report)
-    run.begin()
+    run.begin(world.now)
     run.execute(world.now)
     return report.found[-1 if prepare != "hold" else 0]
 
@@ -265,7 +266,7 @@ def test_holds_that_may_not_be_moved_name_the_rights_and_nothing_else_is_said() 
     there = Near(wire, origin, account=Account("puller", "source", "backuppool"))
     here = Near(wire, backup, account=Account("keeper", "this host", "offsite/m"))
     run = Run(Policy("backuppool", "offsite/m", TAG), there, here, wire.carry, report)
-    run.begin()
+    run.begin(world.now)
     run.execute(world.now)
     origin.snapshot("backuppool@b")
     for refuses, what, hint in (
@@ -276,7 +277,7 @@ def test_holds_that_may_not_be_moved_name_the_rights_and_nothing_else_is_said() 
         wire.at = lambda where, *doing, refuses=refuses: (
             refusing(doing[0], "release", doing[1]) if where is refuses else None
         )
-        run.begin()
+        run.begin(world.now)
         run.execute(world.now)
         assert [(failure.what, failure.hint) for failure in report.found] == [
             (f"still held: {what}", f"the next run tries again; {hint}")

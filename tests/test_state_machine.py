@@ -513,7 +513,7 @@ class Site:
         policy = options.policy(hop)
         run = Run(policy, Near(wire, hop.source), Near(wire, hop.target), wire.carry, report, jobs=options.jobs)
         try:
-            run.begin(briefly=True)
+            run.begin(self.world.now)
             run.execute(self.world.now)
             if run.lost:
                 report.failure(*run.lost)
@@ -624,7 +624,7 @@ def interrupted_pull() -> Site:
     wire = Wire(hop.source, hop.target, at)
     policy = Policy(hop.source_root, hop.target_root, TAG)
     run = Run(policy, Near(wire, hop.source), Near(wire, hop.target), wire.carry, Quiet())
-    run.begin()
+    run.begin(site.world.now)
     run.execute(site.world.now)
     assert [key for key in hop.branches() if hop.ours(key).partial] == ["", "/a", "/disk"]
     for key in ("", "/a", "/disk"):

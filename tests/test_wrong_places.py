@@ -135,7 +135,7 @@ def test_a_clone_of_what_the_source_set_aside_comes_in_full(job: Job, monkeypatc
     monkeypatch.setattr("zfs_replicate.with_clones", as_clone)
     policy = Policy(SOURCE, LOCAL, TAG)
     run = Run(policy, Near(job.wire, job.source), Near(job.wire, job.backup), job.wire.carry, Report())
-    run.begin()
+    run.begin(0)
     run.execute(job.source.world.now)
     assert job.here("/disk") == f"a!{RECEIVED}"
     assert not any(ASIDE in name for name in job.backup.datasets)
@@ -222,13 +222,19 @@ def test_a_second_attempt_expires_nothing_that_the_first_took_over(job: Job, mon
         lost = failing = None
         held_before: set[str] | None = None
 
+        @property
+        def lister(self) -> Any:
+            return self
+
+        trees = lister
+
         def __enter__(self) -> Any:
             return self
 
         def __exit__(self, *exc: object) -> None:
             pass
 
-        def begin(self, *, briefly: bool) -> None:
+        def begin(self, now: int) -> None:
             seen.append(self.held_before)
             self.held_before = {"/first"} if self.held_before is None else self.held_before
 
