@@ -209,10 +209,11 @@ class Site:
         assert held(source or self.source, tree, tag) == {
             mutual(snapshots, ours.get(key, [])) for key, snapshots in theirs.items() if snapshots
         }
-        ours_held = held(self.backup, mirror, f"{tag}:received")
-        assert {name for name in ours_held if dataset_of(name)[len(mirror) :] in theirs} == {
-            mutual(ours[key], snapshots) for key, snapshots in theirs.items() if snapshots
+        ours_held = {
+            name for name in held(self.backup, mirror, f"{tag}:received") if dataset_of(name)[len(mirror) :] in theirs
         }
+        wanted = {mutual(ours[key], snapshots) for key, snapshots in theirs.items() if snapshots}
+        assert ours_held == wanted, f"not held: {wanted - ours_held}; held: {ours_held - wanted}"
 
     def checksums(self, machine: Machine, tree: str) -> str:
         """Checksums of all files in the newest snapshots of a tree, and of its volumes, at paths below it."""
