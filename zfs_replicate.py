@@ -108,8 +108,8 @@ class Failure(Exception):
         return f"{self.what}\n{self.hint}".strip()
 
 
-MOST_LINES = 10
-MOST_SAID = 2048
+MAX_LINES = 10
+MAX_EXCERPT = 2048
 """What others said is shown up to so many lines and bytes."""
 
 
@@ -133,10 +133,10 @@ def shown(letter: str) -> str:
 
 def excerpt(text: str) -> str:
     """The beginning of what somebody else said, printable; `...` where more of it is left out."""
-    lines = text[:MOST_SAID].split("\n")
-    whole = printable("\n".join(lines[:MOST_LINES]))
-    head = whole.encode()[:MOST_SAID].decode(errors="ignore")
-    is_cut = len(text) > MOST_SAID or len(lines) > MOST_LINES or head != whole
+    lines = text[:MAX_EXCERPT].split("\n")
+    whole = printable("\n".join(lines[:MAX_LINES]))
+    head = whole.encode()[:MAX_EXCERPT].decode(errors="ignore")
+    is_cut = len(text) > MAX_EXCERPT or len(lines) > MAX_LINES or head != whole
     return head + "..." * is_cut
 
 
@@ -145,7 +145,7 @@ def few(names: Sequence[str], most: int = 3) -> str:
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
-def ways_out(*hints: str) -> str:
+def join_hints(*hints: str) -> str:
     """Several hints as one; those that are empty are left out."""
     return "; ".join(filter(None, hints))
 
@@ -207,7 +207,7 @@ class Snapshot:
     ivset: int = 0
     cloned: bool = False
 
-    def may_carry(self, tag: str) -> bool:
+    def may_be_held_by(self, tag: str) -> bool:
         """Whether the tag is on it, or is not known not to be."""
         return self.tags is None or tag in self.tags
 
@@ -290,7 +290,7 @@ Tree = dict[str, Dataset]
 """Datasets by their name below the root of the tree: "" is the root itself, "/www/logs" a grandchild."""
 
 
-def lineage(name: str) -> list[str]:
+def with_ancestors(name: str) -> list[str]:
     """A dataset and its ancestors, the pool first."""
     parts = name.split("/")
     return ["/".join(parts[: count + 1]) for count in range(len(parts))]
@@ -312,7 +312,7 @@ class Selection:
     def has_dataset(self, key: str) -> bool:
         if not key:
             return True
-        return self.recursive and not any(matches(name, self.exclude) for name in lineage(key[1:]))
+        return self.recursive and not any(matches(name, self.exclude) for name in with_ancestors(key[1:]))
 
     def has_snapshot(self, snapshot: Snapshot) -> bool:
         name = snapshot.short[1:]
@@ -402,7 +402,7 @@ class Receive:
 
 
 @dataclass(frozen=True)
-class Abandon:
+class AbortReceive:
     """Give up an interrupted receive whose rest the source can no longer send."""
 
     partial: Partial
@@ -420,7 +420,7 @@ class MakeWay:
         return "rename the placeholder here out of the way; its children return when the dataset itself is here"
 
 
-Step = Union[Receive, Abandon, MakeWay]
+Step = Union[Receive, AbortReceive, MakeWay]
 
 
 @dataclass(frozen=True)
@@ -464,7 +464,7 @@ class Quarantine:
     """A way out: rename the local dataset aside, children and all, and start afresh."""
 
 
-WayOut = Union[Rollback, Quarantine]
+Override = Union[Rollback, Quarantine]
 
 
 @dataclass(frozen=True)
@@ -477,7 +477,7 @@ class Blocked:
 
     reason: str
     advice: str
-    ways: tuple[WayOut, ...] = ()
+    ways: tuple[Override, ...] = ()
     elsewhere: bool = False
 
     @property
@@ -506,11 +506,11 @@ class Rename:
     old: str
 
 
-LocalStep = Union[Rename, MakeWay, Rollback, Quarantine, Abandon]
-LOCAL_STEPS = (Rename, MakeWay, Rollback, Quarantine, Abandon)
+LocalStep = Union[Rename, MakeWay, Rollback, Quarantine, AbortReceive]
+LOCAL_STEPS = (Rename, MakeWay, Rollback, Quarantine, AbortReceive)
 """The steps that need no stream, and change the names here."""
 
-Entry = Union[UpToDate, Failure, Step, Create, Rename, WayOut]
+Entry = Union[UpToDate, Failure, Step, Create, Rename, Override]
 """What the plan of a tree says of a dataset: a step, or that and why there is none."""
 
 
@@ -526,7 +526,7 @@ class Trees:
 
 
 @dataclass(frozen=True)
-class Mutual:
+class CommonPoint:
     """One point that both sides know, as each side names it. The source may know it by a bookmark alone."""
 
     source: Snapshot
@@ -534,7 +534,7 @@ class Mutual:
 
 
 @dataclass(frozen=True)
-class HoldMoves:
+class HoldChanges:
     """Names of snapshots on which to place and release our tags, for one dataset or many."""
 
     place_source: tuple[str, ...] = ()
@@ -542,8 +542,8 @@ class HoldMoves:
     release_source: tuple[str, ...] = ()
     release_local: tuple[str, ...] = ()
 
-    def __add__(self, other: HoldMoves) -> HoldMoves:
-        return HoldMoves(
+    def __add__(self, other: HoldChanges) -> HoldChanges:
+        return HoldChanges(
             self.place_source + other.place_source,
             self.place_local + other.place_local,
             self.release_source + other.release_source,
@@ -555,7 +555,7 @@ class HoldMoves:
 
 
 @dataclass(frozen=True)
-class BookmarkMoves:
+class BookmarkChanges:
     """The source snapshot that our bookmark is to be made of, and the bookmarks of ours to destroy thereafter."""
 
     place: Snapshot | None = None
@@ -571,7 +571,7 @@ class Expiry:
 
 
 @dataclass(frozen=True)
-class Standing:
+class MirrorStatus:
     """How far a mirror has come: its newest common snapshot, and what it lacks.
 
     `source` "" says that there is nothing at the source (any more), None that the source was not asked: then `common`
@@ -603,15 +603,15 @@ LIST_COLUMNS = (
     "name", "type", "guid", "createtxg", "creation", "userrefs", "receive_resume_token", "encryption", "origin",
     "ivsetguid", "compression",
 )  # fmt: skip
-OUTLINE_COLUMNS = ("name", "guid", "createtxg")
+FAST_COLUMNS = ("name", "guid", "createtxg")
 """Those which zfs answers without opening each snapshot, from 2.2 on (zfs_list_only_by_fast in its sources): in a
 quarter of the time."""
 
-NOT_ASKED = 2**63 - 1
+UNKNOWN_CREATION = 2**63 - 1
 """As a time of creation: nothing is ever as old as to expire by it."""
 
 
-MOST_SKEW = 300
+MAX_CLOCK_SKEW = 300
 """Seconds by which the clocks of both hosts may differ unnoticed."""
 
 NO_TAGS: frozenset[str] = frozenset()
@@ -704,7 +704,7 @@ class Listing:
         try:
             if owner not in self.owners:
                 self.check_owner(owner)
-            if len(row) == len(OUTLINE_COLUMNS):
+            if len(row) == len(FAST_COLUMNS):
                 self.take_point(owner, name, row[1], row[2])
             elif row[1] in ("filesystem", "volume") and name == owner:
                 self.take_dataset(row)
@@ -756,7 +756,7 @@ class Listing:
             name,
             number(guid, "guid"),
             number(createtxg, "createtxg"),
-            number(creation, "creation") if creation else NOT_ASKED,
+            number(creation, "creation") if creation else UNKNOWN_CREATION,
             NO_TAGS if is_known else None,
             number_if_any(ivset, "ivsetguid"),
         )
@@ -776,7 +776,7 @@ class Listing:
         return tree
 
 
-MOST_ROWS = 1_000_000
+MAX_ROWS = 1_000_000
 """Datasets, snapshots and bookmarks of a tree: some 250 MiB here, and far more than zfs lists within an hour."""
 
 
@@ -788,9 +788,9 @@ def parse_tree(text: str, *roots: str) -> tuple[Tree, dict[str, int]]:
     NotBelieved if zfs cannot have printed that for this tree.
     """
     listing = Listing(*roots)
-    for count, row in enumerate(fields(text, len(LIST_COLUMNS), len(OUTLINE_COLUMNS))):
-        if count == MOST_ROWS:
-            raise NotBelieved(f"zfs printed more than {MOST_ROWS:,} datasets and snapshots of {roots[0]}")
+    for count, row in enumerate(fields(text, len(LIST_COLUMNS), len(FAST_COLUMNS))):
+        if count == MAX_ROWS:
+            raise NotBelieved(f"zfs printed more than {MAX_ROWS:,} datasets and snapshots of {roots[0]}")
         listing.take(row)
     return listing.tree(), listing.holds
 
@@ -832,7 +832,7 @@ def parse_holds(text: str, asked: Container[str]) -> dict[str, frozenset[str]]:
     return {name: frozenset(some) for name, some in tags.items()}
 
 
-def parse_asked(text: str, asked: Container[str]) -> tuple[dict[str, frozenset[str]], dict[str, int]]:
+def parse_holds_and_ivsets(text: str, asked: Container[str]) -> tuple[dict[str, frozenset[str]], dict[str, int]]:
     """By snapshot name the tags from `zfs holds -H`, and, from `zfs list -Hp -o name,ivsetguid` in the same text, the
     number of each encrypted one. Raises NotBelieved as `parse_holds` does."""
     tags: list[str] = []
@@ -859,7 +859,7 @@ def with_tags(tree: Tree, tags: dict[str, frozenset[str]], ivsets: dict[str, int
     return {key: replace(dataset, snapshots=tuple(map(fill, dataset.snapshots))) for key, dataset in tree.items()}
 
 
-MOST_INHERITED = 2_000_000
+MAX_INHERITED = 2_000_000
 """Snapshots that all clones of a tree may have inherited together: chains of clones could else fill the memory."""
 
 
@@ -881,9 +881,9 @@ def with_clones(tree: Tree) -> Tree:
         for name in reversed([*chain]):
             inherited[name] = inherited_by(owners[name], owners, inherited)
             total += len(inherited[name])
-            if total > MOST_INHERITED:
+            if total > MAX_INHERITED:
                 raise NotBelieved(
-                    f"the clones in this tree have more than {MOST_INHERITED:,} snapshots of their origins"
+                    f"the clones in this tree have more than {MAX_INHERITED:,} snapshots of their origins"
                 )
 
     def related(dataset: Dataset) -> Dataset:
@@ -916,7 +916,7 @@ def parse_token(token: str, text: str) -> Partial:
     return Partial(token, bits("toguid"), bits("fromguid"), raw, corrupt, bits("bytes") or 0)
 
 
-MOST_ESTIMATES = 10_000
+MAX_ESTIMATES = 10_000
 """Many times as many as are asked for at once."""
 
 
@@ -932,14 +932,14 @@ def parse_estimates(text: str) -> list[tuple[int, int]]:
         elif int(line[1]) < 2**64:
             found.append((int(line[1]), before))
             before = 0
-            if len(found) == MOST_ESTIMATES:
+            if len(found) == MAX_ESTIMATES:
                 break
     return found
 
 
 def parse_usage(text: str) -> dict[str, tuple[int, int]]:
     """By snapshot, bytes that only it needs and bytes written until it, from `zfs list -Hp -o name,used,written`."""
-    rows = itertools.islice(fields(text, 3), MOST_ROWS)
+    rows = itertools.islice(fields(text, 3), MAX_ROWS)
     return {
         name: (number(used, f"used of {name}"), number(written, f"written of {name}")) for name, used, written in rows
     }
@@ -953,11 +953,11 @@ def parse_space(text: str) -> tuple[int, int]:
     return number(rows[0][0], "used"), number(rows[0][1], "available")
 
 
-def parse_mark(text: str, root: str, now: float) -> int | None:
+def parse_failing(text: str, root: str, now: float) -> int | None:
     """Since when the runs of a tree fail, from what was set as our property at its local root; None if it says nothing
     of that: it names another root, is no time, or one that is still to come."""
     found = re.fullmatch(r"([1-9][0-9]{0,10}) (.*)\n", text)
-    return int(found[1]) if found and found[2] == root and int(found[1]) <= now + MOST_SKEW else None
+    return int(found[1]) if found and found[2] == root and int(found[1]) <= now + MAX_CLOCK_SKEW else None
 
 
 def count_objects(text: str) -> int:
@@ -972,7 +972,7 @@ def count_objects(text: str) -> int:
 DAY = 24 * 60 * 60
 
 
-def newest_mutual(source: Dataset, local: Dataset) -> Mutual | None:
+def newest_common(source: Dataset, local: Dataset) -> CommonPoint | None:
     """The newest point of the source whose guid the local dataset also has; a snapshot before its bookmark, and that
     before an inherited snapshot, which it may be since a clone was promoted and got the snapshots of its origin."""
     ours = {snapshot.guid: snapshot for snapshot in local.snapshots}
@@ -980,12 +980,12 @@ def newest_mutual(source: Dataset, local: Dataset) -> Mutual | None:
     if not known:
         return None
     newest = max(known, key=lambda point: point.createtxg)
-    return Mutual(newest, ours[newest.guid])
+    return CommonPoint(newest, ours[newest.guid])
 
 
-def newest_held(source: Dataset, local: Dataset) -> Mutual | None:
+def newest_common_snapshot(source: Dataset, local: Dataset) -> CommonPoint | None:
     """The newest mutual point that still is a snapshot on the source: a bookmark cannot be held."""
-    return newest_mutual(replace(source, bookmarks=()), local)
+    return newest_common(replace(source, bookmarks=()), local)
 
 
 def plan_dataset(
@@ -996,7 +996,7 @@ def plan_dataset(
     `origin` is the local snapshot that is to it what its origin is to the source, if there is one.
     """
     if local is not None and others_tags(local, policy):
-        return of_another_line(local, policy)
+        return blocked_by_another_line(local, policy)
     if local is not None and not local.held_before and not local.recognised and is_reversed(source, local):
         return Blocked(
             f"{source.name} is the mirror of {local.name}, by the holds on both sides ({newest_of(source, local)})",
@@ -1027,7 +1027,7 @@ def is_reversed(source: Dataset, local: Dataset) -> bool:
     return any(tag + RECEIVED in theirs and tag + RECEIVED not in ours for ours, theirs in pairs for tag in ours)
 
 
-def of_another_line(local: Dataset, policy: Policy) -> Blocked:
+def blocked_by_another_line(local: Dataset, policy: Policy) -> Blocked:
     """Refuse to touch the mirror of another line of the crontab: each would move what the other one relies on."""
     tags = others_tags(local, policy)
     lines = " and ".join(tag[: -len(RECEIVED)] for tag in tags)
@@ -1063,10 +1063,10 @@ def plan_partial(source: Dataset, local: Dataset, partial: Partial, policy: Poli
         rest = plan_dataset(source, replace(whole, snapshots=(*local.snapshots, arrived)), policy, local.name)
         return Transfer((Receive(target, token=partial.token), *steps_of(rest)))
     rest = plan_dataset(source, whole if local.snapshots else None, policy, local.name, origin)
-    return rest if isinstance(rest, Blocked) else Transfer((Abandon(partial), *steps_of(rest)))
+    return rest if isinstance(rest, Blocked) else Transfer((AbortReceive(partial), *steps_of(rest)))
 
 
-def foreseen(source: Dataset, local: Dataset | None, local_name: str, plan: Transfer) -> Dataset:
+def after_transfer(source: Dataset, local: Dataset | None, local_name: str, plan: Transfer) -> Dataset:
     """What the local dataset will be once the plan is carried out."""
     here = local or Dataset(local_name, source.kind)
     last = here.snapshots[-1].createtxg if here.snapshots else 0
@@ -1077,13 +1077,13 @@ def foreseen(source: Dataset, local: Dataset | None, local_name: str, plan: Tran
     return replace(here, partial=None, snapshots=(*here.snapshots, *arrived))
 
 
-def rolled_back(local: Dataset, way: Rollback) -> Dataset:
+def after_rollback(local: Dataset, way: Rollback) -> Dataset:
     """What is left of a local dataset then."""
     kept = tuple(snapshot for snapshot in local.snapshots if snapshot not in way.newer)
     return replace(local, partial=None, changed=False, snapshots=kept)
 
 
-def renamed(local: Dataset, name: str) -> Dataset:
+def after_rename(local: Dataset, name: str) -> Dataset:
     """A local dataset under another name."""
     snapshots = tuple(replace(snapshot, name=name + snapshot.short) for snapshot in local.snapshots)
     return replace(local, name=name, snapshots=snapshots)
@@ -1093,7 +1093,7 @@ def steps_of(plan: Plan) -> tuple[Step, ...]:
     return plan.steps if isinstance(plan, Transfer) else ()
 
 
-def incoming(later: Sequence[Snapshot], policy: Policy) -> Sequence[Snapshot]:
+def wanted_snapshots(later: Sequence[Snapshot], policy: Policy) -> Sequence[Snapshot]:
     """Of the snapshots that we lack, those that will be ours: the newest, those that have clones, or all."""
     return [it for it in later if policy.intermediates or it.cloned or it is later[-1]]
 
@@ -1102,20 +1102,20 @@ def plan_first(
     source: Dataset, local: Dataset | None, policy: Policy, local_name: str, origin: Snapshot | None
 ) -> Plan:
     """A stream of the first snapshot that is to come, in full or on its origin; then of those that follow."""
-    blocked = no_place(source, local, policy) if local is not None else None
+    blocked = blocked_by_place(source, local, policy) if local is not None else None
     if blocked:
         return blocked
     way = (MakeWay(),) if local is not None and local.parent else ()
-    arrivals = incoming(policy.selection.of_snapshots(source.snapshots), policy)
+    arrivals = wanted_snapshots(policy.selection.of_snapshots(source.snapshots), policy)
     oldest, *later = arrivals
     first = Receive(oldest)
     if origin and (local is None or way):
         first = Receive(oldest, source.inherited[-1], origin=origin.name)
-    refused = too_deep(local_name) or too_long(arrivals, local_name)
-    return refused or Transfer((*way, first, *steps_between(oldest, later)))
+    refused = blocked_by_depth(local_name) or blocked_by_length(arrivals, local_name)
+    return refused or Transfer((*way, first, *incremental_receives(oldest, later)))
 
 
-def no_place(source: Dataset, local: Dataset, policy: Policy) -> Blocked | None:
+def blocked_by_place(source: Dataset, local: Dataset, policy: Policy) -> Blocked | None:
     """Refuse a first receive into what is here, unless that is an empty filesystem with nothing but ours below it."""
     if local.strangers:
         others = ", ".join(local.strangers[:3]) + f" and {len(local.strangers) - 3} more" * (len(local.strangers) > 3)
@@ -1158,20 +1158,20 @@ def no_place(source: Dataset, local: Dataset, policy: Policy) -> Blocked | None:
 
 def plan_next(source: Dataset, local: Dataset, policy: Policy) -> Plan:
     """What is newer than the newest mutual point, unless something local stands in the way."""
-    mutual = newest_mutual(source, local)
-    if mutual is None:
+    common = newest_common(source, local)
+    if common is None:
         return strangers(source, local, policy)
-    later = [snapshot for snapshot in source.snapshots if snapshot.createtxg > mutual.source.createtxg]
-    arrivals = incoming(policy.selection.of_snapshots(later), policy)
+    later = [snapshot for snapshot in source.snapshots if snapshot.createtxg > common.source.createtxg]
+    arrivals = wanted_snapshots(policy.selection.of_snapshots(later), policy)
     if not arrivals:
         return UpToDate()
     return (
-        handed_over(source, local, mutual)
-        or recoded(source, local, mutual, policy)
-        or diverged(source, local, mutual, policy)
-        or clashing(arrivals, source, local)
-        or too_long(arrivals, local.name)
-        or Transfer(steps_between(mutual.source, arrivals))
+        blocked_by_promotion(source, local, common)
+        or blocked_by_encryption_mode(source, local, common, policy)
+        or blocked_by_divergence(source, local, common, policy)
+        or blocked_by_name(arrivals, source, local)
+        or blocked_by_length(arrivals, local.name)
+        or Transfer(incremental_receives(common.source, arrivals))
     )
 
 
@@ -1250,14 +1250,14 @@ def moved_mirrors(source: Tree, target: Tree, policy: Policy) -> Moved:
         for snapshot in dataset.snapshots:
             owners[snapshot.guid] = owners.get(snapshot.guid, 0) + 1
     theirs = {key for key, local in target.items() if others_tags(local, policy)}
-    fixed = {above for key in theirs for above in lineage(key)}
+    fixed = {above for key in theirs for above in with_ancestors(key)}
     found: Moved = {}
     twice: set[int] = set()
     for key, local in target.items():
         held = newest_received(local, policy)
         if not held or not key or key in fixed or is_set_aside(key) or owners.get(held.guid) != 1:
             continue
-        if not (key in source and newest_mutual(source[key], local)):
+        if not (key in source and newest_common(source[key], local)):
             twice |= {held.guid} & found.keys()
             found[held.guid] = (key, local)
     return {guid: it for guid, it in found.items() if guid not in twice}
@@ -1295,24 +1295,24 @@ def strangers(source: Dataset, local: Dataset, policy: Policy) -> Blocked:
     )
 
 
-def handed_over(source: Dataset, local: Dataset, mutual: Mutual) -> Blocked | None:
+def blocked_by_promotion(source: Dataset, local: Dataset, common: CommonPoint) -> Blocked | None:
     """Refuse what zfs recv does: to go on from an origin, it takes the stream for that of a new dataset."""
-    if mutual.source not in source.inherited:
+    if common.source not in source.inherited:
         return None
     return Blocked(
         f"{source.name} is a clone of its former clone by now: the newest snapshot of its that {local.name} has is "
-        f"{mutual.source.name}, and zfs receives no increment from there ({newest_of(source, local)})",
+        f"{common.source.name}, and zfs receives no increment from there ({newest_of(source, local)})",
         "destroy neither before a fresh copy is here, which will be a clone as well",
         (Quarantine(),),
     )
 
 
-def recoded(source: Dataset, local: Dataset, mutual: Mutual, policy: Policy) -> Blocked | None:
+def blocked_by_encryption_mode(source: Dataset, local: Dataset, common: CommonPoint, policy: Policy) -> Blocked | None:
     """Refuse to change between raw and plain streams of an encrypted dataset: they do not mix, though guids match
     (https://github.com/openzfs/zfs/issues/8758)."""
-    if not mutual.source.ivset:
+    if not common.source.ivset:
         return None
-    is_raw = mutual.source.ivset == mutual.local.ivset
+    is_raw = common.source.ivset == common.local.ivset
     if is_raw and not policy.raw(source):
         return Blocked(
             f"{local.name} mirrors {source.name} as it is stored, encrypted, and decrypted streams do not go with that "
@@ -1330,26 +1330,26 @@ def recoded(source: Dataset, local: Dataset, mutual: Mutual, policy: Policy) -> 
     return None
 
 
-def diverged(source: Dataset, local: Dataset, mutual: Mutual, policy: Policy) -> Blocked | None:
+def blocked_by_divergence(source: Dataset, local: Dataset, common: CommonPoint, policy: Policy) -> Blocked | None:
     """Refuse to pull onto what was made here: newer snapshots, or changes that are in none."""
-    ahead = [snapshot for snapshot in local.snapshots if snapshot.createtxg > mutual.local.createtxg]
-    where = f"the newest common one, {mutual.local.short} ({newest_of(source, local)})"
-    protected = [f"{it.short} ({why})" for it in ahead for why in reasons_to_spare(it, source, policy)]
+    ahead = [snapshot for snapshot in local.snapshots if snapshot.createtxg > common.local.createtxg]
+    where = f"the newest common one, {common.local.short} ({newest_of(source, local)})"
+    protected = [f"{it.short} ({why})" for it in ahead for why in why_not_rolled_back(it, source, policy)]
     held = newest_received(local, policy)
     received = [it for it in ahead if held and it.createtxg <= held.createtxg]
-    ways: tuple[WayOut, ...] = () if protected else (Rollback(mutual.local, tuple(ahead), tuple(received)),)
+    ways: tuple[Override, ...] = () if protected else (Rollback(common.local, tuple(ahead), tuple(received)),)
     if ahead:
         count = f"{len(ahead)} local snapshot{'s' * (len(ahead) > 1)}"
         spared = f"; not to be rolled back: {', '.join(protected)}" if protected else ""
         advice = f"stop what makes snapshots on the mirror{spared}"
         return Blocked(f"{local.name} has {count} newer than {where}", advice, (*ways, Quarantine()))
     if local.changed:
-        advice = f"stop what writes to the mirror; to see what was changed: zfs diff '{mutual.local.name}'"
+        advice = f"stop what writes to the mirror; to see what was changed: zfs diff '{common.local.name}'"
         return Blocked(f"{local.name} was changed since {where}", advice, (*ways, Quarantine()))
     return None
 
 
-def reasons_to_spare(snapshot: Snapshot, source: Dataset, policy: Policy) -> Iterator[str]:
+def why_not_rolled_back(snapshot: Snapshot, source: Dataset, policy: Policy) -> Iterator[str]:
     """What speaks against destroying a local snapshot that was made here: holds, but not our own of an earlier run."""
     twin = source.twin(snapshot)
     if snapshot.tags is None or (twin and twin.tags is None):
@@ -1360,13 +1360,13 @@ def reasons_to_spare(snapshot: Snapshot, source: Dataset, policy: Policy) -> Ite
         yield f"its twin at the source is held by {policy.tag}"
 
 
-def steps_between(base: Snapshot, arrivals: Sequence[Snapshot]) -> tuple[Receive, ...]:
+def incremental_receives(base: Snapshot, arrivals: Sequence[Snapshot]) -> tuple[Receive, ...]:
     """From `base` by all `arrivals`, each in a stream of its own. One of -I would bring several, but then zfs recv
     cannot be told the name of the snapshot to take, and without that it takes whatever package of datasets comes."""
     return tuple(Receive(arrival, before) for before, arrival in zip([base, *arrivals], arrivals))
 
 
-def clashing(arrivals: Iterable[Snapshot], source: Dataset, local: Dataset) -> Blocked | None:
+def blocked_by_name(arrivals: Iterable[Snapshot], source: Dataset, local: Dataset) -> Blocked | None:
     """Refuse a snapshot whose name is taken here by another one (other guid)."""
     taken = {snapshot.short for snapshot in local.snapshots}
     for name in (snapshot.short for snapshot in arrivals if snapshot.short in taken):
@@ -1379,7 +1379,7 @@ def clashing(arrivals: Iterable[Snapshot], source: Dataset, local: Dataset) -> B
     return None
 
 
-def too_long(arrivals: Iterable[Snapshot], local_name: str) -> Blocked | None:
+def blocked_by_length(arrivals: Iterable[Snapshot], local_name: str) -> Blocked | None:
     """Refuse a name that is legal at the source and too long under our root."""
     for snapshot in arrivals:
         if len((local_name + snapshot.short).encode()) > NAME_LIMIT:
@@ -1390,9 +1390,9 @@ def too_long(arrivals: Iterable[Snapshot], local_name: str) -> Blocked | None:
     return None
 
 
-def too_deep(local_name: str) -> Blocked | None:
+def blocked_by_depth(local_name: str) -> Blocked | None:
     """Refuse a dataset that is legal at the source and too deep under our root."""
-    if len(lineage(local_name)) <= NESTING_LIMIT:
+    if len(with_ancestors(local_name)) <= NESTING_LIMIT:
         return None
     return Blocked(
         f"{local_name} would be nested deeper than the {NESTING_LIMIT} levels ZFS allows",
@@ -1400,56 +1400,58 @@ def too_deep(local_name: str) -> Blocked | None:
     )
 
 
-def converge_holds(source: Dataset, local: Dataset | None, policy: Policy, heirs: Iterable[int] = ()) -> HoldMoves:
+def hold_changes(
+    source: Dataset, local: Dataset | None, policy: Policy, promoted_clones: Iterable[int] = ()
+) -> HoldChanges:
     """What brings our holds to where they belong: on the newest mutual snapshot, and on the target of a live token;
-    also on those guids of the source that its `heirs` have inherited and need. What is newer here and held stays so: it
-    was common once, and may be the last copy; by its hold --rollback knows that.
+    also on those guids of the source that its `promoted_clones` have inherited and need. What is newer here and held
+    stays so: it was common once, and may be the last copy; by its hold --rollback knows that.
 
     A local dataset whose history has nothing in common with the source is left alone, holds and all: the hold may be
     the last thing that lets it be repaired. So is one that another line holds. Tags that could not be read are not
     released, and with a token that cannot be decoded nothing is released on the source.
     """
-    mutual = newest_mutual(source, local) if local else None
-    if local and local.snapshots and (mutual is None or others_tags(local, policy)):
-        return HoldMoves()
-    held = newest_held(source, local) if local else None
-    on_source = {*heirs, *([held.source.guid] if held else ())}
+    common = newest_common(source, local) if local else None
+    if local and local.snapshots and (common is None or others_tags(local, policy)):
+        return HoldChanges()
+    held = newest_common_snapshot(source, local) if local else None
+    on_source = {*promoted_clones, *([held.source.guid] if held else ())}
     if local and local.partial and local.partial.to_guid is not None:
         on_source.add(local.partial.to_guid)
     place_source, release_source = moves(source, policy.tag, on_source)
     if local and local.partial and local.partial.to_guid is None:
         release_source = ()
-    on_local = {mutual.local.guid} if mutual else set()
-    if local and mutual:
-        newer = (it for it in local.snapshots if it.createtxg > mutual.local.createtxg)
+    on_local = {common.local.guid} if common else set()
+    if local and common:
+        newer = (it for it in local.snapshots if it.createtxg > common.local.createtxg)
         on_local.update(it.guid for it in newer if policy.received_tag in (it.tags or ()))
     place_local, release_local = moves(local, policy.received_tag, on_local)
-    return HoldMoves(place_source, place_local, release_source, release_local)
+    return HoldChanges(place_source, place_local, release_source, release_local)
 
 
-def needed_by_heirs(source: Tree, target: Tree) -> dict[str, set[int]]:
+def bases_of_promoted_clones(source: Tree, target: Tree) -> dict[str, set[int]]:
     """By dataset of the source, which of its snapshots are the newest mutual ones of clones that inherited them."""
     found: dict[str, set[int]] = {}
     for key, dataset in source.items():
         local = target.get(key)
-        held = newest_held(dataset, local) if local and dataset.inherited else None
+        held = newest_common_snapshot(dataset, local) if local and dataset.inherited else None
         if held and held.source in dataset.inherited:
             found.setdefault(held.source.name.partition("@")[0], set()).add(held.source.guid)
     return found
 
 
-def converge_bookmarks(source: Dataset, local: Dataset | None, policy: Policy) -> BookmarkMoves:
+def bookmark_changes(source: Dataset, local: Dataset | None, policy: Policy) -> BookmarkChanges:
     """What brings our own bookmark to the newest mutual snapshot, and to it alone. None goes without that one there:
     without a common point, or with another's bookmark as the only one, ours may be the last that is left."""
-    mutual = newest_mutual(source, local) if local else None
-    if mutual is None or mutual.source in source.inherited:  # of another dataset's snapshot we make none
-        return BookmarkMoves()
+    common = newest_common(source, local) if local else None
+    if common is None or common.source in source.inherited:  # of another dataset's snapshot we make none
+        return BookmarkChanges()
     there = {point.name for point in source.bookmarks}
-    wanted = source.name + policy.mark(mutual.source.guid)
+    wanted = source.name + policy.mark(common.source.guid)
     older = sorted(there & {source.name + policy.mark(point.guid) for point in source.bookmarks} - {wanted})
     if wanted in there:
-        return BookmarkMoves(None, tuple(older))
-    return BookmarkMoves() if mutual.source.is_bookmark else BookmarkMoves(mutual.source, tuple(older))
+        return BookmarkChanges(None, tuple(older))
+    return BookmarkChanges() if common.source.is_bookmark else BookmarkChanges(common.source, tuple(older))
 
 
 def moves(dataset: Dataset | None, tag: str, wanted: set[int]) -> tuple[tuple[str, ...], tuple[str, ...]]:
@@ -1460,29 +1462,29 @@ def moves(dataset: Dataset | None, tag: str, wanted: set[int]) -> tuple[tuple[st
     return place, release
 
 
-def standing(source: Dataset, local: Dataset | None, name: str, policy: Policy, usage: Usage) -> Standing:
+def mirror_status(source: Dataset, local: Dataset | None, name: str, policy: Policy, usage: Usage) -> MirrorStatus:
     """Where the local dataset `name` stands beside its source."""
-    mutual = newest_mutual(source, local) if local else None
-    later = [it for it in source.snapshots if mutual is None or it.createtxg > mutual.source.createtxg]
+    common = newest_common(source, local) if local else None
+    later = [it for it in source.snapshots if common is None or it.createtxg > common.source.createtxg]
     newer = policy.selection.of_snapshots(later)
-    return Standing(
+    return MirrorStatus(
         name,
         source.name,
-        mutual.local if mutual else None,
-        held_here=mutual is not None and policy.received_tag in (mutual.local.tags or ()),
-        held_there=mutual is not None and policy.tag in (mutual.source.tags or ()),
+        common.local if common else None,
+        held_here=common is not None and policy.received_tag in (common.local.tags or ()),
+        held_there=common is not None and policy.tag in (common.source.tags or ()),
         behind=len(newer),
         lacking=sum(usage.get(it.name, (0, 0))[1] for it in later),
-        pinned=usage.get(mutual.source.name, (0, 0))[0] if mutual else 0,
+        pinned=usage.get(common.source.name, (0, 0))[0] if common else 0,
         partial=local.partial.bytes if local and local.partial else None,
     )
 
 
-def standing_alone(local: Dataset, policy: Policy, source: str | None = None) -> Standing:
+def local_status(local: Dataset, policy: Policy, source: str | None = None) -> MirrorStatus:
     """Where a local dataset stands by what is here: what we hold is what both sides had when a run last got there."""
     held = [snapshot for snapshot in local.snapshots if policy.received_tag in (snapshot.tags or ())]
     partial = local.partial.bytes if local.partial else None
-    return Standing(local.name, source, held[-1] if held else None, held_here=bool(held), partial=partial)
+    return MirrorStatus(local.name, source, held[-1] if held else None, held_here=bool(held), partial=partial)
 
 
 Usage = dict[str, tuple[int, int]]
@@ -1504,20 +1506,20 @@ def expire(source: Dataset | None, local: Dataset, policy: Policy, now: int) -> 
 
     A source that stopped making snapshots, or is gone, thus empties nothing. Kept in any case: the newest mutual
     snapshot, the base of an interrupted receive, what anybody holds here, and what our tag holds, or might hold, on
-    the source. And all of a dataset that is no mirror of ours: see `reason_to_keep_all`.
+    the source. And all of a dataset that is no mirror of ours: see `why_all_kept`.
     """
-    mutual = newest_mutual(source, local) if source else None
-    if policy.keep_days is None or source is None or mutual is None:
+    common = newest_common(source, local) if source else None
+    if policy.keep_days is None or source is None or common is None:
         return Expiry()
-    cutoff = min(now, mutual.local.creation) - policy.keep_days * DAY
+    cutoff = min(now, common.local.creation) - policy.keep_days * DAY
     destroy, kept = [], []
     twins = {there.guid: there for there in source.history}
     ours = policy.selection.of_snapshots(local.snapshots)
-    spared = reason_to_keep_all(local, mutual, policy)
+    spared = why_all_kept(local, common, policy)
     for snapshot in ours[: max(len(ours) - policy.keep_min, 0)]:
         if snapshot.creation >= cutoff:
             continue
-        why = spared or reason_to_keep(snapshot, twins.get(snapshot.guid), local, mutual, policy)
+        why = spared or why_kept(snapshot, twins.get(snapshot.guid), local, common, policy)
         if why:
             kept.append((snapshot, why))
         else:
@@ -1525,13 +1527,13 @@ def expire(source: Dataset | None, local: Dataset, policy: Policy, now: int) -> 
     return Expiry(tuple(destroy), tuple(kept))
 
 
-def reason_to_keep_all(local: Dataset, mutual: Mutual, policy: Policy) -> str | None:
+def why_all_kept(local: Dataset, common: CommonPoint, policy: Policy) -> str | None:
     """Why nothing of a local dataset expires; None if it may. A line that is run on the wrong host finds datasets that
     have all that the other side has, and more, and that no run ever received."""
     if not local.held_before:
         return "this line held nothing here when the run began, so it is its first one"
-    if local.snapshots[-1].guid != mutual.local.guid:
-        return f"there are local snapshots newer than the newest common one, {mutual.local.short}"
+    if local.snapshots[-1].guid != common.local.guid:
+        return f"there are local snapshots newer than the newest common one, {common.local.short}"
     if others_tags(local, policy):
         return f"another line holds it: {', '.join(others_tags(local, policy))}"
     return None
@@ -1550,12 +1552,12 @@ def may_expire(source: Dataset | None, local: Dataset, policy: Policy, now: int)
     return {snapshot.guid for snapshot in expire(hoped, local, policy, now).destroy}
 
 
-def reason_to_keep(
-    snapshot: Snapshot, twin: Snapshot | None, local: Dataset, mutual: Mutual, policy: Policy
+def why_kept(
+    snapshot: Snapshot, twin: Snapshot | None, local: Dataset, common: CommonPoint, policy: Policy
 ) -> str | None:
     """Why a local snapshot, whose `twin` is at the source, must not be expired however old it is; None if nothing
     speaks for it."""
-    if snapshot.guid == mutual.local.guid:
+    if snapshot.guid == common.local.guid:
         return "the newest common snapshot"
     if local.partial and local.partial.from_guid in (snapshot.guid, None) and local.snapshots:
         return "the base of an interrupted receive, or may be"
@@ -1649,7 +1651,7 @@ class TreePlan:
 
     def move(self, old: str, key: str) -> None:
         self.entries.append((key, Rename(old)))
-        self.target = with_renamed(self.target, old, key, self.policy)
+        self.target = tree_after_rename(self.target, old, key, self.policy)
         self.unlisted |= {it for it in self.target if is_below(it, key)}
         self.moved = {guid: (rekeyed(it, old, key), local) for guid, (it, local) in self.moved.items()}
         self.copies = {guid: it if it is None else rekeyed(it, old, key) for guid, it in self.copies.items()}
@@ -1658,8 +1660,6 @@ class TreePlan:
         """Rename back what was below a placeholder that has made way, once the dataset itself is here."""
         away, here = key + PLACEHOLDER, self.target.get(key)
         if not here or not here.snapshots or away not in self.target or away in self.source:
-            return
-        if self.target[away].snapshots:
             return
         for old in sorted(it for it in self.target if it.rpartition("/")[0] == away):
             home = key + old[len(away) :]
@@ -1702,19 +1702,19 @@ class TreePlan:
     def is_mirrored(self, key: str) -> bool:
         """Whether there is a snapshot here that the source has too."""
         local = self.target.get(key)
-        return local is not None and newest_mutual(self.source[key], local) is not None
+        return local is not None and newest_common(self.source[key], local) is not None
 
     def decide(self, key: str) -> Plan:
         source = self.source[key]
         return plan_dataset(source, self.target.get(key), self.policy, self.local_name(key), self.origin_of(source))
 
-    def override(self, key: str, override: WayOut) -> Plan:
+    def override(self, key: str, override: Override) -> Plan:
         """The plan for what an override leaves. Where that would be blocked as well, it is not taken."""
         before = dict(self.target)
         if isinstance(override, Quarantine):
             self.target = {it: local for it, local in before.items() if not is_below(it, key)}
         else:
-            self.target[key] = rolled_back(before[key], override)
+            self.target[key] = after_rollback(before[key], override)
         plan = self.decide(key)
         if isinstance(plan, Blocked):
             self.target = before
@@ -1740,7 +1740,7 @@ class TreePlan:
             return
         self.create(key, parents)
         self.entries += [(key, step) for step in steps]
-        after = foreseen(source, None if is_first else local, self.local_name(key), plan)
+        after = after_transfer(source, None if is_first else local, self.local_name(key), plan)
         self.target[key] = replace(after, recognised=True)
         self.note_copies(key)
         self.return_children(key)
@@ -1751,12 +1751,12 @@ def rekeyed(key: str, old: str, new: str) -> str:
     return new + key[len(old) :] if is_below(key, old) else key
 
 
-def with_renamed(target: Tree, old: str, new: str, policy: Policy) -> Tree:
+def tree_after_rename(target: Tree, old: str, new: str, policy: Policy) -> Tree:
     """The local tree once a dataset is renamed, with all below it."""
     found = {}
     for key, local in target.items():
         now = rekeyed(key, old, new)
-        found[now] = local if now == key else renamed(local, policy.target_root + now)
+        found[now] = local if now == key else after_rename(local, policy.target_root + now)
     return found
 
 
@@ -1765,7 +1765,7 @@ def former_name(source: Dataset, key: str, target: Tree, moved: Moved) -> str | 
     parent had to make way; None if it is here under its own name, or not at all."""
     if key in target:
         return None
-    made_way = (above + PLACEHOLDER + key[len(above) :] for above in lineage(key)[:-1])
+    made_way = (above + PLACEHOLDER + key[len(above) :] for above in with_ancestors(key)[:-1])
     return next((old for old in made_way if old in target), None) or former_key(source, key, moved)
 
 
@@ -1795,10 +1795,10 @@ def is_ours(source: Dataset, local: Dataset | None) -> bool:
     source is ahead of it, and we pull."""
     if local is None or local.held_before or local.recognised:
         return True
-    return newest_mutual(source, local) is None
+    return newest_common(source, local) is None
 
 
-def allowed_override(plan: Plan, policy: Policy) -> WayOut | None:
+def allowed_override(plan: Plan, policy: Policy) -> Override | None:
     """What the user has allowed us to do where nothing else helps."""
     allowed = {Rollback: policy.rollback, Quarantine: policy.quarantine}
     ways = plan.ways if isinstance(plan, Blocked) else ()
@@ -1813,7 +1813,7 @@ def missing_parents(key: str, source: Tree, target: Tree, existing: Container[st
     """What is to be created above a local dataset: ancestors of the root, and parents without a snapshot. Raises
     Failure if what should be there by now is not."""
     if key == "":
-        return [name for name in lineage(policy.target_root)[:-1] if name not in existing]
+        return [name for name in with_ancestors(policy.target_root)[:-1] if name not in existing]
     parent = key.rpartition("/")[0]
     here = target.get(parent)
     if here and here.partial and not here.snapshots:
@@ -1827,13 +1827,13 @@ def missing_parents(key: str, source: Tree, target: Tree, existing: Container[st
     return [*missing_parents(parent, source, target, existing, policy), name]
 
 
-def hold_changes_of(trees: Trees, policy: Policy, left_alone: Container[str] = ()) -> dict[str, HoldMoves]:
+def all_hold_changes(trees: Trees, policy: Policy, left_alone: Container[str] = ()) -> dict[str, HoldChanges]:
     """By dataset of the source, the changes that bring our holds to where they belong; nothing of those that are left
     alone, or are not ours."""
     mirrors = mirrors_of(trees, policy)
-    needed = needed_by_heirs(trees.source, mirrors)
+    needed = bases_of_promoted_clones(trees.source, mirrors)
     found = {
-        key: converge_holds(source, mirrors.get(key), policy, needed.get(source.name, ()))
+        key: hold_changes(source, mirrors.get(key), policy, needed.get(source.name, ()))
         for key, source in trees.source.items()
         if key not in left_alone and is_ours(source, mirrors.get(key))
     }
@@ -1846,7 +1846,7 @@ def lost_holds(trees: Trees, policy: Policy, left_alone: Container[str]) -> Iter
     for key, local in mirrors_of(trees, policy).items():
         if not local.held_before or key in left_alone:
             continue
-        common = newest_mutual(trees.source[key], local)
+        common = newest_common(trees.source[key], local)
         if common is None or common.local != newest_received(local, policy):
             continue
         base = common.source
@@ -1862,7 +1862,7 @@ def holds_of_others(trees: Trees, policy: Policy, plan: TreePlan) -> Iterator[tu
     """By local dataset, what to tell, before its first run releases them, of holds at the source that bear our tag, and
     are not where an earlier run of this line would have got to: somebody else may count on them."""
     coming: dict[str, set[int]] = {}
-    for key, step in plan.entries:
+    for key, step in ((key, step) for key, step in plan.entries if key in trees.source):
         coming.setdefault(key, set()).update({step.snapshot.guid} if isinstance(step, Receive) else ())
     mirrors = mirrors_of(trees, policy)
     for key, ours in coming.items():
@@ -1883,7 +1883,7 @@ def holds_of_others(trees: Trees, policy: Policy, plan: TreePlan) -> Iterator[tu
 
 def is_foreign(source: Dataset, local: Dataset) -> bool:
     """Whether there are snapshots here, none of which the source has."""
-    return bool(local.snapshots) and newest_mutual(source, local) is None
+    return bool(local.snapshots) and newest_common(source, local) is None
 
 
 def holds_to_read(source: Dataset, local: Dataset | None, policy: Policy, now: int) -> list[Snapshot]:
@@ -1894,7 +1894,7 @@ def holds_to_read(source: Dataset, local: Dataset | None, policy: Policy, now: i
     local snapshot expires, the holds on its twin.
     """
     times = {snapshot.guid: snapshot.createtxg for snapshot in source.history}
-    ours = [it.guid for it in local.snapshots if it.may_carry(policy.received_tag)] if local else []
+    ours = [it.guid for it in local.snapshots if it.may_be_held_by(policy.received_tag)] if local else []
     since = min((times.get(guid, 0) for guid in ours), default=0)
     due = may_expire(source, local, policy, now) if local else set()
     return [it for it in source.history if it.createtxg >= since or it.guid in due]
@@ -1917,7 +1917,7 @@ NAME_COST = 8
 """Bytes that each name takes besides its own."""
 
 
-def in_turn(commands: Sequence[Command]) -> str:
+def joined_by_and(commands: Sequence[Command]) -> str:
     """Commands as a line for sh that runs them one after another, and ends with the first that fails."""
     *first, last = map(shlex.join, commands)
     return " && ".join([*first, f"exec {last}"])
@@ -1931,7 +1931,7 @@ def remote_line(*commands: Command, then: Command = (), look_for: Iterable[str] 
     With `then`, what they print goes through that one as well; the line's exit status is that of the first that failed,
     which a pipe of sh would not tell. Where programs to `look_for` are told on stderr, one by line, before it begins.
     """
-    words = in_turn(commands)
+    words = joined_by_and(commands)
     if then:
         first, second = f"( {words} ) 3>&- 4>&-", f"{shlex.join(then)} >&3 3>&- 4>&-"
         statuses = f"$( ( ( {first} || echo $? >&4 ) | ( {second} || echo $? >&4 ) ) 4>&1 )"
@@ -1940,7 +1940,7 @@ def remote_line(*commands: Command, then: Command = (), look_for: Iterable[str] 
     return f"sh -c {shlex.quote(f'PATH=$PATH:{SBIN} LC_ALL=C; export PATH LC_ALL; {look}{words}')}"
 
 
-PACKERS: dict[str, tuple[Command, Command]] = {
+COMPRESSORS: dict[str, tuple[Command, Command]] = {
     "zstd": (("zstd", "-q", "-c", "-T0"), ("zstd", "-q", "-d", "-c")),
     "lz4": (("lz4", "-q", "-c"), ("lz4", "-q", "-d", "-c")),
     "pigz": (("pigz", "-c"), ("pigz", "-d", "-c")),
@@ -1962,7 +1962,7 @@ def batches(names: Iterable[str], most: int = BATCH_BYTES) -> Iterator[list[str]
         yield batch
 
 
-def chunks(commands: Sequence[Command], size: int) -> Iterator[Sequence[Command]]:
+def batches_by_count(commands: Sequence[Command], size: int) -> Iterator[Sequence[Command]]:
     """`commands` in lists of at most that many."""
     for start in range(0, len(commands), size):
         yield commands[start : start + size]
@@ -1974,8 +1974,9 @@ fails, gone with the first that does not."""
 
 
 TAKEN_OVER = "zfs_replicate:taken-over"
-"""Set where a mirror of another tool is taken over, and lost with all that is set there when the first properties come:
-so it says that they have not, even if the increment that brought them was cut off, and undone."""
+"""Set where a mirror of another tool is taken over, before the first stream of ours: to the guid of its newest
+snapshot. While that is the newest one, no stream of ours has arrived. It goes after the first one that brings
+properties. Where a source says it, it is not set here, and says nothing."""
 
 
 def list_existing(names: Iterable[str]) -> Command:
@@ -1983,17 +1984,17 @@ def list_existing(names: Iterable[str]) -> Command:
     return ("zfs", "list", "-H", "-o", "name", "-t", DATASET_KINDS, *names)
 
 
-def get_mark(root: str) -> Command:
+def get_failing(root: str) -> Command:
     """Prints the mark where it was set at this very root. What came with a stream is the source's word, whose TABs and
     newlines zfs prints as they are: it says nothing."""
     return ("zfs", "get", "-H", "-s", "local", "-o", "value", FAILING, root)
 
 
-def set_mark(root: str, since: int) -> Command:
+def set_failing(root: str, since: int) -> Command:
     return ("zfs", "set", f"{FAILING}={since} {root}", root)
 
 
-def clear_mark(root: str) -> Command:
+def clear_failing(root: str) -> Command:
     return inherit(root, FAILING)
 
 
@@ -2010,10 +2011,10 @@ def list_tree(
     return ("zfs", "list", "-Hp", *depth, "-t", kinds, "-o", ",".join(columns), *names)
 
 
-def list_outline(*names: str, alone: bool = False) -> tuple[Command, Command]:
+def list_fast(*names: str, alone: bool = False) -> tuple[Command, Command]:
     """Of points only what zfs answers fast, a command for itself: one slow column makes all of them slow."""
     datasets = list_tree(*names, alone=alone, kinds=DATASET_KINDS)
-    return datasets, list_tree(*names, alone=alone, kinds=POINT_KINDS, columns=OUTLINE_COLUMNS)
+    return datasets, list_tree(*names, alone=alone, kinds=POINT_KINDS, columns=FAST_COLUMNS)
 
 
 def list_exactly(names: Iterable[str]) -> Command:
@@ -2093,7 +2094,7 @@ def outside(command: Command, root: str) -> list[str]:
     and the root may be renamed aside, or make way."""
     wrong = [name for name in changed_by(command) if not any(is_below(name, it) for it in (root, root + PLACEHOLDER))]
     if command[1] == "create":
-        return [name for name in wrong if name not in lineage(root)]
+        return [name for name in wrong if name not in with_ancestors(root)]
     if command[1] == "rename":
         return [name for name in wrong if not (name.startswith(root + ASIDE) and command[-1] == name)]
     return wrong
@@ -2191,7 +2192,7 @@ is read-only and not mounted (sync, overlay, vscan, contexts, users' quotas). Wh
 beside our value as the received one, so that `zfs send -b` gives it back."""
 
 GENERATED = ("requires", "requires-mounts-for", "before", "after", "wanted-by", "required-by", "nofail")
-LEFT_OUT = ("mountpoint", FAILING, TAKEN_OVER, *(f"org.openzfs.systemd:{name}" for name in GENERATED))
+LEFT_OUT = ("mountpoint", FAILING, *(f"org.openzfs.systemd:{name}" for name in GENERATED))
 """What has no value here. The mountpoint cannot be said in a word: left out, it follows from the parent's. systemd's
 generator reads its properties from a table with TABs and newlines, with which one value could forge the row of another
 dataset (history_event-zfs-list-cacher.sh of OpenZFS). `keylocation` cannot be left out: see `Run.key_places`."""
@@ -2205,7 +2206,7 @@ OF_FILESYSTEMS = (
 OF_VOLUMES = "volblocksize volsize volthreading"
 
 
-def birth(source: Dataset, parent: Dataset | None, step: Receive, policy: Policy) -> Command:
+def first_receive_options(source: Dataset, parent: Dataset | None, step: Receive, policy: Policy) -> Command:
     """What a dataset gets at its first receive alone, with `parent` above it at the source: its origin, and encryption.
 
     A plain stream says "encryption=off", which would undo what a local parent gives its children. But below one that
@@ -2281,8 +2282,9 @@ def exposure(
     """By `sources`, which say by property whether it is set here, or was received."""
     missing = {it: value for it, value in kinds_values(local.kind, properties).items() if sources.get(it) != "local"}
     own = tuple(it for it, source in sources.items() if source == "local" and it not in NEVER_SET_AGAIN)
-    is_first = "received" not in sources.values() and (not local.held_before or TAKEN_OVER in sources)
-    marked = {TAKEN_OVER: "on"} if is_first and TAKEN_OVER not in sources else {}
+    is_marked = sources.get(TAKEN_OVER) == "local"
+    is_first = "received" not in sources.values() and (is_marked or not (local.held_before or local.recognised))
+    marked = {TAKEN_OVER: str(local.snapshots[-1].guid)} if is_first and not is_marked else {}
     came = sources.get("mountpoint") == "received"
     # An administrator may have mounted a mirror of ours, to look into it.
     shows = is_mounted and not local.held_before
@@ -2369,22 +2371,22 @@ def list_features(pool: str) -> Command:
     return ("zpool", "get", "-Hp", "-o", "property,value", ",".join(names), pool)
 
 
-def settle(pool: str) -> Command:
+def sync_pool(pool: str) -> Command:
     """Writes out what was written lately, so that it counts."""
     return ("zpool", "sync", pool)
 
 
-def identify(pool: str) -> Command:
+def pool_guid(pool: str) -> Command:
     """Prints a number that no other pool's root has."""
     return ("zfs", "get", "-Hp", "-o", "value", "guid", pool)
 
 
-def tell_version() -> Command:
+def zfs_version() -> Command:
     """Prints the versions of the programs and of the kernel module."""
     return ("zfs", "version")
 
 
-def tell_time() -> Command:
+def clock_time() -> Command:
     return ("date", "+%s")
 
 
@@ -2422,8 +2424,8 @@ RIGHTS = {
 """What an account that is not root must be allowed for each verb, besides the properties that it sets."""
 
 
-RIGHTS_THERE = ("send", "hold", "release")
-RIGHTS_HERE = ("recv", "recv -A", "create", "destroy", "hold", "release", "userspace")
+SOURCE_RIGHTS = ("send", "hold", "release")
+TARGET_RIGHTS = ("recv", "recv -A", "create", "destroy", "hold", "release", "userspace")
 """Verbs of the crontab line, on either side."""
 
 
@@ -2441,7 +2443,7 @@ def list_rights(name: str) -> Command:
     return ("zfs", "allow", name)
 
 
-def rights_in(text: str, user: str) -> set[str]:
+def rights_of(text: str, user: str) -> set[str]:
     """What `zfs allow` says that a user may do; as one of any group, for we do not know which are his."""
     found = re.findall(r"^\t(?:user (\S+)|group \S+|everyone) (\S+)$", text, re.MULTILINE)
     return {right for name, rights in found if name in ("", user) for right in rights.split(",")}
@@ -2452,7 +2454,7 @@ def right_to_set(key: str) -> str:
     return "userprop" if ":" in key else key
 
 
-def grant(command: Command, account: Account) -> str:
+def allow_command(command: Command, account: Account) -> str:
     """What root must run to let the account run `command` in all of the tree; "" if no right is known for it.
 
     To make or move a dataset takes the rights on its parent, and on a tree that is not there yet zfs allows nothing.
@@ -2535,12 +2537,12 @@ class Host(Protocol):
     def has(self, program: str) -> bool:
         """Whether one of the PACKERS is installed there; to be asked after some command was."""
 
-    def piped(self, *commands: Command, then: Command = ()) -> Command:
+    def stream_command(self, *commands: Command, then: Command = ()) -> Command:
         """The local command whose standard input and output are those of `commands` in turn on this host; `then` what
         they print goes through that one."""
 
     def connected(self) -> bool:
-        """Whether the connection of the `piped` commands stands, after one of them has failed."""
+        """Whether the connection of the `stream_command` commands stands, after one of them has failed."""
 
     def close(self) -> None:
         """Let go of the connection."""
@@ -2560,31 +2562,31 @@ def output(host: Host, command: Command, answer: Answer) -> str:
         )
     if answer.status != 0:
         said = answer.stderr.strip() or f"exit status {answer.status} and no message"
-        hint = suspended(said) or in_use(said)
-        hint = permit(host, command, said) or (hint and f"on {host.label}: {hint}")
+        hint = hint_if_suspended(said) or hint_if_busy(said)
+        hint = allow_hint(host, command, said) or (hint and f"on {host.label}: {hint}")
         raise CommandFailed(f"{' '.join(command[:2])} failed on {host.label}: {said}", hint)
     return answer.stdout
 
 
-def permit(host: Host, command: Command, said: str) -> str:
+def allow_hint(host: Host, command: Command, said: str) -> str:
     """The way out where zfs says that our account lacks a right; "" where it says something else."""
-    return grant(command, host.account) if host.account and "permission denied" in said else ""
+    return allow_command(command, host.account) if host.account and "permission denied" in said else ""
 
 
-def suspended(said: str) -> str:
+def hint_if_suspended(said: str) -> str:
     """The way out where zfs says that a pool has lost its disks; "" where it says something else."""
     return "see zpool status; when its disks are back: zpool clear" if "I/O is currently suspended" in said else ""
 
 
-def in_use(said: str) -> str:
+def hint_if_busy(said: str) -> str:
     """The way out where zfs cannot unmount what somebody uses; "" where it says something else."""
     found = re.search("cannot unmount '([^'\n]*)': pool or dataset is busy", said)
     return f"see who uses it: fuser -vm {shlex.quote(found[1])}" if found else ""
 
 
-def stuck(host: Host, command: Command, patience: float) -> Stuck:
+def stuck(host: Host, command: Command, stall_timeout: float) -> Stuck:
     return Stuck(
-        f"{' '.join(command[:2])} on {host.label} has not ended after {duration(patience)}",
+        f"{' '.join(command[:2])} on {host.label} has not ended after {format_timeout(stall_timeout)}",
         "is the pool suspended, or very busy? zpool status; patience is a matter of --stall-timeout",
     )
 
@@ -2603,7 +2605,7 @@ class Output:
         self.kept += data
         if len(self.kept) > self.most:
             raise Failure(
-                f"{self.doing} on {self.label} has printed more than {human(self.most)}: no answer is so long",
+                f"{self.doing} on {self.label} has printed more than {format_bytes(self.most)}: no answer is so long",
                 "see what it prints when run by hand (-vv shows it); "
                 "a tree of millions of snapshots is mirrored in parts, with a line for each",
             )
@@ -2648,7 +2650,7 @@ def listen(process: subprocess.Popen[bytes], output: Output, complaints: Tail, u
     process.wait(max(until - time.monotonic(), 0))
 
 
-def tell_nobody(line: str) -> None:
+def ignore_line(line: str) -> None:
     pass
 
 
@@ -2693,23 +2695,23 @@ def user_name(number: int) -> str:
 
 
 class LocalHost:
-    """This machine. A command that has not ended after `patience` seconds is given up, and one that prints more than
-    OUTPUT_BYTES as well."""
+    """This machine. A command that has not ended after `stall_timeout` seconds is given up, and one that prints more
+    than OUTPUT_BYTES as well."""
 
     def __init__(
         self,
         label: str = "this host",
-        note: Callable[[str], None] = tell_nobody,
-        patience: float = STALL_SECONDS,
+        note: Callable[[str], None] = ignore_line,
+        stall_timeout: float = STALL_SECONDS,
         tree: str = "",
     ) -> None:
         self.label = label
         self.note = note
-        self.patience = patience
+        self.stall_timeout = stall_timeout
         self.account = account_of(own_name(), label, tree)
 
     def ask(self, *commands: Command) -> Answer:
-        command = self.piped(*commands)
+        command = self.stream_command(*commands)
         self.note(f"{self.label}: {shlex.join(command)}")
         pipe = subprocess.PIPE
         try:
@@ -2724,17 +2726,17 @@ class LocalHost:
             stack.callback(process.stderr.close)  # type: ignore[union-attr]
             output, complaints = Output(" ".join(command[:2]), self.label), Tail(COMPLAINT_BYTES)
             try:
-                listen(process, output, complaints, time.monotonic() + self.patience)
+                listen(process, output, complaints, time.monotonic() + self.stall_timeout)
             except subprocess.TimeoutExpired:
-                raise stuck(self, command, self.patience) from None
+                raise stuck(self, command, self.stall_timeout) from None
         return Answer.of(process.returncode, output.kept, complaints.last())
 
     def has(self, program: str) -> bool:
         return installed(program)
 
-    def piped(self, *commands: Command, then: Command = ()) -> Command:
+    def stream_command(self, *commands: Command, then: Command = ()) -> Command:
         assert not then, "there is no wire to this host"
-        return commands[0] if len(commands) == 1 else ("sh", "-c", in_turn(commands))
+        return commands[0] if len(commands) == 1 else ("sh", "-c", joined_by_and(commands))
 
     def connected(self) -> bool:
         return True
@@ -2755,15 +2757,15 @@ class SudoHost:
         self.close = host.close
 
     def ask(self, *commands: Command) -> Answer:
-        if commands == (tell_time(),):  # for which nobody needs to be root, and sudo may permit zfs alone
+        if commands == (clock_time(),):  # for which nobody needs to be root, and sudo may permit zfs alone
             return self.host.ask(*commands)
         answer = self.host.ask(*map(by_sudo, commands))
         if answer.status == 127:
             return Answer(1, "", "sudo is not installed\n")
         return answer
 
-    def piped(self, *commands: Command, then: Command = ()) -> Command:
-        return self.host.piped(*map(by_sudo, commands), then=then)
+    def stream_command(self, *commands: Command, then: Command = ()) -> Command:
+        return self.host.stream_command(*map(by_sudo, commands), then=then)
 
 
 class FencedHost:
@@ -2783,9 +2785,9 @@ class FencedHost:
         self.check(*commands)
         return self.host.ask(*commands)
 
-    def piped(self, *commands: Command, then: Command = ()) -> Command:
+    def stream_command(self, *commands: Command, then: Command = ()) -> Command:
         self.check(*commands)
-        return self.host.piped(*commands, then=then)
+        return self.host.stream_command(*commands, then=then)
 
     def check(self, *commands: Command) -> None:
         """Raises Failure for what would change anything outside."""
@@ -2813,16 +2815,16 @@ def installed(program: str) -> bool:
     return shutil.which(program, path=environment()["PATH"]) is not None
 
 
-MOST_TOLD = 1e24
+MAX_FIGURE = 1e24
 """What is beyond any number of 64 bits is no count of anything; a format may not even take it."""
 
 
 def tellable(figure: float) -> float:
     """The figure, or the nearest that can be written in some digits; 0 for none at all (NaN)."""
-    return max(min(figure, MOST_TOLD), -MOST_TOLD) if figure == figure else 0  # noqa: PLR0124 -- NaN is not itself
+    return max(min(figure, MAX_FIGURE), -MAX_FIGURE) if figure == figure else 0  # noqa: PLR0124 -- NaN is not itself
 
 
-def duration(seconds: float) -> str:
+def format_timeout(seconds: float) -> str:
     """As --stall-timeout takes it: `90s`, `30m`, `2h`."""
     seconds = tellable(seconds)
     for unit, size in (("h", 3600), ("m", 60)):
@@ -2831,7 +2833,7 @@ def duration(seconds: float) -> str:
     return f"{seconds:.0f}s"
 
 
-def human(count: float) -> str:
+def format_bytes(count: float) -> str:
     """A number of bytes, as zfs says it: `512B`, `1.50K`, `12.0M`, `345G`."""
     count, unit = tellable(count), "B"
     for larger in "KMGTPE":
@@ -2929,12 +2931,12 @@ class Connection:
             return ("ssh", *settings(ALIVE_SETTINGS), *jumps, "-W", self.expand("[%h]:%p"), "--", via)
         return None
 
-    def by_hand(self) -> str:
+    def ssh_command_for_user(self) -> str:
         """The ssh command a person would type."""
         return shlex.join(("ssh", *self.options, self.destination))
 
 
-def dial(connection: Connection) -> socket.socket:
+def open_socket(connection: Connection) -> socket.socket:
     """A socket to the SSH port of the host: over TCP, or to the proxy command.
 
     Raises OSError if the host cannot be reached.
@@ -2965,7 +2967,8 @@ class KnownHostsOnly:
         digest = b64encode(hashlib.sha256(key.asbytes()).digest()).decode().rstrip("=")
         raise Failure(
             f"the host key of {hostname} is not known here ({key.get_name()} SHA256:{digest})",
-            f"log in once by hand as this user, compare that fingerprint, and say yes: {self.connection.by_hand()}",
+            "log in once by hand as this user, compare that fingerprint, and say yes: "
+            f"{self.connection.ssh_command_for_user()}",
         )
 
 
@@ -2981,15 +2984,17 @@ class SshHost:
     def __init__(
         self,
         connection: Connection,
-        note: Callable[[str], None] = tell_nobody,
-        patience: float = STALL_SECONDS,
+        note: Callable[[str], None] = ignore_line,
+        stall_timeout: float = STALL_SECONDS,
         tree: str = "",
     ) -> None:
         self.connection = connection
         self.label = connection.destination
         self.account = account_of(connection.get("user"), self.label.rpartition("@")[2], tree)
         self.note = note
-        self.patience = max(patience, 2 * LINK_SECONDS)  # by then a lost link has shown, and it is the command
+        self.stall_timeout = max(
+            stall_timeout, 2 * LINK_SECONDS
+        )  # by then a lost link has shown, and it is the command
         self.programs: set[str] | None = None  # which of the PACKERS are there, told with the first answer
         self.next_channel: Future[Any] | None = None
         self.opens_ahead = True
@@ -3011,27 +3016,27 @@ class SshHost:
         try:
             if self.programs is not None:
                 return self.exchange(transport, doing, remote_line(*commands))
-            answer = self.exchange(transport, doing, remote_line(*commands, look_for=PACKERS))
-            found = f"^/.*/({'|'.join(PACKERS)})\n"
+            answer = self.exchange(transport, doing, remote_line(*commands, look_for=COMPRESSORS))
+            found = f"^/.*/({'|'.join(COMPRESSORS)})\n"
             self.programs = set(re.findall(found, answer.stderr, re.MULTILINE))
             return replace(answer, stderr=re.sub(found, "", answer.stderr, flags=re.MULTILINE))
         except Failure:
             raise
         except Exception as error:  # noqa: BLE001 -- paramiko hands on what its thread met in a malformed packet
             if isinstance(error, socket.timeout) and error.errno is None:  # ours; the kernel's own has ETIMEDOUT
-                raise stuck(self, commands[0], self.patience) from None
+                raise stuck(self, commands[0], self.stall_timeout) from None
             raise LinkLost(f"lost the connection to {self.label} during {doing}: {why(error)}") from None
 
     def exchange(self, transport: Any, doing: str, line: str) -> Answer:
         if transport is None or not transport.is_active():
             raise OSError("it is closed")
-        until = time.monotonic() + self.patience
+        until = time.monotonic() + self.stall_timeout
         channel = self.channel(transport)
         output, complaints = Output(doing, self.label), Tail(COMPLAINT_BYTES)
         # Both ends are drained before the status is asked for: an undrained stderr stalls stdout after some 2 MiB.
         with contextlib.closing(channel):
-            channel.settimeout(self.patience)
-            with bounded(transport):
+            channel.settimeout(self.stall_timeout)
+            with time_limit(transport):
                 channel.exec_command(line)
             channel.shutdown_write()
             complained = in_background(lambda: drain(channel, channel.recv_stderr, complaints.add, until))
@@ -3081,7 +3086,7 @@ class SshHost:
     def has(self, program: str) -> bool:
         return program in (self.programs or ())
 
-    def piped(self, *commands: Command, then: Command = ()) -> Command:
+    def stream_command(self, *commands: Command, then: Command = ()) -> Command:
         if self.streams is None:
             try:
                 self.streams = tempfile.TemporaryDirectory(prefix="zfs_replicate-")
@@ -3097,7 +3102,7 @@ class SshHost:
         """Ask the master of the streams; whether it did so."""
         command = (*self.ssh, "-O", request, "--", self.connection.destination)
         with contextlib.suppress(Stuck):
-            return LocalHost(patience=CONNECT_SECONDS).ask(command).status == 0
+            return LocalHost(stall_timeout=CONNECT_SECONDS).ask(command).status == 0
         return False
 
     def close(self) -> None:
@@ -3123,7 +3128,7 @@ def drain(channel: Any, receive: Callable[[int], bytes], take: Callable[[bytes],
 
 
 @contextlib.contextmanager
-def bounded(transport: Any) -> Iterator[None]:
+def time_limit(transport: Any) -> Iterator[None]:
     """Bound what paramiko waits for without end: its answer to "may this command start?"."""
     watch = threading.Timer(LINK_SECONDS, transport.close)
     watch.start()
@@ -3182,7 +3187,7 @@ def connect(client: Any, connection: Connection) -> None:
             name,
             port,
             connection.get("user"),
-            sock=dial(connection),
+            sock=open_socket(connection),
             key_filename=connection.identities,
             allow_agent=connection.get("identitiesonly") != "yes",
             look_for_keys=False,
@@ -3194,7 +3199,7 @@ def connect(client: Any, connection: Connection) -> None:
         raise Failure(
             f"the host key of {name} has changed: somebody may be in between ({error.key.get_name()} was offered)",
             "if the change is genuine: "
-            f"ssh-keygen -R {shlex.quote(host_pattern(name, port))}, then {connection.by_hand()}",
+            f"ssh-keygen -R {shlex.quote(host_pattern(name, port))}, then {connection.ssh_command_for_user()}",
         ) from None
     except Failure:
         raise
@@ -3204,13 +3209,13 @@ def connect(client: Any, connection: Connection) -> None:
         transport = client.get_transport()
         broke = isinstance(error, (OSError, EOFError)) or "timeout" in str(error)
         if broke or transport is None or not transport.initial_kex_done:
-            hint = f"this must work: {connection.by_hand()} true"
+            hint = f"this must work: {connection.ssh_command_for_user()} true"
             raise LinkLost(f"cannot reach {where}: {why(error)}", hint) from None
         keys = ", ".join(connection.identities) or "no key file"
         raise Failure(
             f"{connection.get('user')}@{where} does not accept our login ({keys}): {why(error)}",
             "authorise a key there (ssh-copy-id), or name the right one with -i; "
-            f"this must work without a question asked: {connection.by_hand()} true",
+            f"this must work without a question asked: {connection.ssh_command_for_user()} true",
         ) from None
 
 
@@ -3255,11 +3260,11 @@ def fast_cipher(connection: Connection) -> list[str]:
     if f"\nciphers {configured}\n" not in default:
         return []
     ours = configured.split(",")
-    ranked = [cipher for cipher in (AES + CHACHA if knows_aes() else CHACHA + AES) if cipher in ours]
+    ranked = [cipher for cipher in (AES + CHACHA if has_aes_instructions() else CHACHA + AES) if cipher in ours]
     return ["Ciphers=" + ",".join(ranked + [cipher for cipher in ours if cipher not in ranked])]
 
 
-def knows_aes(path: str = "/proc/cpuinfo") -> bool:
+def has_aes_instructions(path: str = "/proc/cpuinfo") -> bool:
     """Whether this processor has instructions for AES. Small ARM boards have not; where nothing is told, it may."""
     try:
         with open(path, encoding="ascii", errors="replace") as file:
@@ -3280,7 +3285,7 @@ def buffer_stage(size: str, rate: str | None = None) -> tuple[Command, ...]:
     return (("mbuffer", "-q", "-m", size, *limit),) if installed("mbuffer") else ()
 
 
-SAID_BYTES = 64 * 1024
+STDERR_BYTES = 64 * 1024
 """How much is kept of what a process of a stream says, the last of it: more than zfs recv says of all properties."""
 
 
@@ -3296,7 +3301,7 @@ class Stage:
 
     def hear(self) -> bool:
         """Take what it has said by now, and no more. Returns whether there was anything."""
-        waiting = 0 if self.errors.closed else in_pipe(self.errors)
+        waiting = 0 if self.errors.closed else unread_bytes(self.errors)
         if waiting:
             self.tail.add(os.read(self.errors.fileno(), waiting))
         return waiting > 0
@@ -3320,12 +3325,12 @@ class Stage:
         self.hear()
         return "\n".join(self.tail.last().decode(errors="replace").strip().splitlines()[-lines:])
 
-    def ended(self) -> Ended:
+    def ended(self) -> ExitedProcess:
         """How it ended, once it has."""
         return self.program, self.process.wait(), self.said()
 
 
-Ended = tuple[str, int, str]
+ExitedProcess = tuple[str, int, str]
 """A program, its exit status, its last words."""
 
 
@@ -3334,19 +3339,20 @@ class Transport:
     """How streams are carried: through what `buffer`, by which of the PACKERS ("": none), and what is done about them
     meanwhile.
 
-    A pipeline whose receiver has been given nothing for `patience` seconds, or less than FLOOR, is ended; `moved` is
-    called when it has been given something. `inherit` are open files that what receives keeps open should we be killed.
+    A pipeline whose receiver has been given nothing for `stall_timeout` seconds, or less than FLOOR, is ended; `moved`
+    is called when it has been given something. `inherit` are open files that what receives keeps open should we be
+    killed.
     """
 
     buffer: tuple[Command, ...] = ()
-    patience: float = STALL_SECONDS
+    stall_timeout: float = STALL_SECONDS
     moved: Callable[[], None] = lambda: None
     inherit: tuple[int, ...] = ()
-    packer: str = ""
+    compressor: str = ""
 
 
 @dataclass(frozen=True)
-class Arrival:
+class ReceivedStream:
     """A stream that arrived whole: its bytes, the seconds it took, and what its receiver said."""
 
     bytes: int
@@ -3358,7 +3364,7 @@ WATCH_SECONDS = 5.0
 """How often to look whether bytes move."""
 SHOW_SECONDS = 1.0
 """How often to show it, if somebody looks on."""
-TAIL_FACTOR = 4
+LAST_BYTES_FACTOR = 4
 """How much longer zfs recv may be quiet when all bytes are in its hands: it still has to write and account for them."""
 FLOOR = 300
 """Bytes a second that a stream brings at least, once it has begun, on the average of a patience: in an hour that is a
@@ -3376,13 +3382,13 @@ class Pipeline:
     def __init__(self, feeders: Sequence[Command], receivers: Sequence[Command], transport: Transport) -> None:
         self.waiting = list(receivers)
         self.transport = transport
-        self.arrived: list[Arrival] = []
+        self.arrived: list[ReceivedStream] = []
         self.failure: StreamFailed | None = None
         self.is_over = False
         self.stack = contextlib.ExitStack()
         self.feeders: list[Stage] = []
         self.receiver: Stage | None = None
-        self.broken: list[Ended] = []
+        self.broken: list[ExitedProcess] = []
         self.pipe: IO[bytes] | None = None  # the end of it that is still to be read
         self.before = 0  # bytes of the streams that have arrived
         self.since = self.moved_at = self.next_look = time.monotonic()
@@ -3422,8 +3428,8 @@ class Pipeline:
         self.stack.callback(end, process)
         if not is_last:
             self.close_pipe()  # ours would keep it open after this process has gone
-            widen(process.stdout)  # type: ignore[arg-type]  # it is a pipe
-        return Stage(command[0], process, errors, Tail(SAID_BYTES))
+            enlarge_pipe(process.stdout)  # type: ignore[arg-type]  # it is a pipe
+        return Stage(command[0], process, errors, Tail(STDERR_BYTES))
 
     def close_pipe(self) -> None:
         if self.pipe:
@@ -3444,7 +3450,7 @@ class Pipeline:
     def advance(self) -> bool:
         """Go on if a process has ended; returns whether one has. Else see to it that bytes move."""
         if self.receiver and self.receiver.has_ended():
-            self.settle(self.receiver)
+            self.sync_pool(self.receiver)
         elif not self.receiver and all(stage.has_ended() for stage in self.feeders):
             self.conclude()
         else:
@@ -3452,9 +3458,9 @@ class Pipeline:
             return False
         return True
 
-    def settle(self, receiver: Stage) -> None:
+    def sync_pool(self, receiver: Stage) -> None:
         """A receiver has ended: the next one takes its place, unless it failed."""
-        arrival = Arrival(self.came(receiver), time.monotonic() - self.since, receiver.said(0))
+        arrival = ReceivedStream(self.came(receiver), time.monotonic() - self.since, receiver.said(0))
         ended = receiver.ended()
         receiver.errors.close()
         self.receiver = None
@@ -3477,14 +3483,14 @@ class Pipeline:
         """All have ended."""
         self.is_over = True
         try:
-            blame([stage.ended() for stage in self.feeders], self.broken)
+            raise_for_status([stage.ended() for stage in self.feeders], self.broken)
         except StreamFailed as failure:
             self.failure = failure
 
     @property
     def look_seconds(self) -> float:
         """After how long to look next."""
-        return min(WATCH_SECONDS, self.transport.patience / 2)
+        return min(WATCH_SECONDS, self.transport.stall_timeout / 2)
 
     def watch(self) -> None:
         """Give up when for too long no byte has come to the receiver, or too few. What others read and write does not
@@ -3497,7 +3503,9 @@ class Pipeline:
         now = time.monotonic()
         if self.broken and now - self.moved_at >= LINK_SECONDS:
             try:
-                blame([], self.broken)  # a sender that says nothing does not notice that nobody reads any more
+                raise_for_status(
+                    [], self.broken
+                )  # a sender that says nothing does not notice that nobody reads any more
             except StreamFailed as failure:
                 self.give_up(failure)
             return
@@ -3507,22 +3515,24 @@ class Pipeline:
         given = self.given()
         count = sum(sum(stage.moved()) for stage in self.stages()) if given is None else given
         if count != self.count:
-            if self.count is not None and (not self.mark or count - self.mark[1] >= FLOOR * self.transport.patience):
+            if self.count is not None and (
+                not self.mark or count - self.mark[1] >= FLOOR * self.transport.stall_timeout
+            ):
                 self.mark = (now, count)
             self.count, self.moved_at = count, now
             self.transport.moved()
         if given is None:
             return
-        if self.mark and self.pipe and in_pipe(self.pipe):
+        if self.mark and self.pipe and unread_bytes(self.pipe):
             self.mark = (now, count)  # it is the receiver that is slow: the stall limit alone is for that
         running = self.running()
         may_be_tail = self.feeders and (self.waiting or running == [self.receiver])
-        patience = self.transport.patience * (TAIL_FACTOR if may_be_tail else 1)
+        stall_timeout = self.transport.stall_timeout * (LAST_BYTES_FACTOR if may_be_tail else 1)
         since, then = self.mark or (now, count)
-        if now - self.moved_at >= patience or now - since >= patience:
-            few = count - then if now - self.moved_at < patience else 0
+        if now - self.moved_at >= stall_timeout or now - since >= stall_timeout:
+            few = count - then if now - self.moved_at < stall_timeout else 0
             programs = [stage.program for stage in running]
-            self.give_up(stalled(patience, self.came(self.receiver), programs, few))
+            self.give_up(stalled(stall_timeout, self.came(self.receiver), programs, few))
 
     def given(self) -> int | None:
         """Bytes that the receivers have been given so far. None where the kernel counts none: without /proc, or of a
@@ -3547,8 +3557,8 @@ class Pipeline:
         if counter is receiver:
             return receiver.moved()[0]
         written = waiting = 0
-        for _ in range(COUNTS):
-            written, waiting = counter.moved()[1], in_pipe(self.pipe)
+        for _ in range(MAX_RECOUNTS):
+            written, waiting = counter.moved()[1], unread_bytes(self.pipe)
             if counter.moved()[1] == written:
                 break
         return max(written - waiting - self.before, 0)
@@ -3557,7 +3567,7 @@ class Pipeline:
         """By whose counts it is known what a receiver has been given: those of the last feeder, if it does nothing but
         feed."""
         feeder = self.feeders[-1] if self.feeders else receiver
-        return feeder if feeder.program in ("mbuffer", *PACKERS) else receiver
+        return feeder if feeder.program in ("mbuffer", *COMPRESSORS) else receiver
 
     def buffered(self) -> int:
         """Bytes that wait in the buffer."""
@@ -3571,23 +3581,23 @@ PIPE_BYTES = 1 << 20
 """The most that Linux gives to anybody (/proc/sys/fs/pipe-max-size)."""
 
 
-def widen(pipe: IO[bytes]) -> None:
+def enlarge_pipe(pipe: IO[bytes]) -> None:
     """Let a pipe hold more than 64 KiB, if we may: its two ends then wait for each other less often, which was measured
     to be worth a seventh of the time of a stream."""
     with contextlib.suppress(OSError):
         fcntl.fcntl(pipe, F_SETPIPE_SZ, PIPE_BYTES)
 
 
-COUNTS = 100
+MAX_RECOUNTS = 100
 """How often to count anew if bytes come in meanwhile: when nobody takes them, a pipe is soon full."""
 
 
-def in_pipe(pipe: IO[bytes] | None) -> int:
+def unread_bytes(pipe: IO[bytes] | None) -> int:
     """Bytes that wait in a pipe to be read."""
     return int(struct.unpack("i", fcntl.ioctl(pipe, termios.FIONREAD, bytes(4)))[0]) if pipe else 0
 
 
-def convey(pipelines: Sequence[Pipeline], show: Callable[[], None] | None = None) -> None:
+def run_all(pipelines: Sequence[Pipeline], show: Callable[[], None] | None = None) -> None:
     """Look after pipelines side by side until all are over. `show` is called every second meanwhile."""
     shown = time.monotonic()
     while not all(it.is_over for it in pipelines):
@@ -3628,11 +3638,12 @@ def await_news(pids: Iterable[int], stages: Iterable[Stage], seconds: float) -> 
                 speaker.errors.close()  # nobody has it open any more
 
 
-def stalled(patience: float, moved: int, running: Sequence[str], few: int = 0) -> StreamFailed:
+def stalled(stall_timeout: float, moved: int, running: Sequence[str], few: int = 0) -> StreamFailed:
     """What to say of a stream that stands still after `moved` bytes, or nearly: a `few` of them have come lately."""
     lately = f"no more than {few:,} bytes of the stream have come in" if few else "no byte of the stream has moved for"
     return StreamFailed(
-        f"{lately} {duration(patience)}: it stands after some {moved:,} bytes, with {', '.join(running)} still at work",
+        f"{lately} {format_timeout(stall_timeout)}: it stands after some {moved:,} bytes, "
+        f"with {', '.join(running)} still at work",
         "what arrived is kept, and the next run goes on from there; if it happens again, look at zpool status on "
         "both sides, or be more patient: --stall-timeout",
     )
@@ -3640,16 +3651,16 @@ def stalled(patience: float, moved: int, running: Sequence[str], few: int = 0) -
 
 SSH_FAILED = 255
 
-SENDING_REMEDIES = {
+SEND_HINTS = {
     "dataset key must be loaded": "load it at the source (zfs load-key), or mirror raw, to another place",
 }
-RECEIVING_REMEDIES = {
+RECEIVE_HINTS = {
     "inherited key must be loaded": "load the key of the local parent (zfs load-key)",
 }
 """What to do when zfs send or zfs recv says so."""
 
 
-def blame(feeders: Sequence[Ended], receivers: Sequence[Ended]) -> None:
+def raise_for_status(feeders: Sequence[ExitedProcess], receivers: Sequence[ExitedProcess]) -> None:
     """Raise for the stages that failed: what those say that say something. The first of the feeders is the sender."""
     ended = [*feeders, *receivers]
     failed = [(program, status, text) for program, status, text in ended if status != 0]
@@ -3662,7 +3673,7 @@ def blame(feeders: Sequence[Ended], receivers: Sequence[Ended]) -> None:
     what = "; ".join([f"{program}: {text}" for program, text in causes or spoken] or silent)
     sender_said = "".join(text for _, status, text in feeders[:1] if status != 0)
     receiver_said = "".join(text for _, status, text in receivers if status != 0)
-    remedies = ((sender_said, SENDING_REMEDIES), (receiver_said, RECEIVING_REMEDIES))
+    remedies = ((sender_said, SEND_HINTS), (receiver_said, RECEIVE_HINTS))
     hint = next((remedy for said, table in remedies for words, remedy in table.items() if words in said), "")
     raise StreamFailed(
         f"the stream failed: {what}",
@@ -3675,7 +3686,7 @@ def blame(feeders: Sequence[Ended], receivers: Sequence[Ended]) -> None:
 
 
 @dataclass(frozen=True)
-class Train:
+class StreamBatch:
     """Streams that go one after another: for each, what sends it and what receives it. `compressible` says that a
     packer could make less of them."""
 
@@ -3684,19 +3695,19 @@ class Train:
 
 
 @dataclass(frozen=True)
-class Passage:
+class BatchResult:
     """What became of a train: the streams that arrived, and why the next one did not, if one was lost."""
 
-    arrived: tuple[Arrival, ...] = ()
+    arrived: tuple[ReceivedStream, ...] = ()
     failure: Failure | None = None
 
 
 def pull(
     source: Host,
     target: Host,
-    trains: Sequence[tuple[Train, Transport]],
+    trains: Sequence[tuple[StreamBatch, Transport]],
     show: Callable[[Sequence[Pipeline]], None] | None = None,
-) -> list[Passage]:
+) -> list[BatchResult]:
     """Stream trains from the source into the target, side by side. A failure is LinkLost if it was the link.
 
     Raises StreamFailed if the streams cannot even begin.
@@ -3706,17 +3717,21 @@ def pull(
         for train, transport in trains:
             if len(pipelines) == 1:
                 await_login(source, pipelines[0])  # which all of them share
-            pack, unpack = PACKERS.get(transport.packer, ((), ()))
+            pack, unpack = COMPRESSORS.get(transport.compressor, ((), ()))
             unpacking = (unpack,) if unpack else ()
-            feeders = (source.piped(*(it[0] for it in train.streams), then=pack), *transport.buffer, *unpacking)
-            receivers = [target.piped(receiving) for _, receiving in train.streams]
+            feeders = (
+                source.stream_command(*(it[0] for it in train.streams), then=pack),
+                *transport.buffer,
+                *unpacking,
+            )
+            receivers = [target.stream_command(receiving) for _, receiving in train.streams]
             pipelines.append(stack.enter_context(contextlib.closing(Pipeline(feeders, receivers, transport))))
-        convey(pipelines, show and (lambda: show(pipelines)))
+        run_all(pipelines, show and (lambda: show(pipelines)))
         passages = []
         for (train, _), pipeline in zip(trains, pipelines):
             sending, receiving = train.streams[min(len(pipeline.arrived), len(train.streams) - 1)]
-            failure = pipeline.failure and explained(pipeline.failure, source, sending, target, receiving)
-            passages.append(Passage(tuple(pipeline.arrived), failure))
+            failure = pipeline.failure and with_hint(pipeline.failure, source, sending, target, receiving)
+            passages.append(BatchResult(tuple(pipeline.arrived), failure))
         return passages
 
 
@@ -3728,7 +3743,7 @@ def await_login(source: Host, first: Pipeline) -> None:
         time.sleep(0.1)
 
 
-def explained(failure: StreamFailed, source: Host, sending: Command, target: Host, receiving: Command) -> Failure:
+def with_hint(failure: StreamFailed, source: Host, sending: Command, target: Host, receiving: Command) -> Failure:
     """A failed stream with its way out; LinkLost if it was the link. Where ssh does not say, the shared connection is
     asked; not otherwise, for it ends by itself while a receive is still busy with the last of a stream."""
     if not failure.link_held and not source.connected():
@@ -3739,8 +3754,8 @@ def explained(failure: StreamFailed, source: Host, sending: Command, target: Hos
         (source, sending, "send", failure.sender_said),
         (target, receiving, "receive", failure.receiver_said),
     ):
-        denied = re.search(f"cannot {verb}[^;]{{0,{MOST_SAID}}}: permission denied", said)
-        failure.hint = failure.hint or (permit(host, command, said) if denied else "")
+        denied = re.search(f"cannot {verb}[^;]{{0,{MAX_EXCERPT}}}: permission denied", said)
+        failure.hint = failure.hint or (allow_hint(host, command, said) if denied else "")
     if re.search("out of space|quota exceeded", failure.receiver_said):
         failure.hint = "make space; what arrived is kept, and the next run goes on from there"
     return failure
@@ -3758,19 +3773,19 @@ def unset_properties(target: Host, receiving: Command, refused: dict[str, str]) 
     if not unset:
         return None
     reason = refused[unset[0].partition("=")[0]]
-    rights = permit(target, receiving, reason)
+    rights = allow_hint(target, receiving, reason)
     once = f"for this once, as root: {shlex.join(('zfs', 'set', *unset, receiving[-1].partition('@')[0]))}"
-    return StreamFailed(f"it has arrived, but without {', '.join(unset)}: {reason}", ways_out(rights, once))
+    return StreamFailed(f"it has arrived, but without {', '.join(unset)}: {reason}", join_hints(rights, once))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Room 8: Run
 # ---------------------------------------------------------------------------------------------------------------------
 
-MOST_STEPS = 6
+MAX_STEPS = 6
 """Steps that one dataset may need in one run beyond those of its first plan: ways out, what is found only meanwhile."""
 
-Send = Callable[[Sequence[Train]], list[Passage]]
+Send = Callable[[Sequence[StreamBatch]], list[BatchResult]]
 """Carries batches of streams from the source to here, side by side; see `pull`."""
 
 
@@ -3805,7 +3820,7 @@ class LockFile:
 
     def holder(self) -> Holder | None:
         """Who took it last for himself alone; None if he does not say, or not yet."""
-        text = os.pread(self.descriptor, MOST_SAID * 2, 0).decode("ascii", errors="replace")
+        text = os.pread(self.descriptor, MAX_EXCERPT * 2, 0).decode("ascii", errors="replace")
         found = re.fullmatch("([1-9][0-9]{0,6}) ([0-9]{1,11}) ([ -~]+)\n", text)
         return Holder(int(found[1]), int(found[2]), found[3]) if found else None
 
@@ -3898,7 +3913,7 @@ def lock_name(tree: str) -> str:
     return f"zfs_replicate-{hashlib.sha256(tree.encode()).hexdigest()[:16]}.lock"
 
 
-def last_moved(tree: str, now: float) -> float | None:
+def last_activity(tree: str, now: float) -> float | None:
     """When a run of this tree, of root or of this account, last moved something, or began; None if that is not known.
 
     What lies ahead of `now` says nothing: the clock was put back since, and another user's lock may be of before.
@@ -3915,29 +3930,29 @@ def last_moved(tree: str, now: float) -> float | None:
 
 
 @contextlib.contextmanager
-def lock(tree: str, job: str, patience: float) -> Iterator[Lock | None]:
+def lock(tree: str, job: str, stall_timeout: float) -> Iterator[Lock | None]:
     """Hold the lock of a local tree; yields None if another run of this very job has it, and something has moved there
     lately.
 
-    Raises Failure if nothing has for longer than `patience` seconds allow, if that run has ended and its receive lives
-    on, or if another job is at work on this tree, one that it lies in, or one within it.
+    Raises Failure if nothing has for longer than `stall_timeout` seconds allow, if that run has ended and its receive
+    lives on, or if another job is at work on this tree, one that it lies in, or one within it.
     """
     directory = lock_directory()
     if directory != ROOTS_LOCKS:
         make_lock_directory(directory)
     with contextlib.ExitStack() as stack:
         files = []
-        for name in lineage(tree):
+        for name in with_ancestors(tree):
             files.append(LockFile(os.path.join(directory, lock_name(name))))
             stack.callback(files[-1].close)
         *above, own = files
-        for name, file in zip(lineage(tree), above):
+        for name, file in zip(with_ancestors(tree), above):
             if not file.take(fcntl.LOCK_SH):
                 raise taken_above(file.holder(), name, tree, file.path)
         if take_alone(own, tree):
             yield Lock(own, above, job)
         else:
-            judge_holder(own, tree, job, patience)
+            judge_holder(own, tree, job, stall_timeout)
             yield None
 
 
@@ -3977,10 +3992,10 @@ def taken_above(found: Holder | None, name: str, tree: str, path: str) -> Failur
     return Failure(f"a run on {name}, in which {tree} lies, is at work{whose}", ONE_AT_A_TIME)
 
 
-def judge_holder(file: LockFile, tree: str, job: str, patience: float) -> None:
+def judge_holder(file: LockFile, tree: str, job: str, stall_timeout: float) -> None:
     """Raise Failure unless the run that holds the lock is one of this job, is alive, and has moved something lately."""
     found, moved = file.holder(), file.moved()
-    is_still = time.time() - moved >= patience * TAIL_FACTOR
+    is_still = time.time() - moved >= stall_timeout * LAST_BYTES_FACTOR
     if found is None and is_still:
         raise Failure(
             f"somebody who does not say who he is holds the lock of {tree} since {clock(moved)}",
@@ -4084,11 +4099,11 @@ def read_tags(host: Host, held: dict[str, int]) -> dict[str, frozenset[str]]:
     return tags
 
 
-def read_outline(host: Host, root: str, selection: Selection, only: Sequence[str] = ()) -> Reading:
+def read_tree_fast(host: Host, root: str, selection: Selection, only: Sequence[str] = ()) -> Reading:
     """As `read_tree`, and with a long history several times as fast: of snapshots only their names, guids and order."""
 
     def look() -> Reading:
-        text = run(host, *list_outline(*(only or [root]), alone=bool(only) or not selection.recursive))
+        text = run(host, *list_fast(*(only or [root]), alone=bool(only) or not selection.recursive))
         tree = parse_tree(text, root)[0]
         if not only:
             whole_tree(tree, "")
@@ -4128,7 +4143,7 @@ def refusals(missing: dict[str, str]) -> str:
     return "; ".join(f"{few(some)}: {excerpt(said)}" for said, some in names.items())
 
 
-def ask_about(
+def read_holds_and_ivsets(
     host: Host, names: Iterable[str], encrypted: set[str]
 ) -> tuple[dict[str, frozenset[str]], dict[str, int]]:
     """The tags of these snapshots, and the numbers of the encrypted ones among them (see `Snapshot.ivset`). Raises
@@ -4137,7 +4152,9 @@ def ask_about(
     ivsets: dict[str, int] = {}
     for batch in batches(names, BATCH_BYTES // 2 if encrypted else BATCH_BYTES):  # those are named twice
         raw = [name for name in batch if name in encrypted]
-        held, numbers = parse_asked(run(host, *([list_ivsets(raw)] if raw else []), list_holds(batch)), {*batch})
+        held, numbers = parse_holds_and_ivsets(
+            run(host, *([list_ivsets(raw)] if raw else []), list_holds(batch)), {*batch}
+        )
         tags.update({name: held.get(name, NO_TAGS) for name in batch})
         ivsets.update(numbers)
     return tags, ivsets
@@ -4152,7 +4169,7 @@ def also_to_read(names: Sequence[str], others: Iterable[str], now: int) -> list[
     return turns[now // DAY % len(turns)] if turns else []
 
 
-MOST_IN_TURN = 100
+MAX_PER_REQUEST = 100
 """Commands in one request, streams on one train: they travel as one word, of which Linux takes 128 KiB."""
 
 Both = Callable[[Callable[[], Any], Callable[[], Any]], tuple[Any, Any]]
@@ -4175,7 +4192,7 @@ def both_at_once(first: Callable[[], Any], second: Callable[[], Any]) -> tuple[A
 
 
 @contextlib.contextmanager
-def told_later() -> Iterator[None]:
+def ignoring_failures() -> Iterator[None]:
     """Pass over what fails, for what comes after it will fail as well, and be told; but not over a host that does not
     answer."""
     try:
@@ -4205,7 +4222,7 @@ class Lister:
     def list_both(self, now: int, *, in_full: bool = False) -> Trees:
         """List both trees, at the same time, and read the holds that matter; `in_full`: all of the source. Raises
         Failure if either cannot be listed."""
-        read = read_tree if in_full else read_outline
+        read = read_tree if in_full else read_tree_fast
         there, trees = self.both(lambda: self.list_source(read), self.list_target)
         trees = self.inspect(replace(trees, source=self.told(self.source_host, there)))
         return trees if in_full else self.read_holds(trees, trees.source, now)
@@ -4220,7 +4237,7 @@ class Lister:
         if 2 * len(there) > len(trees.source) or 2 * sum(map(len, there + here)) > BATCH_BYTES:
             return self.list_both(now)
         try:
-            source, target = self.both(lambda: self.list_source(read_outline, there), lambda: self.list_mirrors(here))
+            source, target = self.both(lambda: self.list_source(read_tree_fast, there), lambda: self.list_mirrors(here))
         except CommandFailed:
             return self.list_both(now)
         some, mirrored = self.told(self.source_host, source), self.told(self.target_host, target)
@@ -4263,7 +4280,7 @@ class Lister:
             local = found.get(key)
             if local and [snapshot.guid for snapshot in local.snapshots] == [some[-1].snapshot.guid]:
                 plan = Transfer(tuple(some))
-                *past, _ = foreseen(trees.source[key], trees.target.get(key), local.name, plan).snapshots
+                *past, _ = after_transfer(trees.source[key], trees.target.get(key), local.name, plan).snapshots
                 target[key] = replace(local, snapshots=(*past, *local.snapshots))
             else:
                 unproven.append(key)
@@ -4282,16 +4299,16 @@ class Lister:
 
     def list_target(self) -> Trees:
         """The local tree, and what there is of its ancestors."""
-        names = lineage(self.policy.target_root)
+        names = with_ancestors(self.policy.target_root)
         root, aside = self.places
         asked = [*names, *([aside] if len(aside) <= NAME_LIMIT else [])]
         answer = self.target_host.ask(list_existing(asked))
         existing = [row[0] for row in fields(answer.stdout, 1)]
         for name in asked:
             if name not in existing and (name == names[0] or not says_absent(answer, name)):
-                hint = suspended(answer.stderr) or f"is the pool imported? zpool import {names[0]}"
+                hint = hint_if_suspended(answer.stderr) or f"is the pool imported? zpool import {names[0]}"
                 raise Failure(f"cannot list {name} on {self.target_host.label}: {answer.stderr.strip()}", hint)
-        failing = root in existing and bool(self.target_host.ask(get_mark(root)).stdout)
+        failing = root in existing and bool(self.target_host.ask(get_failing(root)).stdout)
         places = [name for name in (root, aside) if name in existing]
         tree: Tree = {}
         if places:
@@ -4349,11 +4366,11 @@ class Lister:
 
     def is_empty(self, name: str) -> bool | None:
         """Whether a filesystem holds no file; None if that cannot be told."""
-        self.target_host.ask(settle(lineage(name)[0]))
+        self.target_host.ask(sync_pool(with_ancestors(name)[0]))
         command = count_files(name)
         answer = self.target_host.ask(command)
         if answer.status != 0:
-            rights = permit(self.target_host, command, answer.stderr)
+            rights = allow_hint(self.target_host, command, answer.stderr)
             self.report.failure(name, Failure(f"cannot tell whether it is empty: {answer.stderr.strip()}", rights))
             return None
         return count_objects(answer.stdout) == 1
@@ -4368,7 +4385,7 @@ class Lister:
         if is_set_aside(key) or newest_received(local, self.policy) or (there and local.partial):
             return True
         if local.snapshots or local.kind != "filesystem":
-            return bool(there and newest_mutual(there, local))
+            return bool(there and newest_common(there, local))
         has_children = any(inner.startswith(f"{name}/") for inner in among)
         return (there is not None or has_children or name.endswith(PLACEHOLDER)) and self.is_empty(name) is True
 
@@ -4382,7 +4399,11 @@ class Lister:
             for name, sources in parse_sources(run(self.target_host, list_sources(batch)), batch).items():
                 key = name[len(self.policy.target_root) :]
                 ours = kinds_values(target[key].kind, self.policy.properties)
-                if TAKEN_OVER not in sources and all(sources.get(it) == "local" for it in ours):
+                if any(sources.get(it) != "local" for it in ours):
+                    continue
+                is_marked = sources.get(TAKEN_OVER) == "local"
+                mark = run(self.target_host, get_value(name, TAKEN_OVER)).strip() if is_marked else ""
+                if mark != str(target[key].snapshots[-1].guid):
                     found.add(key)
         return found
 
@@ -4398,15 +4419,15 @@ class Lister:
         names = [*dict.fromkeys(it.name for it in wanted)]
         if not names:
             return trees
-        mutuals = (newest_mutual(source[key], target[key]) for key in source if source[key].encrypted and key in target)
-        encrypted = {mutual.source.name for mutual in mutuals if mutual}
+        commons = (newest_common(source[key], target[key]) for key in source if source[key].encrypted and key in target)
+        encrypted = {common.source.name for common in commons if common}
         every = [it.name for dataset in source.values() for it in dataset.snapshots]
         is_long = sum(map(len, names)) > BATCH_BYTES and 2 * len(names) > len(every)
         if not is_long and not any("#" in name for name in encrypted):
             others = also_to_read(names, (name for name in every if name not in {*names}), now)
             for asked in ([*names, *others], names):
-                with told_later():
-                    found = with_tags(source, *ask_about(self.source_host, asked, encrypted))
+                with ignoring_failures():
+                    found = with_tags(source, *read_holds_and_ivsets(self.source_host, asked, encrypted))
                     return replace(trees, source=with_clones(found))
         return replace(trees, source=self.told(self.source_host, self.list_source(read_tree)))
 
@@ -4478,7 +4499,7 @@ class LocalSteps:
             raise failure
         others = [it for it in tree.values() if others_tags(it, self.policy)]
         if others:
-            blocked = of_another_line(others[0], self.policy)
+            blocked = blocked_by_another_line(others[0], self.policy)
             raise Failure(f"{blocked.reason}; so {self.local_name(key)} is not renamed", blocked.hint)
 
     def quarantine(self, key: str, now: int) -> None:
@@ -4497,8 +4518,8 @@ class LocalSteps:
         missing = place_holds(host, policy.received_tag, [way.to.name] if local.held_before else [])
         if missing:
             said = missing[way.to.name]
-            rights = permit(host, hold(policy.received_tag, [way.to.name]), said)
-            raise Failure(f"cannot hold {way.to.name}: {said}", ways_out("nothing was rolled back", rights))
+            rights = allow_hint(host, hold(policy.received_tag, [way.to.name]), said)
+            raise Failure(f"cannot hold {way.to.name}: {said}", join_hints("nothing was rolled back", rights))
         for batch in batches(snapshot.name for snapshot in way.newer if snapshot.tags):
             run(host, release(policy.received_tag, batch))
         if local.partial and local.partial.from_guid != way.to.guid:
@@ -4588,7 +4609,9 @@ class InertMirror:
                     run(host, set_values(name, {"keylocation": wanted}))
                 except CommandFailed as failure:
                     self.report.failure(name, failure)
-        taken = sorted({self.policy.target_root + it.key for it in arrived if self.own_values.get(it.key)})
+        taken = sorted({root + it.key for it in arrived if self.own_values.get(it.key)})
+        for name in sorted({root + it.key for it in arrived if self.own_values.get(it.key) and not it.step.token}):
+            host.ask(inherit(name, TAKEN_OVER))  # it came with properties; what is left of that is no harm
         for batch in batches(name for name in taken if name[len(root) :] in trees.target):
             for (name,) in fields(run(host, list_foreign_mountpoints(batch)), 1):
                 run(host, inherit(name, "mountpoint"))
@@ -4596,7 +4619,7 @@ class InertMirror:
 
 def is_written(host: Host, name: str) -> bool:
     """Whether anything was written to a local dataset since its newest snapshot."""
-    host.ask(settle(lineage(name)[0]))
+    host.ask(sync_pool(with_ancestors(name)[0]))
     return number(run(host, get_value(name, "written")).strip(), "written") > 0
 
 
@@ -4682,10 +4705,10 @@ class Executor:
         count, before = self.tries.get(key, (0, None))
         count += before is not None and left >= before
         self.tries[key] = (count, None)
-        if count > MOST_STEPS:
-            what = f"still not in step after {MOST_STEPS} steps that brought it no further"
+        if count > MAX_STEPS:
+            what = f"still not in step after {MAX_STEPS} steps that brought it no further"
             self.give_up(key, StreamFailed(what, "run again; if it stays so, report it"))
-        return count > MOST_STEPS
+        return count > MAX_STEPS
 
     def note_try(self, key: str, left: int) -> None:
         """A step of a dataset was taken, while so many were left."""
@@ -4696,6 +4719,7 @@ class Executor:
     def change_names(self, trees: Trees, plan: TreePlan, now: int) -> tuple[Trees, bool]:
         """Take the steps that need no stream, but for those that follow one. Returns whether there was any."""
         coming: set[str] = set()  # what a stream has still to bring
+        moved: set[str] = set()  # what is not where it was listed
         parents: dict[str, list[str]] = {}
         is_done = False
         for key, step in plan.entries:
@@ -4704,10 +4728,10 @@ class Executor:
             elif isinstance(step, Receive):
                 coming.add(key)
             elif isinstance(step, LOCAL_STEPS):
-                old = step.old if isinstance(step, Rename) else key
-                if not coming.isdisjoint([*lineage(key), *lineage(old)]):
+                if must_wait(key, step, coming, moved):
                     coming.add(key)
                     continue
+                moved |= {key} if isinstance(step, Rename) else set()
                 is_done = True
                 self.touched.add(key)
                 self.note_try(key, 0)
@@ -4729,7 +4753,7 @@ class Executor:
         parents: dict[str, list[str]] = {}
         late: set[str] = set()  # what a step that follows a stream has still to name
         for key, step in plan.entries:
-            if isinstance(step, Receive) and late.isdisjoint(lineage(key)):
+            if isinstance(step, Receive) and late.isdisjoint(with_ancestors(key)):
                 receives.setdefault(key, []).append(step)
             elif isinstance(step, Create):
                 parents.setdefault(key, []).append(step.name)
@@ -4761,9 +4785,9 @@ class Executor:
             if not missing.keys().isdisjoint(names):
                 missing_here = place_holds(host, tag, [name for name in names if name in missing])
                 if missing_here:
-                    rights = permit(host, hold(tag, missing_here), "".join({*missing_here.values()}))
+                    rights = allow_hint(host, hold(tag, missing_here), "".join({*missing_here.values()}))
                     what = f"cannot hold {refusals(missing_here)}"
-                    hint = ways_out("nothing was sent that may vanish meanwhile", rights)
+                    hint = join_hints("nothing was sent that may vanish meanwhile", rights)
                     self.give_up(key, Failure(what, hint))
                     continue
             source[key] = held_after(source[key], tag, {*names})
@@ -4779,7 +4803,7 @@ class Executor:
         known = {*existing, *(local.name for local in target.values())}
         for key in receives:
             for name in parents.get(key, ()):
-                if name in known or (name != lineage(name)[0] and name.rpartition("/")[0] not in known):
+                if name in known or (name != with_ancestors(name)[0] and name.rpartition("/")[0] not in known):
                     continue
                 try:
                     run(host, create_parent(name))
@@ -4809,34 +4833,38 @@ class Executor:
         lanes: list[list[Stream]] = [[] for _ in range(self.jobs)]
         coming: set[str] = set()  # datasets, and names of snapshots, that this round brings
         for key, some in receives.items():
-            steps = some[:MOST_IN_TURN]
+            steps = some[:MAX_PER_REQUEST]
             kind = self.compressible(trees.source[key])
             fitting = [
                 lane
                 for lane in lanes
                 if not lane
-                or (len(lane) + len(steps) <= MOST_IN_TURN and self.compressible(trees.source[lane[0].key]) == kind)
+                or (len(lane) + len(steps) <= MAX_PER_REQUEST and self.compressible(trees.source[lane[0].key]) == kind)
             ]
-            if not fitting or key in self.given_up or not self.has_place(trees, key, steps[0], coming):
+            if not fitting or key in self.given_up or not self.has_place(trees, key, receives, coming):
                 continue
             lane, local = min(fitting, key=len), trees.target.get(key)
             for step in steps:
                 lane.append(Stream(key, step, self.ends(trees.source, key, step, local)))
-                local = foreseen(trees.source[key], local, self.local_name(key), Transfer((step,)))
+                local = after_transfer(trees.source[key], local, self.local_name(key), Transfer((step,)))
                 self.note_try(key, len(some))
             if self.jobs == 1:
                 coming |= {key, *(self.local_name(key) + step.snapshot.short for step in steps)}
         return [lane for lane in lanes if lane]
 
-    def has_place(self, trees: Trees, key: str, first: Receive, coming: Container[str]) -> bool:
+    def has_place(
+        self, trees: Trees, key: str, receives: Mapping[str, Sequence[Receive]], coming: Container[str]
+    ) -> bool:
         """Whether the parent and the origin of a dataset are here, or come before it."""
         if key in trees.target:
             return True
-        above = lineage(self.policy.target_root)[:-1] if key == "" else []
+        first = receives[key][0]
+        above = with_ancestors(self.policy.target_root)[:-1] if key == "" else []
         if key:
+            # A parent that is still to be received comes first: nothing must be below it then.
             parent = key.rpartition("/")[0]
             here = trees.target.get(parent)
-            is_whole = here is not None and (here.snapshots or not here.partial)
+            is_whole = here is not None and (here.snapshots or not (here.partial or parent in receives))
             if not is_whole and parent not in coming:
                 return False
         owner = first.origin.partition("@")[0][len(self.policy.target_root) :]
@@ -4848,7 +4876,7 @@ class Executor:
         """The commands at both ends of the stream of a step, into a dataset that is like `local` then."""
         policy, parent = self.policy, source.get(key.rpartition("/")[0]) if key else None
         name = self.local_name(key) + step.snapshot.short
-        born = birth(source[key], parent, step, policy)
+        born = first_receive_options(source[key], parent, step, policy)
         receiving = receive(source[key], local, name, policy.properties, born, own=self.inert.own_values.get(key, {}))
         self.lister.target_host.check(receiving)
         return send(source[key], step, policy.raw(source[key]), self.flags()), receiving
@@ -4861,7 +4889,7 @@ class Executor:
     def flags(self) -> Command:
         """What streams may use, asked when the first of them is due."""
         if self.features is None:
-            pool = lineage(self.policy.target_root)[0]
+            pool = with_ancestors(self.policy.target_root)[0]
             rows = fields(run(self.lister.target_host, list_features(pool)), 2)
             self.features = [name.partition("@")[2] for name, value in rows if value in ("enabled", "active")]
         return stream_flags(self.features)
@@ -4877,11 +4905,12 @@ class Executor:
         keys_before = key_places(self.lister.target_host, [name for name in raw if name in here])
         try:
             trains = [
-                Train(tuple(it.ends for it in lane), self.compressible(trees.source[lane[0].key])) for lane in lanes
+                StreamBatch(tuple(it.ends for it in lane), self.compressible(trees.source[lane[0].key]))
+                for lane in lanes
             ]
             results = self.send(trains)
         except StreamFailed as failure:
-            results = [Passage((), failure)] * len(lanes)
+            results = [BatchResult((), failure)] * len(lanes)
         arrived = [it for lane, result in zip(lanes, results) for it in lane[: len(result.arrived)]]
         lost = [lane[len(result.arrived)] for lane, result in zip(lanes, results) if len(result.arrived) < len(lane)]
         for key in {it.key for it in streams} - {it.key for it in [*arrived, *lost]}:
@@ -4890,13 +4919,13 @@ class Executor:
         trees = self.lister.list_received(trees, arrived)
         trees = self.lister.list_some_again(trees, [it.key for it in lost])
         self.inert.put_back(trees, raw, keys_before, arrived)
-        self.settle(trees, arrived, [it for result in results for it in result.arrived])
+        self.sync_pool(trees, arrived, [it for result in results for it in result.arrived])
         for lane, result in zip(lanes, results):
             if result.failure:
                 trees = self.judge(trees, lane[min(len(result.arrived), len(lane) - 1)], result.failure)
         return trees
 
-    def settle(self, trees: Trees, arrived: Sequence[Stream], arrivals: Sequence[Arrival]) -> None:
+    def sync_pool(self, trees: Trees, arrived: Sequence[Stream], arrivals: Sequence[ReceivedStream]) -> None:
         """Tell of what has arrived, and give up what is not as it should be."""
         last = {it.key: it.step for it in arrived}
         for stream, arrival in zip(arrived, arrivals):
@@ -4940,14 +4969,21 @@ class Executor:
         return trees
 
 
+def must_wait(key: str, step: LocalStep, coming: set[str], moved: set[str]) -> bool:
+    """Whether a step has to wait for a stream, or for a listing under the name that a dataset has just got."""
+    if isinstance(step, Rename):
+        return not coming.isdisjoint([*with_ancestors(key), *with_ancestors(step.old)])
+    return not (coming | moved).isdisjoint(with_ancestors(key))
+
+
 def holds_any(local: Dataset | None, tag: str) -> bool:
     """Whether we hold anything of a local dataset, or may do so."""
-    return local is not None and any(snapshot.may_carry(tag) for snapshot in local.snapshots)
+    return local is not None and any(snapshot.may_be_held_by(tag) for snapshot in local.snapshots)
 
 
 def is_mirror(trees: Trees, key: str) -> bool:
     local = trees.target.get(key)
-    return local is not None and newest_mutual(trees.source[key], local) is not None
+    return local is not None and newest_common(trees.source[key], local) is not None
 
 
 def in_step(source: Dataset, local: Dataset | None, policy: Policy) -> str:
@@ -4975,7 +5011,7 @@ class Holds:
         self.target_host = target
         self.refused: list[tuple[Host, Command, str]] = []  # what could not be placed or released, and what zfs said
 
-    def move_all(self, trees: Trees, changes: Mapping[str, HoldMoves]) -> None:
+    def move_all(self, trees: Trees, changes: Mapping[str, HoldChanges]) -> None:
         """Move the holds, in four steps whose order is what keeps a mirror alive:
 
             1  place new ones: on the source everywhere, here where one of ours is already
@@ -5017,9 +5053,9 @@ class Holds:
             left.update(batch if answer.status != 0 else ())
         return left
 
-    def problems(self, changes: Mapping[str, HoldMoves]) -> Iterator[tuple[str, Failure]]:
+    def problems(self, changes: Mapping[str, HoldChanges]) -> Iterator[tuple[str, Failure]]:
         """By dataset, what is wrong with the changes that are still to be made."""
-        rights = [*dict.fromkeys(filter(None, (permit(*refused) for refused in self.refused)))]
+        rights = [*dict.fromkeys(filter(None, (allow_hint(*refused) for refused in self.refused)))]
         hint = "; ".join(["the next run tries again", *(rights or ["see who may hold and release"])])
         for key, it in changes.items():
             not_placed = few(it.place_source + it.place_local)
@@ -5031,7 +5067,7 @@ class Holds:
         """What is to be done about our bookmarks, by dataset of the source: a new one is placed before old ones go."""
         commands: dict[str, list[Command]] = {}
         for key, source in trees.source.items():
-            marks = converge_bookmarks(source, trees.target.get(key), self.policy)
+            marks = bookmark_changes(source, trees.target.get(key), self.policy)
             place = [bookmark(marks.place, self.policy.mark(marks.place.guid))] if marks.place else []
             commands[source.name] = [*place, *map(destroy_bookmark, marks.remove)]
         return commands
@@ -5071,7 +5107,7 @@ class Run:
         take the source for its own mirror."""
         roots = (self.policy.source_root, self.policy.target_root)
         if overlap(*roots):
-            guids = [run(host, identify(roots[0].split("/")[0])) for host in (self.source_host, self.target_host)]
+            guids = [run(host, pool_guid(roots[0].split("/")[0])) for host in (self.source_host, self.target_host)]
             if guids[0] == guids[1]:
                 raise Failure(
                     f"{self.source_host.label} is this host, and {roots[0]} and {roots[1]} overlap: "
@@ -5093,7 +5129,8 @@ class Run:
             self.update_holds(plan.left_alone | self.executor.inert.refused, now)
             if self.policy.bookmark:
                 self.update_bookmarks(now)
-            self.expire(now)
+            if not self.lost:  # what was not reached may have to be set aside first, with all its snapshots
+                self.expire(now)
         except LinkLost as failure:
             self.executor.lost = self.lost or (self.policy.target_root, failure)
         except Failure as failure:
@@ -5116,14 +5153,14 @@ class Run:
                 if may_expire(self.trees.source.get(key), local, self.policy, now)
             }
         for _ in range(3):
-            changes = hold_changes_of(self.trees, self.policy, left_alone)
+            changes = all_hold_changes(self.trees, self.policy, left_alone)
             holds.move_all(self.trees, changes)
             touched |= changes.keys()
             if not touched:
                 return
             self.trees = self.lister.list_again(self.trees, touched, now)
             touched = set()
-        for name, failure in holds.problems(hold_changes_of(self.trees, self.policy, left_alone)):
+        for name, failure in holds.problems(all_hold_changes(self.trees, self.policy, left_alone)):
             self.report.failure(name, failure)
 
     def update_bookmarks(self, now: int) -> None:
@@ -5131,7 +5168,7 @@ class Run:
         fails is reported, and the next run repairs."""
         holds = Holds(self.policy, self.source_host, self.target_host)
         together = [command for commands in holds.bookmark_commands(self.trees).values() for command in commands]
-        if all(self.source_host.ask(*some).status == 0 for some in chunks(together, MOST_IN_TURN)):
+        if all(self.source_host.ask(*some).status == 0 for some in batches_by_count(together, MAX_PER_REQUEST)):
             return
         self.trees = self.lister.list_both(now)
         for name, commands in holds.bookmark_commands(self.trees).items():
@@ -5186,10 +5223,10 @@ def facts(step: Receive) -> dict[str, Any]:
 
 def mark_failing(target: Host, root: str, now: int) -> int:
     """Remember at the local root that its runs fail. Returns since when they do."""
-    answer = target.ask(get_mark(root))
-    since = parse_mark(answer.stdout, root, now)
+    answer = target.ask(get_failing(root))
+    since = parse_failing(answer.stdout, root, now)
     if since is None and answer.status == 0:
-        target.ask(set_mark(root, now))  # whoever may not do so has his mirror all the same
+        target.ask(set_failing(root, now))  # whoever may not do so has his mirror all the same
     return since or now
 
 
@@ -5203,21 +5240,21 @@ def aside_of(name: str, now: int) -> str:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def standings(it: Run) -> Iterator[Standing]:
+def all_statuses(it: Run) -> Iterator[MirrorStatus]:
     """Where all datasets of the source stand, then what is here alone."""
     source, target, root = it.trees.source, it.trees.target, it.policy.target_root
     usage = parse_usage(run(it.source_host, list_usage(it.policy.source_root)))
     for key in sorted(source, key=lambda key: key.split("/")):
-        yield standing(source[key], target.get(key), root + key, it.policy, usage)
+        yield mirror_status(source[key], target.get(key), root + key, it.policy, usage)
     for key in sorted(target.keys() - source.keys(), key=lambda key: key.split("/")):
-        yield standing_alone(target[key], it.policy, "")
+        yield local_status(target[key], it.policy, "")
 
 
-def standings_here(target: Host, policy: Policy) -> Iterator[Standing]:
+def local_statuses(target: Host, policy: Policy) -> Iterator[MirrorStatus]:
     """Where all local datasets stand that ever were in step, by what is here. Raises Failure if that is unknown."""
     tree = whole(target, policy.target_root, policy.selection)
     keys = sorted((key for key in tree if ASIDE not in key), key=lambda key: key.split("/"))
-    found = [it for it in (standing_alone(tree[key], policy) for key in keys) if it.common]
+    found = [it for it in (local_status(tree[key], policy) for key in keys) if it.common]
     came = arrivals(target, policy.received_tag, [it.common.name for it in found if it.common])
     for it in found:
         yield replace(it, received=came.get(it.common.name) if it.common else None)
@@ -5250,7 +5287,7 @@ def retire(source: Host, target: Host, policy: Policy, report: Report) -> None:
             else:
                 report.event("unmark", mark.name.partition("#")[0], f"{mark.name}: destroyed", bookmark=mark.short)
     release_all(target, policy.target_root, policy.received_tag, report)
-    target.ask(clear_mark(policy.target_root))
+    target.ask(clear_failing(policy.target_root))
 
 
 def release_all(host: Host, root: str, tag: str, report: Report) -> list[Snapshot]:
@@ -5270,7 +5307,7 @@ def release_all(host: Host, root: str, tag: str, report: Report) -> list[Snapsho
             report.event("release", dataset, f"{snapshot.name}: released {tag}", snapshot=snapshot.short, tag=tag)
     if still:
         names = [snapshot.name for snapshot in ours if snapshot.name in still]
-        hint = permit(host, release(tag, names), said) or "see who may release them"
+        hint = allow_hint(host, release(tag, names), said) or "see who may release them"
         report.failure(root, Failure(f"{few(names)}: still held by {tag}: {said.strip()}", hint))
     return [mark for dataset in tree.values() for mark in dataset.bookmarks]
 
@@ -5297,7 +5334,7 @@ def print_plan(it: Run, now: int) -> None:
     if receives:
         it.trees = it.lister.read_holds(it.trees, it.trees.source, now)
     source, target = dict(it.trees.source), dict(it.trees.target)
-    for key, changes in hold_changes_of(it.trees, it.policy, plan.left_alone).items():
+    for key, changes in all_hold_changes(it.trees, it.policy, plan.left_alone).items():
         print_hold_changes(it, changes)
         source[key] = held_after(source[key], it.policy.tag, changes.place_source, changes.release_source)
         if key in target:
@@ -5322,7 +5359,7 @@ def permitted_plan(it: Run) -> TreePlan:
     return TreePlan(it.trees, it.policy, executor.given_up)
 
 
-def print_hold_changes(it: Run, changes: HoldMoves) -> None:
+def print_hold_changes(it: Run, changes: HoldChanges) -> None:
     """The holds of one dataset, as they are going to be moved."""
     ours, theirs = it.policy.received_tag, it.policy.tag
     for verb, tag, names in (
@@ -5355,11 +5392,11 @@ def print_step(it: Run, key: str, step: Entry, sizes: Mapping[str, int], now: in
             report.step(f"{name}: in full, for its origin {step.lost_origin} is not in this mirror")
         size = sizes.get(step.snapshot.name)
         base = f", onto that of guid {step.base.guid}" if step.base else ""
-        amount = "size unknown" if size is None else human(size)
+        amount = "size unknown" if size is None else format_bytes(size)
         line = f"{name}: pull {step}: {amount} (guid {step.snapshot.guid}{base})"
         report.event("pull", name, line, **facts(step), bytes=size)
     else:
-        kinds = {Rollback: "rollback", Abandon: "abandon", MakeWay: "make way"}
+        kinds = {Rollback: "rollback", AbortReceive: "abandon", MakeWay: "make way"}
         report.event(kinds[type(step)], name, f"{name}: {step}")
 
 
@@ -5373,8 +5410,8 @@ def estimated_sizes(it: Run, plan: TreePlan) -> dict[str, int]:
         if isinstance(step, Receive)
     }
     names = [*sendings]
-    for start in range(0, len(names), MOST_IN_TURN):
-        some = names[start : start + MOST_IN_TURN]
+    for start in range(0, len(names), MAX_PER_REQUEST):
+        some = names[start : start + MAX_PER_REQUEST]
         sizes = parse_estimates(it.source_host.ask(*(sendings[name] for name in some)).stdout)
         found.update((name, size) for name, (size, _) in zip(some, sizes))
     for name in sendings.keys() - found.keys():
@@ -5404,7 +5441,7 @@ class Doctor:
     def examine(self) -> Iterator[Finding]:
         """All findings. One that cannot be made does not keep the others from being made; but without both trees
         there is nothing to say of them."""
-        there = run(self.run.source_host, tell_time())
+        there = run(self.run.source_host, clock_time())
         yield Finding(f"{self.run.source_host.label}: reached, recognised, logged in")
         for look in (self.programs, lambda: self.clocks(there)):
             yield from self.tried(look)
@@ -5422,7 +5459,7 @@ class Doctor:
 
     def programs(self) -> Iterator[Finding]:
         for host in (self.run.source_host, self.run.target_host):
-            said = run(host, tell_version()).split()
+            said = run(host, zfs_version()).split()
             known = re.match(r"zfs-([0-9]{1,4})\.([0-9]{1,4})(?![0-9])", said[0]) if said else None
             old = not known or (int(known[1]), int(known[2])) < (2, 1)
             yield Finding(f"{host.label}: OpenZFS {' '.join(said[:2])}", "use 2.1 or newer" if old else "")
@@ -5431,11 +5468,11 @@ class Doctor:
 
     def clocks(self, there: str) -> Iterator[Finding]:
         """What the clock `there` has told, beside ours."""
-        here = run(self.run.target_host, tell_time())
+        here = run(self.run.target_host, clock_time())
         theirs = number(there.strip(), f"the date on {self.run.source_host.label}")
         skew = abs(theirs - number(here.strip(), f"the date on {self.run.target_host.label}"))
-        what = f"clocks: {duration(skew)} apart"
-        yield Finding(what, "keep-days counts by them: set both by NTP" if skew > MOST_SKEW else "")
+        what = f"clocks: {format_timeout(skew)} apart"
+        yield Finding(what, "keep-days counts by them: set both by NTP" if skew > MAX_CLOCK_SKEW else "")
 
     def trees(self) -> Iterator[Finding]:
         source, selection = self.run.trees.source, self.policy.selection
@@ -5450,14 +5487,14 @@ class Doctor:
         """Of accounts that are not root: what the crontab line needs."""
         ours = [right_to_set(value.partition("=")[0]) for value in OVERRIDES]
         for host, place, verbs, properties in (
-            (self.run.source_host, self.policy.source_root, RIGHTS_THERE, []),
-            (self.run.target_host, self.run.trees.existing[-1], RIGHTS_HERE, ours),
+            (self.run.source_host, self.policy.source_root, SOURCE_RIGHTS, []),
+            (self.run.target_host, self.run.trees.existing[-1], TARGET_RIGHTS, ours),
         ):
             if host.account is None:
                 continue
             user = host.account.user
             needed = {right for verb in verbs for right in RIGHTS[verb].split(",")} | set(properties)
-            missing = ",".join(sorted(needed - rights_in(run(host, list_rights(place)), user)))
+            missing = ",".join(sorted(needed - rights_of(run(host, list_rights(place)), user)))
             what = f"{host.label}: {user} " + (f"lacks rights on {place}: {missing}" if missing else "has all rights")
             remedy = f"as root on {host.account.host}: {shlex.join(('zfs', 'allow', user, missing, place))}"
             yield Finding(what, remedy if missing else "")
@@ -5478,14 +5515,14 @@ class Doctor:
     def dates(self) -> Iterator[Finding]:
         """What was made in the future."""
         for source, local in ((it, self.run.trees.target.get(key)) for key, it in self.run.trees.source.items()):
-            mutual = newest_mutual(source, local) if local else None
-            if mutual and mutual.local.creation > time.time() + MOST_SKEW:
-                what = f"{mutual.local.name} is dated {clock(mutual.local.creation)}, in the future"
+            common = newest_common(source, local) if local else None
+            if common and common.local.creation > time.time() + MAX_CLOCK_SKEW:
+                what = f"{common.local.name} is dated {clock(common.local.creation)}, in the future"
                 yield Finding(what, "compare the clocks (date) on both hosts")
 
     def pool(self) -> Iterator[Finding]:
         """Health, room and features of the local pool."""
-        name = lineage(self.policy.target_root)[0]
+        name = with_ancestors(self.policy.target_root)[0]
         known = dict(fields(run(self.run.target_host, list_features(name)), 2))
         health = known.get("health", "health unknown")
         yield Finding(f"{name}: {health}", "" if health == "ONLINE" else f"zpool status {name}")
@@ -5558,7 +5595,7 @@ class Report:
     `steps` is where the single steps are told, nowhere if None. Everything else goes to stderr.
     """
 
-    def __init__(self, verbosity: int = 0, steps: IO[str] | None = None, meter: Meter | None = None) -> None:
+    def __init__(self, verbosity: int = 0, steps: IO[str] | None = None, meter: ProgressLine | None = None) -> None:
         self.verbosity = verbosity
         self.steps = steps or (sys.stderr if verbosity else None)
         self.meter = meter
@@ -5610,7 +5647,7 @@ class Report:
         self.tally(dataset).expired += 1
         self.event("expire", dataset, f"{snapshot.name}: {how}", snapshot=snapshot.short)
 
-    def pulled(self, dataset: str, step: Receive, stream: Arrival) -> None:
+    def pulled(self, dataset: str, step: Receive, stream: ReceivedStream) -> None:
         """A stream has arrived whole."""
         tally = self.tally(dataset)
         tally.streams += 1
@@ -5619,7 +5656,7 @@ class Report:
         figures = {"bytes": stream.bytes, "seconds": round(stream.seconds, 3)}
         self.events.append({"event": "pull", "dataset": dataset, **facts(step), **figures})
         if self.meter:
-            self.say(f"{dataset}: {step}: {pace(stream.bytes, stream.seconds)}")
+            self.say(f"{dataset}: {step}: {format_rate(stream.bytes, stream.seconds)}")
 
     def notice(self, kind: str, dataset: str, line: str) -> None:
         """What nobody may miss, though nothing failed."""
@@ -5654,7 +5691,7 @@ def paragraph(text: str) -> str:
 STATUS_HEAD = ("DATASET", "NEWEST COMMON", "AGE", "BEHIND", "LACKING", "HELD", "PARTIAL", "PINNED")
 
 
-def status_table(found: Sequence[Standing], now: float) -> list[str]:
+def status_table(found: Sequence[MirrorStatus], now: float) -> list[str]:
     """The lines of --status."""
     rows = [STATUS_HEAD, *(status_row(it, now) for it in found)]
     widths = [max(map(len, column)) for column in zip(*rows)]
@@ -5662,7 +5699,7 @@ def status_table(found: Sequence[Standing], now: float) -> list[str]:
     return ["  ".join(f"{cell:{pad}{width}}" for cell, pad, width in zip(row, pads, widths)).rstrip() for row in rows]
 
 
-def status_row(it: Standing, now: float) -> tuple[str, ...]:
+def status_row(it: MirrorStatus, now: float) -> tuple[str, ...]:
     """The cells of a line of the table; ? is what cannot be known without the source."""
     common = it.common.short if it.common else "none"
     held = {(True, True): "both", (True, False): "here only", (False, True): "there only", (False, False): "no"}
@@ -5670,16 +5707,16 @@ def status_row(it: Standing, now: float) -> tuple[str, ...]:
     return (
         it.name,
         common if it.source != "" else f"{common} (gone at the source)",
-        "-" if not it.common else "future" if is_ahead(it, now) else span(now - it.common.creation),
+        "-" if not it.common else "future" if is_ahead(it, now) else format_age(now - it.common.creation),
         "?" if it.behind is None else str(it.behind),
-        "?" if it.lacking is None else human(it.lacking),
+        "?" if it.lacking is None else format_bytes(it.lacking),
         sides if it.held_there is None else held[it.held_here, it.held_there],
-        "-" if it.partial is None else human(it.partial),
-        "?" if it.pinned is None else human(it.pinned),
+        "-" if it.partial is None else format_bytes(it.partial),
+        "?" if it.pinned is None else format_bytes(it.pinned),
     )
 
 
-def status_data(it: Standing) -> dict[str, Any]:
+def status_data(it: MirrorStatus) -> dict[str, Any]:
     """A row of --status as data."""
     return {
         "dataset": it.name,
@@ -5696,7 +5733,7 @@ def status_data(it: Standing) -> dict[str, Any]:
     }
 
 
-def span(seconds: float) -> str:
+def format_age(seconds: float) -> str:
     """An age at a glance: `45m`, `30h`, `12d`."""
     seconds = tellable(seconds)
     for unit, size, most in (("m", 60, 120), ("h", 3600, 72)):
@@ -5705,13 +5742,13 @@ def span(seconds: float) -> str:
     return f"{seconds // DAY:.0f}d"
 
 
-def is_ahead(it: Standing, now: float) -> bool:
+def is_ahead(it: MirrorStatus, now: float) -> bool:
     """Whether its source dates the newest common snapshot into the future."""
-    return it.common is not None and it.common.creation > now + MOST_SKEW
+    return it.common is not None and it.common.creation > now + MAX_CLOCK_SKEW
 
 
-def verdict(
-    found: Sequence[Standing], failing: int | None, ran: float | None, max_age: float, now: float
+def nagios_result(
+    found: Sequence[MirrorStatus], failing: int | None, ran: float | None, max_age: float, now: float
 ) -> tuple[int, str]:
     """The exit code and the line of --check, as monitoring plugins have them
     (https://www.monitoring-plugins.org/doc/guidelines.html).
@@ -5726,7 +5763,7 @@ def verdict(
     ages = {it.name: now - min(it.common.creation, it.received or now, now) for it in found if it.common}
     late = [name for name, age in ages.items() if age > max_age]
     worst = max(ages, key=lambda name: ages[name])
-    oldest = f"{worst} is of {span(ages[worst])} ago"
+    oldest = f"{worst} is of {format_age(ages[worst])} ago"
     figures = f"age={ages[worst]:.0f}s;;{max_age:.0f};0 datasets={len(ages)};;;0 late={len(late)};;;0"
     ahead = [it.common for it in found if it.common and is_ahead(it, now)]
     if ahead:
@@ -5762,7 +5799,7 @@ METRICS = (
 """Gauges, as the textfile collector of node_exporter takes them."""
 
 
-def metrics(tree: str, report: Report, found: Sequence[Standing], ending: Ending, succeeded: float) -> str:
+def metrics(tree: str, report: Report, found: Sequence[MirrorStatus], ending: RunResult, succeeded: float) -> str:
     """A run in the text format of Prometheus. `succeeded` is when one last did; 0: nobody knows."""
     of_run = (ending.at, succeeded, ending.seconds, ending.status, len(report.failures))
     values = {name: {"": value} for (name, _), value in zip(METRICS, of_run)}
@@ -5786,19 +5823,19 @@ def label(text: str) -> str:
     return printable(text).replace("\\", r"\\").replace('"', r"\"").replace("\n", r"\n")
 
 
-def success_in(text: str) -> float:
+def last_success(text: str) -> float:
     """When a run last succeeded, by the metrics of the one before; 0: they do not say."""
     number = r"[0-9]{1,11}(?:\.[0-9]{1,9})?"
     found = re.search(rf"^zfs_replicate_last_success_timestamp_seconds\{{.*\}} ({number})$", text, re.MULTILINE)
     return float(found[1]) if found else 0
 
 
-def pace(arrived: int, seconds: float) -> str:
+def format_rate(arrived: int, seconds: float) -> str:
     """How much came in what time: `1.20G in 0:25, 49.1M/s`."""
-    return f"{human(arrived)} in {minutes(seconds)}, {human(arrived / max(seconds, 0.001))}/s"
+    return f"{format_bytes(arrived)} in {format_clock(seconds)}, {format_bytes(arrived / max(seconds, 0.001))}/s"
 
 
-def minutes(seconds: float) -> str:
+def format_clock(seconds: float) -> str:
     """A time to go or gone by: `0:05`, `12:34`, `1:02:03`."""
     whole = int(tellable(seconds))
     return (
@@ -5819,7 +5856,7 @@ class Progress:
     seconds: float
 
 
-class Meter:
+class ProgressLine:
     """The progress of streams, on one line of a terminal that is written over and over."""
 
     def __init__(self, out: IO[str], columns: Callable[[], int]) -> None:
@@ -5832,16 +5869,17 @@ class Meter:
     def show(self, it: Progress) -> None:
         if it.name != self.name:
             self.name, self.seen = it.name, [(0, 0)]
-        self.seen = [*self.seen[-RATE_LOOKS:], (it.seconds, it.arrived)]
+        self.seen = [*self.seen[-RATE_SAMPLES:], (it.seconds, it.arrived)]
         (then, were), (now, are) = self.seen[0], self.seen[-1]
         rate = (are - were) / max(now - then, 0.001)
         here = it.before + it.arrived
-        figures = f"{human(here):>5} {human(rate):>5}/s"
+        figures = f"{format_bytes(here):>5} {format_bytes(rate):>5}/s"
         if it.size is not None:
             percent = min(100 * here // max(it.size, 1), 100)
-            left = minutes(max(it.size - here, 0) / rate) if rate else "-:--"
-            figures = f"{human(here):>5} of {human(it.size):>5} {percent:3}% {human(rate):>5}/s {left:>5} left"
-        figures += f" buf {human(it.buffered):>5}"
+            left = format_clock(max(it.size - here, 0) / rate) if rate else "-:--"
+            so_far = f"{format_bytes(here):>5} of {format_bytes(it.size):>5} {percent:3}%"
+            figures = f"{so_far} {format_bytes(rate):>5}/s {left:>5} left"
+        figures += f" buf {format_bytes(it.buffered):>5}"
         space = max(self.columns() - len(figures) - 2, 10)
         shown = it.name if len(it.name) <= space else "..." + it.name[3 - space :]
         self.out.write(f"\r{shown:<{space}} {figures}\x1b[K")
@@ -5855,12 +5893,12 @@ class Meter:
         self.shown = False
 
 
-RATE_LOOKS = 10
+RATE_SAMPLES = 10
 """Over how many looks at a stream, one a second, its rate is taken."""
 
 
 @dataclass(frozen=True)
-class Ending:
+class RunResult:
     """When a run began and how long it took, in seconds; its exit code."""
 
     began: float
@@ -5872,7 +5910,7 @@ class Ending:
         return self.began + self.seconds
 
 
-def document(options: argparse.Namespace, report: Report, ending: Ending) -> dict[str, Any]:
+def json_document(options: argparse.Namespace, report: Report, ending: RunResult) -> dict[str, Any]:
     """A run as data, for --json; the README tells the fields."""
     return {
         "version": __version__,
@@ -5894,16 +5932,16 @@ def totals(report: Report) -> tuple[int, int, int]:
     return sum(it.streams for it in tallies), sum(it.bytes for it in tallies), sum(it.expired for it in tallies)
 
 
-def summary(options: argparse.Namespace, report: Report, ending: Ending) -> str:
+def summary(options: argparse.Namespace, report: Report, ending: RunResult) -> str:
     """One line on a whole run, for a person."""
     streams, arrived, expired = totals(report)
     in_step = sum(event["event"] == "in step" for event in report.events)
-    what = [f"{in_step} in step before", f"{streams} pulled ({human(arrived)})", f"{expired} expired"]
+    what = [f"{in_step} in step before", f"{streams} pulled ({format_bytes(arrived)})", f"{expired} expired"]
     what += [f"{len(report.failures)} failed"] if report.failures else []
-    return f"zfs_replicate: {options.local_fs}: {', '.join(what)}, in {minutes(ending.seconds)}"
+    return f"zfs_replicate: {options.local_fs}: {', '.join(what)}, in {format_clock(ending.seconds)}"
 
 
-def log_line(options: argparse.Namespace, report: Report, ending: Ending) -> str:
+def log_line(options: argparse.Namespace, report: Report, ending: RunResult) -> str:
     """One line on a whole run, for the system's log; programs may rely on its form."""
     streams, arrived, expired = totals(report)
     return (
@@ -5931,7 +5969,7 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {message} (see --help)\n")
 
 
-def matching(pattern: str, what: str, convert: Callable[[str], Any] = str) -> Callable[[str], Any]:
+def pattern_type(pattern: str, what: str, convert: Callable[[str], Any] = str) -> Callable[[str], Any]:
     """A converter for argparse: takes what matches `pattern`, and refuses the rest as not `what`."""
 
     def converter(text: str) -> Any:
@@ -5947,44 +5985,44 @@ def dataset_name(text: str) -> str:
     if len(text) > NAME_LIMIT:
         raise argparse.ArgumentTypeError(f"longer than the {NAME_LIMIT} bytes ZFS allows: {text!r}")
     what = "a dataset name (letters, digits, '-_.: ' between slashes)"
-    return str(matching(f"(?=[A-Za-z]){component}(/{component})*", what)(text))
+    return str(pattern_type(f"(?=[A-Za-z]){component}(/{component})*", what)(text))
 
 
 def seconds_of(text: str) -> float:
     return float(text[:-1]) * {"s": 1, "m": 60, "h": 3600}[text[-1]]
 
 
-def for_mbuffer(text: str) -> str:
+def mbuffer_size(text: str) -> str:
     """A size with its unit as mbuffer wants it."""
     return text[:-1] + {"k": "k", "m": "M", "g": "G"}[text[-1].lower()]
 
 
 LONGEST_TAG = NAME_LIMIT - len(":received")
 
-host_name = matching(r"[^\s@-][^\s@]*(@[^\s@-][^\s@]*)?", "a [USER@]HOST")
-hold_tag = matching(
+host_name = pattern_type(r"[^\s@-][^\s@]*(@[^\s@-][^\s@]*)?", "a [USER@]HOST")
+hold_tag = pattern_type(
     rf"(?=.{{1,{LONGEST_TAG}}}$)(?![.-])[A-Za-z0-9_.:/+=@,-]+(?<!:received)",
     f"a hold tag (letters, digits, '-_.:/+=@,', at most {LONGEST_TAG}, not starting with '.' or '-', not ending with "
     "':received')",
 )
-count = matching("[0-9]{1,4}", "a number", int)
-job_count = matching("[1-9][0-9]?", "a number from 1 to 99", int)
-day_count = matching(
+count = pattern_type("[0-9]{1,4}", "a number", int)
+job_count = pattern_type("[1-9][0-9]?", "a number from 1 to 99", int)
+day_count = pattern_type(
     "(?=[0-9]{1,6}$)0*[1-9][0-9]*", "a number of days, 1 or more (leave -k out to expire nothing)", int
 )
-hour_count = matching(r"(?=.*[1-9])[0-9]{1,5}(\.[0-9]{1,3})?", "a number of hours", float)
-memory_size = matching("[1-9][0-9]*[kKmMgG]", "a size like 256M or 1G", for_mbuffer)
-time_span = matching("[1-9][0-9]{0,5}[smh]", "a duration like 90s, 30m or 2h", seconds_of)
-cipher_names = matching("[A-Za-z0-9@.,+^-]+", "a list of ciphers (see ssh -Q cipher)")
-ssh_setting = matching("[A-Za-z0-9]+[= ][^\n]+", "a KEY=VALUE of ssh_config")
-name_glob = matching(r"[A-Za-z0-9_.:/ *?!\[\]-]+", "a glob of names (their characters, '*', '?', '[...]')")
+hour_count = pattern_type(r"(?=.*[1-9])[0-9]{1,5}(\.[0-9]{1,3})?", "a number of hours", float)
+memory_size = pattern_type("[1-9][0-9]*[kKmMgG]", "a size like 256M or 1G", mbuffer_size)
+time_span = pattern_type("[1-9][0-9]{0,5}[smh]", "a duration like 90s, 30m or 2h", seconds_of)
+cipher_names = pattern_type("[A-Za-z0-9@.,+^-]+", "a list of ciphers (see ssh -Q cipher)")
+ssh_setting = pattern_type("[A-Za-z0-9]+[= ][^\n]+", "a KEY=VALUE of ssh_config")
+name_glob = pattern_type(r"[A-Za-z0-9_.:/ *?!\[\]-]+", "a glob of names (their characters, '*', '?', '[...]')")
 PROPERTY = "([a-z][a-z0-9_]*|[a-z0-9:._-]*:[a-z0-9:._-]*)"
-property_name = matching(PROPERTY, "the name of a property")
-property_value = matching(f"(?s:{PROPERTY}=.+)", "a PROPERTY=VALUE")
+property_name = pattern_type(PROPERTY, "the name of a property")
+property_value = pattern_type(f"(?s:{PROPERTY}=.+)", "a PROPERTY=VALUE")
 
 
 def port_number(text: str) -> int:
-    number = int(matching("[0-9]{1,5}", "a port")(text))
+    number = int(pattern_type("[0-9]{1,5}", "a port")(text))
     if not 0 < number < 65536:
         raise argparse.ArgumentTypeError(f"not a port: {text!r}")
     return number
@@ -6031,7 +6069,7 @@ def parser() -> argparse.ArgumentParser:
         metavar="FILE",
         help="log in with this private key, and with none of the agent's",
     )
-    add("--compress", choices=("auto", "none", *PACKERS), default="auto", metavar="PROGRAM",
+    add("--compress", choices=("auto", "none", *COMPRESSORS), default="auto", metavar="PROGRAM",
         help="compress streams on the wire by zstd, lz4 or pigz, where both ends have it; none; or auto: by zstd those "
         "of datasets that are not compressed already (default: %(default)s)")  # fmt: skip
     add("-n", "--no-pigz", action="store_const", dest="compress", const="none",
@@ -6056,7 +6094,7 @@ def parser() -> argparse.ArgumentParser:
     add("--decrypt", action="store_true",
         help="send encrypted datasets as plain ones; their keys must be loaded at the source, and a mirror stays as it "
         "began")  # fmt: skip
-    add("--stall-timeout", type=time_span, default=duration(STALL_SECONDS), metavar="DURATION",
+    add("--stall-timeout", type=time_span, default=format_timeout(STALL_SECONDS), metavar="DURATION",
         help="give up a stream of which nothing comes for so long, or next to nothing, and a command that has not "
         "ended by then: 90s, 30m, 2h (default: %(default)s)")  # fmt: skip
     add("--retries", type=count, default=0, metavar="N",
@@ -6140,10 +6178,10 @@ def policy_of(options: argparse.Namespace) -> Policy:
 def job_of(options: argparse.Namespace) -> str:
     """What makes a line one job, in words for its lock."""
     words = ("-h", options.remote_host, "-r", options.remote_fs, "-l", options.local_fs, "-t", options.tag)
-    return printable(shlex.join(words)).encode("ascii", errors="backslashreplace").decode()[:MOST_SAID]
+    return printable(shlex.join(words)).encode("ascii", errors="backslashreplace").decode()[:MAX_EXCERPT]
 
 
-def pauses(retries: int, draw: Callable[[float, float], float] = random.uniform) -> Iterator[float]:
+def retry_delays(retries: int, draw: Callable[[float, float], float] = random.uniform) -> Iterator[float]:
     """Seconds to wait before each retry: growing, and jittered lest many hosts come back at one moment."""
     for number in range(retries):
         yield min(5.0 * 3**number, 300) * draw(0.5, 1.5)
@@ -6153,7 +6191,7 @@ def replicate(options: argparse.Namespace, report: Report, alone: Lock) -> int:
     """Run, and remember, or tell, since when the runs of this tree fail."""
     now = int(time.time())
     try:
-        status = attempt(options, report, alone)
+        status = run_with_retries(options, report, alone)
     except Failure as failure:
         report.failure(options.local_fs, failure)
         status = 3
@@ -6164,18 +6202,18 @@ def replicate(options: argparse.Namespace, report: Report, alone: Lock) -> int:
     return status
 
 
-def attempt(options: argparse.Namespace, report: Report, alone: Lock) -> int:
+def run_with_retries(options: argparse.Namespace, report: Report, alone: Lock) -> int:
     """Run, and run anew when the link was lost. Raises Failure if it could not even start."""
     started = False
     held: set[str] | None = None
     lost: tuple[str, Failure] | None = None
-    for pause in (0.0, *pauses(options.retries)):
+    for pause in (0.0, *retry_delays(options.retries)):
         if lost:
             report.step(f"{lost[0]}: {excerpt(lost[1].what)}; trying again in {pause:.0f} s")
             alone.moved()
             time.sleep(pause)
         try:
-            with logged_in(options, report, alone) as it:
+            with open_run(options, report, alone) as it:
                 it.lister.held_before = held  # what the first attempt took over was not held before this run
                 now = int(time.time())
                 try:
@@ -6186,7 +6224,7 @@ def attempt(options: argparse.Namespace, report: Report, alone: Lock) -> int:
                     held = it.lister.held_before
                 lost = it.lost
                 if it.trees.failing and not lost and not report.failures:
-                    it.target_host.ask(clear_mark(options.local_fs))
+                    it.target_host.ask(clear_failing(options.local_fs))
         except LinkLost as failure:
             lost = (options.local_fs, failure)
         except Failure as failure:
@@ -6202,11 +6240,11 @@ def attempt(options: argparse.Namespace, report: Report, alone: Lock) -> int:
     return 1 if report.failures else 0
 
 
-def look_after(options: argparse.Namespace, report: Report) -> int:
+def run_doctor(options: argparse.Namespace, report: Report) -> int:
     """What --doctor does. Without the lock: it may look while a run is at work."""
     findings = []
     try:
-        with logged_in(options, report, None) as it:
+        with open_run(options, report, None) as it:
             for finding in Doctor(it).examine():
                 report.finding(finding)
                 findings.append(finding)
@@ -6216,25 +6254,25 @@ def look_after(options: argparse.Namespace, report: Report) -> int:
     return 1 if any(finding.remedy for finding in findings) else 0
 
 
-def rehearse(options: argparse.Namespace, report: Report) -> int:
+def run_dry_run(options: argparse.Namespace, report: Report) -> int:
     """What --dry-run does. Without the lock, as --doctor."""
-    with logged_in(options, report, None) as it:
+    with open_run(options, report, None) as it:
         now = int(time.time())
         it.begin(now)
         print_plan(it, now)
     return 1 if report.failures else 0
 
 
-def tell_status(options: argparse.Namespace, report: Report) -> int:
+def show_status(options: argparse.Namespace, report: Report) -> int:
     """What --status does. Without the source it tells what is known here."""
     try:
-        with logged_in(options, report, None) as it:
+        with open_run(options, report, None) as it:
             it.begin(int(time.time()), in_full=True)
-            found = list(standings(it))
+            found = list(all_statuses(it))
     except Failure as failure:
         report.failure(options.local_fs, failure)
         report.say("zfs_replicate: so what follows is what is known here alone")
-        found = list(standings_here(here(options), policy_of(options)))
+        found = list(local_statuses(here(options), policy_of(options)))
     if options.json:
         report.events = [status_data(it) for it in found]
     else:
@@ -6246,48 +6284,50 @@ def check(options: argparse.Namespace) -> int:
     """What --check does."""
     host = here(options)
     try:
-        found = list(standings_here(host, policy_of(options)))
-        mark = run(host, get_mark(options.local_fs))
+        found = list(local_statuses(host, policy_of(options)))
+        mark = run(host, get_failing(options.local_fs))
     except Failure as failure:
         print(f"ZFS_REPLICATE UNKNOWN - {excerpt(failure.what)}".replace("\n", " ").replace("|", "/"))
         return 3
     now = time.time()
-    failing = parse_mark(mark, options.local_fs, now)
-    status, line = verdict(found, failing, last_moved(options.local_fs, now), options.max_age * 3600, now)
+    failing = parse_failing(mark, options.local_fs, now)
+    status, line = nagios_result(found, failing, last_activity(options.local_fs, now), options.max_age * 3600, now)
     print(printable(line))
     return status
 
 
-def end_mirror(options: argparse.Namespace, report: Report) -> int:
+def run_retire(options: argparse.Namespace, report: Report) -> int:
     """What --retire does."""
-    with logged_in(options, report, None) as it:
+    with open_run(options, report, None) as it:
         retire(it.source_host, it.target_host, it.policy, report)
     return 1 if report.failures else 0
 
 
-def choose_packer(options: argparse.Namespace, source: Host, compressible: bool, report: Report) -> str:
+def choose_compressor(options: argparse.Namespace, source: Host, compressible: bool, report: Report) -> str:
     """Which of the PACKERS a stream goes through; "" if none: there is no wire, it is no use, or an end has it not."""
     if options.remote_host == "localhost" or options.compress == "none":
         return ""
     if options.compress == "auto" and not compressible:
         return ""
-    packer = "zstd" if options.compress == "auto" else str(options.compress)
+    compressor = "zstd" if options.compress == "auto" else str(options.compress)
     lacking = [
-        where for where, has in ((source.label, source.has(packer)), ("this host", installed(packer))) if not has
+        where
+        for where, has in ((source.label, source.has(compressor)), ("this host", installed(compressor)))
+        if not has
     ]
     if lacking:
-        report.step(f"{packer} is not installed on {' and '.join(lacking)}: the stream goes without it")
-    return "" if lacking else packer
+        report.step(f"{compressor} is not installed on {' and '.join(lacking)}: the stream goes without it")
+    return "" if lacking else compressor
 
 
-def here(options: argparse.Namespace, note: Callable[[str], None] = tell_nobody) -> Host:
+def here(options: argparse.Namespace, note: Callable[[str], None] = ignore_line) -> Host:
     """This host, as the options want it."""
     host = LocalHost("this host", note, options.stall_timeout, options.local_fs)
     return SudoHost(host) if options.sudo in ("local", "both") else host
 
 
 @contextlib.contextmanager
-def logged_in(options: argparse.Namespace, report: Report, alone: Lock | None) -> Iterator[Run]:
+def open_run(options: argparse.Namespace, report: Report, alone: Lock | None) -> Iterator[Run]:
     """Log in; yields a run that is to begin. Raises Failure if that does not work. Without the lock, only to look."""
     moved = alone.moved if alone else lambda: None
     inherit = alone.filenos if alone else ()
@@ -6305,7 +6345,7 @@ def logged_in(options: argparse.Namespace, report: Report, alone: Lock | None) -
     if options.sudo in ("remote", "both"):
         source = SudoHost(source)
 
-    def carry(trains: Sequence[Train]) -> list[Passage]:
+    def carry(trains: Sequence[StreamBatch]) -> list[BatchResult]:
         buffer = buffer_stage(options.mbuffer, options.rate_limit)
         if not buffer and options.rate_limit:
             raise StreamFailed("mbuffer is not installed here, and it is what limits the rate", "apt install mbuffer")
@@ -6313,10 +6353,12 @@ def logged_in(options: argparse.Namespace, report: Report, alone: Lock | None) -
             report.step("mbuffer is not installed here: the stream goes without it")
         for sending, receiving in (ends for train in trains for ends in train.streams):
             note(f"{source.label}: {shlex.join(sending)} | {target.label}: {shlex.join(receiving)}")
-        packers = [choose_packer(options, source, train.compressible, report) for train in trains]
+        compressors = [choose_compressor(options, source, train.compressible, report) for train in trains]
         plain = Transport(buffer, options.stall_timeout, moved, inherit)
-        show = gauge(report.meter, source, trains) if report.meter else None
-        return pull(source, target, [(it, replace(plain, packer=name)) for it, name in zip(trains, packers)], show)
+        show = progress_feed(report.meter, source, trains) if report.meter else None
+        return pull(
+            source, target, [(it, replace(plain, compressor=name)) for it, name in zip(trains, compressors)], show
+        )
 
     with contextlib.closing(source):
         jobs = 1 if options.rate_limit else options.jobs
@@ -6324,7 +6366,9 @@ def logged_in(options: argparse.Namespace, report: Report, alone: Lock | None) -
         yield Run(policy_of(options), source, target, carry, report, jobs=jobs, both=both)
 
 
-def gauge(meter: Meter, source: Host, trains: Sequence[Train]) -> Callable[[Sequence[Pipeline]], None]:
+def progress_feed(
+    meter: ProgressLine, source: Host, trains: Sequence[StreamBatch]
+) -> Callable[[Sequence[Pipeline]], None]:
     """What shows how far the streams of trains have come. Asks the source for their sizes."""
     foretold = []
     for train in trains:
@@ -6388,16 +6432,16 @@ def report_for(options: argparse.Namespace) -> Report:
     told = options.dry_run or options.retire
     is_seen = sys.stderr is not None and sys.stderr.isatty()
     shown = is_run(options) and (options.progress or (is_seen and not options.quiet))
-    meter = Meter(sys.stderr, columns) if shown else None
+    meter = ProgressLine(sys.stderr, columns) if shown else None
     return Report(options.verbose, sys.stdout if told and not options.json else None, meter)
 
 
-def conclude(options: argparse.Namespace, report: Report, ending: Ending) -> int:
+def conclude(options: argparse.Namespace, report: Report, ending: RunResult) -> int:
     """Tell how it ended, to whoever was to be told. Returns the exit code."""
     if report.meter:
         report.say(summary(options, report, ending))
     if options.json:
-        print(json.dumps(document(options, report, ending), indent=1))
+        print(json.dumps(json_document(options, report, ending), indent=1))
     if options.syslog and is_run(options):
         write_log(options, report, ending)
     if options.metrics and is_run(options) and not report.overlapped:
@@ -6409,7 +6453,7 @@ def conclude(options: argparse.Namespace, report: Report, ending: Ending) -> int
     return ending.status
 
 
-def write_log(options: argparse.Namespace, report: Report, ending: Ending) -> None:
+def write_log(options: argparse.Namespace, report: Report, ending: RunResult) -> None:
     """Tell the system's log each failure, and how the run ended."""
     syslog.openlog("zfs_replicate", syslog.LOG_PID, syslog.LOG_DAEMON)
     for failure in report.failures:
@@ -6417,14 +6461,14 @@ def write_log(options: argparse.Namespace, report: Report, ending: Ending) -> No
     syslog.syslog(syslog.LOG_ERR if ending.status else syslog.LOG_INFO, printable(log_line(options, report, ending)))
 
 
-def write_metrics(options: argparse.Namespace, report: Report, ending: Ending) -> None:
+def write_metrics(options: argparse.Namespace, report: Report, ending: RunResult) -> None:
     """Replace the file at once, so that nobody ever reads half of it. Raises OSError."""
-    found: list[Standing] = []
+    found: list[MirrorStatus] = []
     with contextlib.suppress(Failure):  # which has been told
-        found = list(standings_here(here(options), policy_of(options)))
+        found = list(local_statuses(here(options), policy_of(options)))
     succeeded = 0.0 if ending.status else ending.at
     if ending.status:
-        succeeded = success_in(metrics_before(options.metrics))
+        succeeded = last_success(metrics_before(options.metrics))
     directory, name = os.path.split(options.metrics)
     place, hidden = directory or ".", f".{name}."
     with tempfile.NamedTemporaryFile("w", dir=place, prefix=hidden, encoding="utf-8", delete=False) as file:
@@ -6438,7 +6482,7 @@ def write_metrics(options: argparse.Namespace, report: Report, ending: Ending) -
             raise
 
 
-MOST_METRICS = 2**20
+MAX_METRICS = 2**20
 """Bytes that are read of the metrics of the run before."""
 
 
@@ -6450,23 +6494,23 @@ def metrics_before(path: str) -> str:
         return ""
     try:
         is_file = stat.S_ISREG(os.fstat(descriptor).st_mode)
-        return os.read(descriptor, MOST_METRICS).decode(errors="replace") if is_file else ""
+        return os.read(descriptor, MAX_METRICS).decode(errors="replace") if is_file else ""
     finally:
         os.close(descriptor)
 
 
-def act(options: argparse.Namespace, report: Report) -> int:
+def dispatch(options: argparse.Namespace, report: Report) -> int:
     """What the options ask for. Returns the exit code."""
     with contextlib.ExitStack() as stack:
         stack.enter_context(signals_stop_us())
         if options.doctor:
-            return look_after(options, report)
+            return run_doctor(options, report)
         if options.check:
             return check(options)
         if options.status:
-            return tell_status(options, report)
+            return show_status(options, report)
         if options.dry_run:
-            return rehearse(options, report)
+            return run_dry_run(options, report)
         alone = stack.enter_context(lock(options.local_fs, job_of(options), options.stall_timeout))
         if alone is None and options.retire:
             raise Failure("a run is at work", "retire it when that has ended")
@@ -6474,7 +6518,7 @@ def act(options: argparse.Namespace, report: Report) -> int:
             report.overlapped = True
             report.event("overlap", options.local_fs, f"{options.local_fs}: another run is at work")
             return 0
-        return end_mirror(options, report) if options.retire else replicate(options, report, alone)
+        return run_retire(options, report) if options.retire else replicate(options, report, alone)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -6486,13 +6530,13 @@ def main(argv: list[str] | None = None) -> int:
     report = report_for(options)
     began = time.time()
     try:
-        status = act(options, report)
+        status = dispatch(options, report)
     except Stopped as stopped:
         status = 128 + stopped.number
     except Failure as failure:
         report.failure(options.local_fs, failure)
         status = 3
-    return conclude(options, report, Ending(began, time.time() - began, status))
+    return conclude(options, report, RunResult(began, time.time() - began, status))
 
 
 if __name__ == "__main__":

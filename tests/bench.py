@@ -272,7 +272,7 @@ def ours(home: str, port: str, stream: str, sink: str) -> None:
     settings = ("-o", f"UserKnownHostsFile={home}/known", "-o", "BatchMode=yes")
     host = program.SshHost(program.Connection.resolve("127.0.0.1", int(port), f"{home}/user", settings))
     with contextlib.closing(host):
-        train = program.Train(((("cat", stream), tuple(sink.split())),))
+        train = program.StreamBatch(((("cat", stream), tuple(sink.split())),))
         transport = program.Transport(program.buffer_stage("256M"))
         (passage,) = program.pull(host, program.LocalHost(), [(train, transport)])
         if passage.failure:
@@ -526,8 +526,8 @@ def intermediates(release: str = "bookworm", snapshots: str = "1000") -> None:
     with machines(release) as site:
         site.source.run(f"zfs create -p {TREE} && zfs snapshot {TREE}@first")
         site.replicate_silently()
-        by_hand = f"{MIRROR}-by-hand"
-        site.backup.run(f"ssh source zfs send {TREE}@first | zfs recv -u {by_hand}")
+        ssh_command_for_user = f"{MIRROR}-by-hand"
+        site.backup.run(f"ssh source zfs send {TREE}@first | zfs recv -u {ssh_command_for_user}")
         say(f"{count} snapshots of 16 KiB each")
         site.source.run(
             f"for i in $(seq {count}); do head -c 16K /dev/urandom > /{TREE}/file; zfs snapshot {TREE}@$i; done",
@@ -536,7 +536,7 @@ def intermediates(release: str = "bookworm", snapshots: str = "1000") -> None:
         row = "{:>22} {:>9} {:>10}".format
         print(row("", "seconds", "ms a step"))
         lines = {
-            "zfs send -I, one stream": f"ssh source zfs send -p -I @first {TREE}@{count} | zfs recv -s -u -h {by_hand}",
+            "zfs send -I, one stream": f"ssh source zfs send -p -I @first {TREE}@{count} | zfs recv -s -u -h {ssh_command_for_user}",
             "zfs_replicate -I": f"{JOB} -I",
         }
         seconds = []

@@ -63,6 +63,13 @@ TAG = "offsite"
 RECEIVED = f"{TAG}:received"
 ASIDE = ".quarantine-"
 PLACEHOLDER = getattr(program, "PLACEHOLDER", ".made-way")
+
+
+def named(*names: str) -> Any:
+    """What the program has under one of these names: an earlier one called it otherwise."""
+    return next(getattr(program, name) for name in names if hasattr(program, name))
+
+
 KEYS = ("", "/www", "/www/logs", "/disk", "/empty/full")
 FEW = ("", "/www")
 
@@ -1118,7 +1125,9 @@ class Case:
         now = self.beside()
         if now != self.outside:
             new = now.keys() - self.outside.keys()
-            if new - set(program.lineage(LOCAL)) or any(now.get(it) != then for it, then in self.outside.items()):
+            if new - set(named("with_ancestors", "lineage")(LOCAL)) or any(
+                now.get(it) != then for it, then in self.outside.items()
+            ):
                 names = [it for it in now.keys() | self.outside.keys() if now.get(it) != self.outside.get(it)]
                 self.accuse("outside", f"changed: {sorted(names)}")
             self.outside = now
@@ -1152,18 +1161,18 @@ class Case:
             for sending, receiving in train.streams:
                 said, ended = self.carry(source, target, sending, receiving)
                 if said is not None:
-                    arrived.append(program.Arrival(1000, 1.0, said))
+                    arrived.append(named("ReceivedStream", "Arrival")(1000, 1.0, said))
                 try:
                     blame(ended)
                 except program.StreamFailed as error:
-                    failure = program.explained(error, source, sending, target, receiving)
+                    failure = named("with_hint", "explained")(error, source, sending, target, receiving)
                     break
-            passages.append(program.Passage(tuple(arrived), failure))
+            passages.append(named("BatchResult", "Passage")(tuple(arrived), failure))
         return passages
 
     def carry(self, source: Any, target: Any, sending: Command, receiving: Command) -> tuple[str | None, list[Any]]:
         """What the receiver said if the stream arrived, and how the processes ended."""
-        for command, host in ((source.piped(sending), source), (target.piped(receiving), target)):
+        for command, host in ((for_stream(source, sending), source), (for_stream(target, receiving), target)):
             if self.started(command, by_ssh=host.label not in ("localhost", "this host")):
                 raise program.StreamFailed(f"cannot start {command[0]}: Argument list too long")
         self.check_target(receiving)
@@ -1246,7 +1255,7 @@ class Case:
                 self.accuse("after", f"{key!r} is not in step: {told.err}")
         for key in hop.branches() if told.status == 0 else ():
             there, here = hop.held(key)
-            common, holdable = hop.mutual(key, bookmarks=True), hop.mutual(key, bookmarks=False)
+            common, holdable = hop.common(key, bookmarks=True), hop.common(key, bookmarks=False)
             # What was common once, and is newer here, may be the last copy: it stays held.
             newer = hop.ours(key).since(common) if common is not None else set()
             if common is not None and (here - newer != {common} or not {holdable} - {None} <= there):
@@ -1266,10 +1275,11 @@ class Case:
 
 def blame(ended: Sequence[Any]) -> None:
     """As the program does it; it once did not tell sender and receiver apart."""
-    if len(inspect.signature(program.blame).parameters) == 1:
-        program.blame(ended)  # type: ignore[call-arg]
+    blame = named("raise_for_status", "blame")
+    if len(inspect.signature(blame).parameters) == 1:
+        blame(ended)
     else:
-        program.blame(ended[:2], ended[2:])
+        blame(ended[:2], ended[2:])
 
 
 def heard(answer: Any, doing: str, label: str) -> Any:
@@ -1372,6 +1382,12 @@ def own_user() -> str:
     return "root"
 
 
+def for_stream(host: Any, command: Command) -> Command:
+    """What runs a command there as an end of a stream."""
+    found: Command = getattr(host, "stream_command" if hasattr(host, "stream_command") else "piped")(command)
+    return found
+
+
 class Here(program.LocalHost):
     """This host, and the source where -h is localhost."""
 
@@ -1389,8 +1405,10 @@ class There(program.SshHost):
     def has(self, it: str) -> bool:
         return True
 
-    def piped(self, *commands: Command, then: Command = ()) -> Command:
+    def stream_command(self, *commands: Command, then: Command = ()) -> Command:
         return commands[0]
+
+    piped = stream_command
 
     def close(self) -> None:
         pass
@@ -1436,6 +1454,7 @@ STAND_INS: dict[str, Any] = {
     "parser": functools.cache(program.parser),
     "installed": lambda name: True,
     "own_name": own_user,
+    "last_activity": lambda *words: None,
     "last_moved": lambda *words: None,
     "time": CLOCK,
     "syslog": LOG,

@@ -60,7 +60,6 @@ BUGS: dict[str, Edits] = {
          "        held = local.snapshots[0] if local.snapshots else None\n        if not held or not key"),
     ),
     "the mirror of another line is renamed": (("or key in fixed or", "or"),),
-    "a mirror that is ahead expires": (("    if local.snapshots[-1].guid != mutual.local.guid:\n", "    if False:\n"),),
     "names that begin alike are taken for names below": (
         ("    return name == root or name.startswith(f\"{root}/\")\n", "    return name.startswith(root)\n"),
     ),
@@ -88,9 +87,6 @@ BUGS: dict[str, Edits] = {
     "what was set aside is at the source": (
         ("if not is_passing(key)}", "}"),
     ),
-    "the mirror of another line is pulled into": (
-        ("    if local is not None and others_tags(local, policy):\n        return of_another_line(local, policy)\n", ""),
-    ),
     "the mirror of another line expires": (
         ("    if others_tags(local, policy):\n        return f\"another line holds", "    if False:\n        return f\"another line holds"),
     ),
@@ -103,13 +99,9 @@ BUGS: dict[str, Edits] = {
     "a failed receiver waits for a silent sender": (
         ("        if self.broken and now - self.moved_at >= LINK_SECONDS:\n", "        if False:\n"),
     ),
-    "a slow receiver is the sender's fault": (
-        ("        if self.mark and self.pipe and in_pipe(self.pipe):\n", "        if False:\n"),
-    ),
     "what the source lost loses its hold here": (
         ("        on_local.update(it.guid for it in newer if policy.received_tag in (it.tags or ()))\n", ""),
     ),
-    "what we have made inert is taken for ours": (("TAKEN_OVER not in sources and all(", "all("),),
     "a placeholder of the source is mirrored": (("is_set_aside(key) or PLACEHOLDER in key\n", "is_set_aside(key)\n"),),
     "a line that is run the other way round": (("and is_reversed(source, local):", "and False:"),),
     "an empty listing is believed": (("    missing = [root for root in roots if root not in tree]\n", "    missing = []\n"),),
@@ -118,15 +110,10 @@ BUGS: dict[str, Edits] = {
     "what makes way is lost from sight": (
         ("        asked = [*names, *([aside] if len(aside) <= NAME_LIMIT else [])]\n", "        asked = names\n"),
     ),
-    "what a clone took over is released": (("*heirs, *([held.source.guid]", "*([held.source.guid]"),),
     "a copy in place of a clone": (("    if origin and (local is None or way):\n", "    if False:\n"),),
     "unread holds count as none": (("            NO_TAGS if is_known else None,\n", "            NO_TAGS,\n"),),
     "twin at the source forgotten": (
         ("    if twin and twin.tags and policy.tag in twin.tags:\n        return f\"its twin", "    if False:\n        return f\"its twin"),
-    ),
-    "days counted from now alone": (("min(now, mutual.local.creation) - policy", "now - policy"),),
-    "newest common snapshot expires": (
-        ("    if snapshot.guid == mutual.local.guid:\n", "    if False:\n"),
     ),
     "base of a partial receive expires": (
         ("    if local.partial and local.partial.from_guid in (snapshot.guid, None) and local.snapshots:\n", "    if False:\n"),
@@ -147,8 +134,6 @@ BUGS: dict[str, Edits] = {
     "older bookmark goes before the new one is there": (
         ("[*place, *map(destroy_bookmark, marks.remove)]", "[*map(destroy_bookmark, marks.remove), *place]"),
     ),
-    "nobody watches the stream": (("        if now - self.moved_at >= patience or now - since >= patience:\n", "        if False:\n"),),
-    "a dribble is a stream": (("        if now - self.moved_at >= patience or now - since >= patience:\n", "        if now - self.moved_at >= patience:\n"),),
     "what any process reads is movement": (("for stage in self.stages()) if given is None else given\n", "for stage in self.stages())\n"),),
     "the sender speaks for the receiver": (
         ("        said = failure.receiver_said if isinstance(failure, StreamFailed) else \"\"\n", "        said = failure.what\n"),
@@ -159,17 +144,12 @@ BUGS: dict[str, Edits] = {
     "patience for each piece of an answer": (
         ("        if left <= 0:\n            raise socket.timeout\n        channel.settimeout(left)\n", ""),
     ),
-    "the end of what a stage says is awaited": (
-        ("        waiting = 0 if self.errors.closed else in_pipe(self.errors)\n", "        waiting = 0 if self.errors.closed else 1\n"),
-    ),
     "the lock is not inherited": (("                pass_fds=self.transport.inherit if is_last else (),\n", ""),),
     "side by side no child waits for its parent": (("            if self.jobs == 1:\n", "            if True:\n"),),
-    "stuck holder left in peace": (("    is_still = time.time() - moved >= patience * TAIL_FACTOR\n", "    is_still = False\n"),),
     "another job's lock is our own": (("    if found.job != job:\n", "    if False:\n"),),
     "lock of the trees above left alone": (("        *above, own = files\n", "        above, own = [], files[-1]\n"),),
     "lock file of anybody": (("        if why:\n            self.close()\n", "        if False:\n            self.close()\n"),),
     "a mark of any source counts": (('"-H", "-s", "local", "-o", "value", FAILING', '"-H", "-o", "value", FAILING'),),
-    "a mark of tomorrow counts": ((" and int(found[1]) <= now + MOST_SKEW", ""),),
     "escapes reach the terminal": (("        print(paragraph(line), file", "        print(line, file"),),
     "all that was said is told": (("    is_cut = len(text)", "    head, is_cut = printable(text), len(text)"),),
     "a date in the future keeps a mirror young": (("now - min(it.common.creation, it.received or now, now)", "now - it.common.creation"),),

@@ -24,26 +24,26 @@ from zfs_replicate import (
     DATASET_KINDS,
     DAY,
     FAILING,
+    FAST_COLUMNS,
     LEFT_OUT,
     LIST_COLUMNS,
     LIST_KINDS,
-    OUTLINE_COLUMNS,
     OVERRIDES,
     POINT_KINDS,
     STREAM_FLAGS,
     TAKEN_OVER,
     Account,
     Answer,
-    Arrival,
+    BatchResult,
     Failure,
-    Passage,
+    ReceivedStream,
     StreamFailed,
 )
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from zfs_replicate import Command, Train
+    from zfs_replicate import Command, StreamBatch
 
 GUID_STEP = 0x9E3779B97F4A7C15
 """Odd, so that all multiples of it differ: guids that neither run with time nor fit in 63 bits."""
@@ -352,7 +352,7 @@ class Machine:
     def has(self, program: str) -> bool:
         return True
 
-    def piped(self, *commands: Command, then: Command = ()) -> Command:
+    def stream_command(self, *commands: Command, then: Command = ()) -> Command:
         return commands[0]
 
     def connected(self) -> bool:
@@ -397,7 +397,7 @@ class Machine:
         assert depth in ("-r", "") or (depth == "-d" and words.pop(0) == "1"), words
         kinds, columns, roots = words[1], words[3], words[4:]
         assert (words[0], words[2]) == ("-t", "-o"), words
-        assert columns == ",".join(OUTLINE_COLUMNS if kinds == POINT_KINDS else LIST_COLUMNS), words
+        assert columns == ",".join(FAST_COLUMNS if kinds == POINT_KINDS else LIST_COLUMNS), words
         if not depth:
             assert kinds == LIST_KINDS, words
             return self.list_exactly(roots)
@@ -494,7 +494,7 @@ class Machine:
     def zfs_set(self, words: list[str]) -> Answer:
         *values, name = words
         assert values, words
-        known = (*OVERRIDES, f"{TAKEN_OVER}=on")
+        known = (*OVERRIDES, *(word for word in values if re.fullmatch(f"{TAKEN_OVER}=[0-9]+", word)))
         assert all(value in known or value.startswith(f"{FAILING}=") for value in values), words
         self.store(name).values.update(value.partition("=")[::2] for value in values)
         return Answer(0, "", "")
@@ -509,7 +509,7 @@ class Machine:
     def zfs_inherit(self, words: list[str]) -> Answer:
         """A mark is not handed down here: nothing of the program asks for it below."""
         prop, name = words
-        assert prop in (FAILING, "mountpoint"), words
+        assert prop in (FAILING, TAKEN_OVER, "mountpoint"), words
         self.store(name).values.pop(prop, None)
         return Answer(0, "", "")
 
@@ -671,7 +671,7 @@ class Machine:
         taken = receiving(command, segment.kind)
         name, short, force = taken.name, taken.short, taken.force
         store = self.datasets.get(name)
-        if not self.permit(name, short, store, segment, force=force):
+        if not self.allow_hint(name, short, store, segment, force=force):
             return
         if store is None:
             store = Store(segment.kind, unborn=True)
@@ -700,7 +700,7 @@ class Machine:
         store.has_received = True
         store.values.update(taken.values)
 
-    def permit(self, name: str, short: str, store: Store | None, segment: Segment, *, force: bool) -> bool:
+    def allow_hint(self, name: str, short: str, store: Store | None, segment: Segment, *, force: bool) -> bool:
         """Refuse what zfs refuses at the head of a stream. False: it is here already, and is left out."""
         cannot = f"cannot receive {'resume' if segment.resumed else 'incremental' if segment.base else 'new'} stream:"
         if store is None:
@@ -819,8 +819,8 @@ class Near:
     def has(self, program: str) -> bool:
         return True
 
-    def piped(self, *commands: Command, then: Command = ()) -> Command:
-        return self.machine.piped(*commands, then=then)
+    def stream_command(self, *commands: Command, then: Command = ()) -> Command:
+        return self.machine.stream_command(*commands, then=then)
 
     def connected(self) -> bool:
         return True
@@ -848,21 +848,21 @@ class Wire:
     trains: list[list[list[str]]] = field(default_factory=list)
     """Those that went side by side, each with the datasets it brought."""
 
-    def carry(self, trains: Sequence[Train]) -> list[Passage]:
+    def carry(self, trains: Sequence[StreamBatch]) -> list[BatchResult]:
         """One train after the other: nobody can tell the difference, for none knows of the others."""
         self.trains.append([[receiving[-1].partition("@")[0] for _, receiving in train.streams] for train in trains])
         return [self.passage(train) for train in trains]
 
-    def passage(self, train: Train) -> Passage:
+    def passage(self, train: StreamBatch) -> BatchResult:
         assert not train.compressible, "all is compressed here"
-        arrived: list[Arrival] = []
+        arrived: list[ReceivedStream] = []
         try:
             for sending, receiving in train.streams:
                 self.carry_one(sending, receiving)
-                arrived.append(Arrival(0, 0))
+                arrived.append(ReceivedStream(0, 0))
         except Failure as failure:
-            return Passage(tuple(arrived), failure)
-        return Passage(tuple(arrived))
+            return BatchResult(tuple(arrived), failure)
+        return BatchResult(tuple(arrived))
 
     def carry_one(self, sending: Command, receiving: Command) -> None:
         target = receiving[-1].partition("@")[0]

@@ -15,14 +15,14 @@ from zfs_replicate import (
     Transfer,
     Tree,
     UpToDate,
-    converge_bookmarks,
-    converge_holds,
+    bases_of_promoted_clones,
+    bookmark_changes,
     expire,
     former_key,
+    hold_changes,
     in_order,
     moved_mirrors,
-    needed_by_heirs,
-    newest_mutual,
+    newest_common,
     plan_dataset,
     with_clones,
 )
@@ -84,7 +84,7 @@ def test_the_rest_of_a_clone_goes_on() -> None:
     assert step.token
     plan = plan_dataset(clone, waiting, POLICY, f"{LOCAL}/a")
     assert isinstance(plan, Transfer)
-    assert type(plan.steps[0]).__name__ == "Abandon", "its origin is not here any more"
+    assert type(plan.steps[0]).__name__ == "AbortReceive", "its origin is not here any more"
 
 
 def test_what_a_promoted_clone_took_over_stays_held_for_its_former_origin() -> None:
@@ -93,14 +93,14 @@ def test_what_a_promoted_clone_took_over_stays_held_for_its_former_origin() -> N
     former = Dataset(f"{SOURCE}/www", "filesystem", origin=f"{SOURCE}/clone@a")
     there = with_clones({"/clone": clone, "/www": former})
     here = {"/clone": local("@b,2 @c,3", name=f"{LOCAL}/clone"), "/www": local("@z,9,0 @a,1,1", name=f"{LOCAL}/www")}
-    mutual = newest_mutual(there["/www"], here["/www"])
-    assert mutual is not None
-    assert mutual.source.name == f"{SOURCE}/clone@a"
-    needed = needed_by_heirs(there, here)
+    common = newest_common(there["/www"], here["/www"])
+    assert common is not None
+    assert common.source.name == f"{SOURCE}/clone@a"
+    needed = bases_of_promoted_clones(there, here)
     assert needed == {f"{SOURCE}/clone": {1}}
-    assert converge_holds(there["/clone"], here["/clone"], POLICY, {1}).release_source == ()
-    assert converge_holds(there["/clone"], here["/clone"], POLICY).release_source == (f"{SOURCE}/clone@a",)
-    assert converge_bookmarks(there["/www"], here["/www"], POLICY).place is None
+    assert hold_changes(there["/clone"], here["/clone"], POLICY, {1}).release_source == ()
+    assert hold_changes(there["/clone"], here["/clone"], POLICY).release_source == (f"{SOURCE}/clone@a",)
+    assert bookmark_changes(there["/www"], here["/www"], POLICY).place is None
     assert plan_dataset(there["/www"], here["/www"], POLICY, f"{LOCAL}/www") == UpToDate()
     assert there["/www"].twin(here["/www"].snapshots[-1]) == clone.snapshots[0]
 

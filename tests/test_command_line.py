@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 import zfs_replicate
-from zfs_replicate import Failure, LinkLost, Report, Selection, __version__, duration, main, parse, policy_of
+from zfs_replicate import Failure, LinkLost, Report, Selection, __version__, format_timeout, main, parse, policy_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -300,11 +300,11 @@ class Attempts:
         self.words = list(words)
         self.slept: list[float] = []
         self.failing = None
-        monkeypatch.setattr("zfs_replicate.logged_in", self.logged_in)
+        monkeypatch.setattr("zfs_replicate.open_run", self.open_run)
         monkeypatch.setattr("time.sleep", self.slept.append)
 
     @contextlib.contextmanager
-    def logged_in(self, options: Namespace, report: Report, alone: object) -> Iterator[Attempts]:
+    def open_run(self, options: Namespace, report: Report, alone: object) -> Iterator[Attempts]:
         self.lost: tuple[str, LinkLost] | None = None
         self.lister, self.trees = self, self
         self.held_before: set[str] | None = None
@@ -325,7 +325,7 @@ class Attempts:
 
 
 @pytest.mark.parametrize(
-    ("attempts", "status", "pauses"),
+    ("attempts", "status", "retry_delays"),
     [
         pytest.param(["well"], 0, 0, id="no-need"),
         pytest.param(["lost", "well"], 0, 1, id="once"),
@@ -339,12 +339,16 @@ class Attempts:
     ],
 )
 def test_a_lost_link_is_retried(
-    attempts: list[str], status: int, pauses: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    attempts: list[str],
+    status: int,
+    retry_delays: int,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     runs = Attempts(monkeypatch, *attempts)
     assert main([*words(), "--retries", "3"]) == status
     assert runs.words == []
-    assert len(runs.slept) == pauses
+    assert len(runs.slept) == retry_delays
     said = capsys.readouterr().err
     assert said.count("zfs_replicate: ") == (status > 0)
 
@@ -363,7 +367,7 @@ def test_duration_that_makes_no_sense_is_refused(text: str, capsys: pytest.Captu
 @pytest.mark.parametrize(("text", "seconds"), [("90s", 90), ("30m", 1800), ("2h", 7200)])
 def test_duration_in_any_unit(text: str, seconds: int) -> None:
     assert parse([*words(), "--stall-timeout", text]).stall_timeout == seconds
-    assert duration(seconds) == text
+    assert format_timeout(seconds) == text
 
 
 def test_what_is_selected() -> None:

@@ -24,13 +24,13 @@ from zfs_replicate import (
     Receive,
     Snapshot,
     abandon,
+    allow_command,
     batches,
     bookmark,
     count_files,
     create_parent,
     destroy,
     destroy_bookmark,
-    grant,
     hold,
     lacking,
     list_holds,
@@ -265,7 +265,7 @@ def options(command: Command, flag: str) -> set[str]:
 
 
 SYSTEMD = ("requires", "requires-mounts-for", "before", "after", "wanted-by", "required-by", "nofail")
-NEVER = {"zfs_replicate:failing", "zfs_replicate:taken-over", *(f"org.openzfs.systemd:{name}" for name in SYSTEMD)}
+NEVER = {"zfs_replicate:failing", *(f"org.openzfs.systemd:{name}" for name in SYSTEMD)}
 """What is neither set nor taken over."""
 OF_ALL = {
     "reservation=none", "refreservation=none", "snapshot_limit=none", "volmode=none", "snapdev=hidden",
@@ -387,11 +387,11 @@ ONE = Snapshot("offsite/vm/a@one", 1, 1, 0)
     ],
 )
 def test_what_is_granted_is_what_the_command_needs_and_for_the_whole_tree(command: Command, granted: str) -> None:
-    assert grant(command, MY) == f"as root on here: zfs allow keeper {granted}"
+    assert allow_command(command, MY) == f"as root on here: zfs allow keeper {granted}"
 
 
 def test_no_right_is_known_for_what_needs_none() -> None:
-    assert grant(list_tree("offsite/vm"), MY) == ""
+    assert allow_command(list_tree("offsite/vm"), MY) == ""
 
 
 def test_the_readme_grants_all_that_the_commands_need() -> None:

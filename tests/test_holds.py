@@ -10,7 +10,7 @@ from dataclasses import replace
 import pytest
 from histories import EVERY, LOCAL, POLICY, RECEIVED, SOURCE, TAG, local, partial, source
 
-from zfs_replicate import Dataset, HoldMoves, Snapshot, converge_holds, holds_to_read
+from zfs_replicate import Dataset, HoldChanges, Snapshot, hold_changes, holds_to_read
 
 Tags = frozenset[str]
 
@@ -100,7 +100,7 @@ def foreign_tags(dataset: Dataset | None, tag: str) -> dict[str, Tags]:
 
 
 def check(there: Dataset, mine: Dataset | None) -> None:
-    moves = converge_holds(there, mine, POLICY)
+    moves = hold_changes(there, mine, POLICY)
     ours = {snapshot.guid for snapshot in mine.snapshots} if mine else set()
     snapshots = {snapshot.guid for snapshot in there.snapshots}
     known = snapshots | {bookmark.guid for bookmark in there.bookmarks}
@@ -123,7 +123,7 @@ def check(there: Dataset, mine: Dataset | None) -> None:
     assert foreign_tags(then_there, TAG) == foreign_tags(there, TAG)
     assert foreign_tags(then_mine, RECEIVED) == foreign_tags(mine, RECEIVED)
     assert then_there
-    assert not converge_holds(then_there, then_mine, POLICY), "moved again"
+    assert not hold_changes(then_there, then_mine, POLICY), "moved again"
 
 
 def test_every_small_state_of_holds_converges() -> None:
@@ -147,7 +147,7 @@ def moved(there: str, mine: Dataset | None) -> str:
         signed = [("+", name) for name in place] + [("-", name) for name in release]
         return "".join(f" {sign}@{name.split('@')[1]}" for sign, name in signed)
 
-    moves = converge_holds(source(there), mine, POLICY)
+    moves = hold_changes(source(there), mine, POLICY)
     sides = {
         "there": words(moves.place_source, moves.release_source),
         "here": words(moves.place_local, moves.release_local),
@@ -194,21 +194,21 @@ def test_the_target_of_an_interrupted_receive_is_held(there: str, here: str, wai
 
 
 def test_moves_of_many_datasets_add_up() -> None:
-    one = HoldMoves(("a@1",), ("b@1",), ("a@0",), ("b@0",))
-    two = HoldMoves(("a/c@1",), (), (), ("b/c@0",))
-    assert one + two == HoldMoves(("a@1", "a/c@1"), ("b@1",), ("a@0",), ("b@0", "b/c@0"))
-    assert sum([one, two], HoldMoves()) == one + two
+    one = HoldChanges(("a@1",), ("b@1",), ("a@0",), ("b@0",))
+    two = HoldChanges(("a/c@1",), (), (), ("b/c@0",))
+    assert one + two == HoldChanges(("a@1", "a/c@1"), ("b@1",), ("a@0",), ("b@0", "b/c@0"))
+    assert sum([one, two], HoldChanges()) == one + two
 
 
 @pytest.mark.parametrize("field", ["place_source", "place_local", "release_source", "release_local"])
 def test_any_move_counts(field: str) -> None:
-    assert not HoldMoves()
-    assert HoldMoves(**{field: ("a@1",)})
+    assert not HoldChanges()
+    assert HoldChanges(**{field: ("a@1",)})
 
 
 def test_intermediates_change_nothing() -> None:
     there, mine = source("@a,1!offsite @b,2 @c,3"), local("@a,1!offsite:received @b,2 @c,3")
-    assert converge_holds(there, mine, EVERY) == converge_holds(there, mine, POLICY)
+    assert hold_changes(there, mine, EVERY) == hold_changes(there, mine, POLICY)
 
 
 @pytest.mark.parametrize(

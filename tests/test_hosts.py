@@ -29,9 +29,9 @@ from zfs_replicate import (
     AES,
     CHACHA,
     COMPLAINT_BYTES,
+    COMPRESSORS,
     KEEPALIVE_SECONDS,
     LINK_SECONDS,
-    PACKERS,
     SBIN,
     Answer,
     Command,
@@ -46,13 +46,13 @@ from zfs_replicate import (
     Stuck,
     SudoHost,
     Tail,
-    dial,
     fast_cipher,
-    knows_aes,
+    has_aes_instructions,
+    ignore_line,
     log_in,
+    open_socket,
     run,
     ssh_client,
-    tell_nobody,
 )
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ if TYPE_CHECKING:
 MEBIBYTE = 1024 * 1024
 
 
-def log_into(connection: Connection, note: Callable[[str], None] = tell_nobody) -> SshHost:
+def log_into(connection: Connection, note: Callable[[str], None] = ignore_line) -> SshHost:
     """A host that was reached."""
     host = SshHost(connection, note)
     assert host.client
@@ -318,7 +318,9 @@ def test_standard_input_is_empty(host: Host) -> None:
 
 def test_programs_that_compress_are_known_after_the_first_command(host: Host) -> None:
     assert host.ask(("sh", "-c", "echo /usr/bin/false >&2")).stderr == "/usr/bin/false\n"
-    assert {name: host.has(name) for name in PACKERS} == {name: shutil.which(name) is not None for name in PACKERS}
+    assert {name: host.has(name) for name in COMPRESSORS} == {
+        name: shutil.which(name) is not None for name in COMPRESSORS
+    }
     assert not host.has("no-such-program")
 
 
@@ -345,7 +347,7 @@ def test_piped_carries_bytes_both_ways(host: Host) -> None:
     data = os.urandom(3 * MEBIBYTE)
     script = 'cat; printf "%s" "$1" >&2; exit 3'
     done = subprocess.run(
-        host.piped(shell(script, "it's all ")), input=data, capture_output=True, timeout=PATIENCE, check=False
+        host.stream_command(shell(script, "it's all ")), input=data, capture_output=True, timeout=PATIENCE, check=False
     )
     assert done.stdout == data
     assert done.stderr == b"it's all "
@@ -353,7 +355,7 @@ def test_piped_carries_bytes_both_ways(host: Host) -> None:
 
 
 def test_piped_passes_on_that_nobody_reads(host: Host) -> None:
-    command = host.piped(("cat", "/dev/zero"))
+    command = host.stream_command(("cat", "/dev/zero"))
     with subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         assert process.stdout is not None
         assert process.stdout.read(10) == bytes(10)
@@ -409,7 +411,7 @@ def test_who_floods_us_over_ssh_is_heard_no_more(
 def test_a_command_has_one_deadline_whatever_it_says(
     bounded_host: LocalHost | SshHost, monkeypatch: pytest.MonkeyPatch, command: Command
 ) -> None:
-    monkeypatch.setattr(bounded_host, "patience", 1.0)
+    monkeypatch.setattr(bounded_host, "stall_timeout", 1.0)
     with pytest.raises(Stuck, match=r"^sh -c on .* has not ended after 1s\n"):
         bounded_host.ask(command)
 
@@ -547,7 +549,7 @@ def refused(connection: Connection) -> Failure:
     assert not isinstance(caught.value, LinkLost)
     assert f"puller@127.0.0.1 port {connection.port} does not accept our login" in caught.value.what
     assert "ssh-copy-id" in caught.value.hint
-    assert connection.by_hand() in caught.value.hint
+    assert connection.ssh_command_for_user() in caught.value.hint
     return caught.value
 
 
@@ -651,7 +653,7 @@ def test_command_that_a_signal_ended_is_tried_again(source: SshHost, server: Ser
 def test_a_command_that_never_ends_is_given_up(
     source: SshHost, server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(source, "patience", 0.1)
+    monkeypatch.setattr(source, "stall_timeout", 0.1)
     server.fault = Fault.SILENCE
     with pytest.raises(Stuck, match=r"^zfs list on source has not ended after "):
         source.ask(("zfs", "list"))
@@ -677,7 +679,7 @@ def test_a_link_that_the_kernel_gives_up_is_a_lost_one(source: SshHost, monkeypa
 
 
 def test_a_lost_link_shows_before_a_command_is_given_up(source: SshHost) -> None:
-    assert source.patience >= LINK_SECONDS + KEEPALIVE_SECONDS
+    assert source.stall_timeout >= LINK_SECONDS + KEEPALIVE_SECONDS
 
 
 def test_sudo_that_is_missing_or_refuses_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -704,7 +706,7 @@ def test_flood_of_complaints_does_not_block(source: SshHost, server: Server) -> 
 
 
 def test_signal_ends_the_wait_for_an_answer(source: SshHost, server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(source, "patience", 1.0)
+    monkeypatch.setattr(source, "stall_timeout", 1.0)
     server.fault = Fault.SILENCE
     start = time.monotonic()
     with stopped_after(0.05), pytest.raises(Stopped):
@@ -797,7 +799,7 @@ def test_alias_sets_everything(ssh_config: SshConfig, tmp_path: Path) -> None:
     assert connection.get("identitiesonly") == "yes"
     assert connection.known_as == ("the-vault", 22)
     assert connection.proxy is None
-    assert connection.by_hand() == "ssh vault"
+    assert connection.ssh_command_for_user() == "ssh vault"
 
 
 def test_command_line_beats_ssh_config(ssh_config: SshConfig, tmp_path: Path) -> None:
@@ -808,7 +810,7 @@ def test_command_line_beats_ssh_config(ssh_config: SshConfig, tmp_path: Path) ->
     assert connection.identities[0] == str(other)
     assert connection.get("identitiesonly") == "yes"
     assert connection.known_as == ("vault", 2200)
-    assert connection.by_hand() == f"ssh -p 2200 -i '{other}' -o IdentitiesOnly=yes root@vault"
+    assert connection.ssh_command_for_user() == f"ssh -p 2200 -i '{other}' -o IdentitiesOnly=yes root@vault"
 
 
 def test_known_hosts_files_are_found_in_the_home_directory(
@@ -899,7 +901,7 @@ def test_both_connections_log_in_alike(ssh_config: SshConfig, server: Server, tm
     connection = resolve("vault", server.port, str(other))
     with contextlib.closing(log_into(connection)) as host:
         assert host.ask(("echo", "control")).stdout == "control\n"
-        assert subprocess.check_output(host.piped(("echo", "bulk")), timeout=PATIENCE) == b"bulk\n"
+        assert subprocess.check_output(host.stream_command(("echo", "bulk")), timeout=PATIENCE) == b"bulk\n"
     assert server.logins == 2
 
 
@@ -907,7 +909,7 @@ def test_streams_share_one_login_that_ends_with_us(ssh_config: SshConfig, server
     ssh_config.add("vault", server)
     with contextlib.closing(log_into(resolve("vault"))) as host:
         for _ in range(3):
-            assert subprocess.check_output(host.piped(("echo", "bulk")), timeout=PATIENCE) == b"bulk\n"
+            assert subprocess.check_output(host.stream_command(("echo", "bulk")), timeout=PATIENCE) == b"bulk\n"
         assert server.logins == 2
         assert host.streams is not None
         master = Path(host.streams.name) / "master"
@@ -929,7 +931,7 @@ def test_both_connections_refuse_a_changed_key(ssh_config: SshConfig, server: Se
     connection = resolve("vault")
     with contextlib.closing(log_into(connection)) as host:
         server.host_key = paramiko.ECDSAKey.generate()
-        done = subprocess.run(host.piped(("true",)), capture_output=True, text=True, timeout=PATIENCE)
+        done = subprocess.run(host.stream_command(("true",)), capture_output=True, text=True, timeout=PATIENCE)
         assert done.returncode == 255
         assert "REMOTE HOST IDENTIFICATION HAS CHANGED" in done.stderr
     with pytest.raises(Failure, match="has changed"):
@@ -958,7 +960,7 @@ def test_login_through_a_proxy_command(ssh_config: SshConfig, server: Server, tm
     ssh_config.add("vault", server, f"ProxyCommand {relay} %h %p")
     with contextlib.closing(log_into(resolve("vault"))) as host:
         assert host.ask(("echo", "control")).stdout == "control\n"
-        assert subprocess.check_output(host.piped(("echo", "bulk")), timeout=PATIENCE) == b"bulk\n"
+        assert subprocess.check_output(host.stream_command(("echo", "bulk")), timeout=PATIENCE) == b"bulk\n"
 
 
 def test_login_through_a_jump_host(ssh_config: SshConfig, server: Server, tmp_path: Path) -> None:
@@ -969,7 +971,7 @@ def test_login_through_a_jump_host(ssh_config: SshConfig, server: Server, tmp_pa
         with contextlib.closing(log_into(resolve("vault"))) as host:
             assert host.ask(("echo", "control")).stdout == "control\n"
             assert gate.targets == [("127.0.0.1", server.port)]
-            assert subprocess.check_output(host.piped(("echo", "bulk")), timeout=PATIENCE) == b"bulk\n"
+            assert subprocess.check_output(host.stream_command(("echo", "bulk")), timeout=PATIENCE) == b"bulk\n"
             assert gate.targets == [("127.0.0.1", server.port)] * 2
 
 
@@ -981,7 +983,7 @@ def test_proxy_that_fails_is_a_lost_link(connection: Connection, proxy: str) -> 
 
 def test_proxy_ends_with_the_connection(connection: Connection, tmp_path: Path) -> None:
     told = tmp_path / "pid"
-    link = dial(but(connection, proxycommand=f"sh -c 'echo $$ > {told}; exec cat'"))
+    link = open_socket(but(connection, proxycommand=f"sh -c 'echo $$ > {told}; exec cat'"))
     link.sendall(b"echo")
     assert link.recv(4) == b"echo"
     pid = int(told.read_text())
@@ -1042,7 +1044,7 @@ def test_client_is_never_interactive(ssh_config: SshConfig) -> None:
 def test_fast_cipher_comes_first_if_none_is_named(
     ssh_config: SshConfig, monkeypatch: pytest.MonkeyPatch, aes: bool
 ) -> None:
-    monkeypatch.setattr("zfs_replicate.knows_aes", lambda: aes)
+    monkeypatch.setattr("zfs_replicate.has_aes_instructions", lambda: aes)
     connection = resolve("vault")
     (setting,) = fast_cipher(connection)
     key, _, ciphers = setting.partition("=")
@@ -1066,8 +1068,8 @@ def test_fast_cipher_comes_first_if_none_is_named(
 )
 def test_processor_that_knows_aes(tmp_path: Path, cpuinfo: str, expected: bool) -> None:
     (tmp_path / "cpuinfo").write_text(cpuinfo, encoding="ascii")
-    assert knows_aes(str(tmp_path / "cpuinfo")) is expected
-    assert knows_aes(str(tmp_path / "absent"))
+    assert has_aes_instructions(str(tmp_path / "cpuinfo")) is expected
+    assert has_aes_instructions(str(tmp_path / "absent"))
 
 
 @pytest.mark.parametrize("ciphers", ["aes256-ctr", "-aes128-gcm@openssh.com", "^aes256-ctr"])

@@ -16,7 +16,7 @@ import pytest
 from test_stream import stream
 
 import zfs_replicate
-from zfs_replicate import Failure, Holder, Lock, LockFile, job_of, last_moved, lock, lock_name, main, parse
+from zfs_replicate import Failure, Holder, Lock, LockFile, job_of, last_activity, lock, lock_name, main, parse
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -56,7 +56,14 @@ def path_of(tree: str = MINE) -> Path:
 @pytest.fixture(autouse=True)
 def _leave_nothing_behind() -> Iterator[None]:
     yield
-    for tree in (MINE, f"{MINE}/a", f"{MINE}/a/b", f"{MINE}/b", f"{MINE}-and-more", *zfs_replicate.lineage(MINE)):
+    for tree in (
+        MINE,
+        f"{MINE}/a",
+        f"{MINE}/a/b",
+        f"{MINE}/b",
+        f"{MINE}-and-more",
+        *zfs_replicate.with_ancestors(MINE),
+    ):
         with contextlib.suppress(OSError):
             path_of(tree).unlink()
 
@@ -83,7 +90,7 @@ def test_lock_of_a_run_that_moves_is_left_alone() -> None:
 
 def test_lock_of_a_run_that_stands_still_is_told() -> None:
     with held() as ours:
-        moment = time.time() - 60 * zfs_replicate.TAIL_FACTOR
+        moment = time.time() - 60 * zfs_replicate.LAST_BYTES_FACTOR
         os.utime(ours.filenos[0], (moment + 9, moment + 9))
         assert is_busy(), "its receive may still be busy with the last of a stream"
         os.utime(ours.filenos[0], (moment, moment))
@@ -125,9 +132,9 @@ def test_when_a_run_last_moved_is_not_in_the_future() -> None:
     """The clock may have been put back since."""
     with held() as ours:
         os.utime(ours.filenos[0], (1_700_000_000, 1_700_000_000))
-        assert last_moved(MINE, 1_700_000_000) == 1_700_000_000
-        assert last_moved(MINE, 1_699_999_999) is None
-    assert last_moved(f"{MINE}/never", time.time()) is None
+        assert last_activity(MINE, 1_700_000_000) == 1_700_000_000
+        assert last_activity(MINE, 1_699_999_999) is None
+    assert last_activity(f"{MINE}/never", time.time()) is None
 
 
 # --- Other jobs, other trees --------------------------------------------------------------------------------------
@@ -274,7 +281,7 @@ STRANGE: dict[str, tuple[Callable[[Path], object], str]] = {
 }
 
 
-@pytest.mark.parametrize("tree", zfs_replicate.lineage(MINE), ids=["above", "own"])
+@pytest.mark.parametrize("tree", zfs_replicate.with_ancestors(MINE), ids=["above", "own"])
 @pytest.mark.parametrize("kind", STRANGE)
 def test_a_file_that_cannot_be_ours_is_no_lock(
     kind: str, tree: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -287,7 +294,7 @@ def test_a_file_that_cannot_be_ours_is_no_lock(
     make(tmp_path / lock_name(tree))
     with pytest.raises(Failure, match=said), lock(MINE, JOB, 60):
         raise AssertionError("never comes here")
-    assert last_moved(tree, time.time()) is None
+    assert last_activity(tree, time.time()) is None
 
 
 def as_account(number: int, home: Path, work: Callable[[], object]) -> str:
@@ -338,7 +345,7 @@ def test_an_account_keeps_its_locks_in_its_home(home: Path, monkeypatch: pytest.
 
     def work() -> object:
         with held():
-            moved = last_moved(MINE, time.time() + 1)
+            moved = last_activity(MINE, time.time() + 1)
             assert is_busy()
             return moved and time.time() - moved < 60
 
@@ -376,7 +383,7 @@ def test_an_account_without_a_home_is_told(home: Path) -> None:
             raise KeyError(number)
 
         pwd.getpwuid = unknown
-        assert last_moved(MINE, time.time()) is None
+        assert last_activity(MINE, time.time()) is None
         return is_busy()
 
     said = as_account(ACCOUNT, home, work)
@@ -389,7 +396,7 @@ def test_what_somebody_leaves_in_tmp_is_no_sign_of_a_run() -> None:
     try:
         with planted.open(encoding="ascii") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
-            assert last_moved(MINE, time.time() + 1) is None
+            assert last_activity(MINE, time.time() + 1) is None
             assert not is_busy()
     finally:
         planted.unlink()

@@ -11,7 +11,7 @@ from hypothesis import given, strategies as st
 import zfs_replicate
 from zfs_replicate import (
     LIST_COLUMNS,
-    NOT_ASKED,
+    UNKNOWN_CREATION,
     Dataset,
     Failure,
     NotBelieved,
@@ -21,11 +21,11 @@ from zfs_replicate import (
     count_objects,
     in_order,
     number,
-    parse_asked,
     parse_estimates,
+    parse_failing,
     parse_hold_dates,
     parse_holds,
-    parse_mark,
+    parse_holds_and_ivsets,
     parse_space,
     parse_token,
     parse_tree,
@@ -240,7 +240,7 @@ def test_every_tag_comes_back(holds: dict[str, set[str]]) -> None:
 
 def test_holds_and_numbers_of_encrypted_snapshots_come_in_one_text() -> None:
     text = "tank@a\t18446744073709551615\ntank/plain@a\t-\ntank@a\tkeep\tThu Nov 16 10:00 2023\n"
-    assert parse_asked(text + "tank@a\tx\tThu Nov 16 10:00 2023\n", ["tank@a", "tank/plain@a"]) == (
+    assert parse_holds_and_ivsets(text + "tank@a\tx\tThu Nov 16 10:00 2023\n", ["tank@a", "tank/plain@a"]) == (
         {"tank@a": frozenset({"keep", "x"})},
         {"tank@a": 18446744073709551615, "tank/plain@a": 0},
     )
@@ -249,8 +249,8 @@ def test_holds_and_numbers_of_encrypted_snapshots_come_in_one_text() -> None:
 def test_of_an_outline_neither_holds_nor_age_are_known() -> None:
     text = row("tank", "filesystem") + "tank@a\t3\t5\ntank#m\t3\t5\n"
     tree, held = parse_tree(text, "tank")
-    assert tree[""].snapshots == (Snapshot("tank@a", 3, 5, NOT_ASKED, None),)
-    assert tree[""].bookmarks == (Snapshot("tank#m", 3, 5, NOT_ASKED),)
+    assert tree[""].snapshots == (Snapshot("tank@a", 3, 5, UNKNOWN_CREATION, None),)
+    assert tree[""].bookmarks == (Snapshot("tank#m", 3, 5, UNKNOWN_CREATION),)
     assert held == {}
 
 
@@ -340,10 +340,10 @@ def test_every_token_comes_back(to_guid: int, from_guid: int | None, dataset: st
 def test_an_endless_answer_without_sizes_is_read_once(text: str, size: int) -> None:
     """In a moment; with the square of its length it would be days."""
 
-    def too_long(number: int, frame: object) -> None:
+    def blocked_by_length(number: int, frame: object) -> None:
         raise AssertionError("takes too long")
 
-    before = signal.signal(signal.SIGALRM, too_long)
+    before = signal.signal(signal.SIGALRM, blocked_by_length)
     signal.alarm(60)
     try:
         assert parse_estimates(text * (size // len(text))) == []
@@ -407,7 +407,7 @@ def test_since_when_a_tag_is_on_a_snapshot() -> None:
     ],
 )
 def test_since_when_runs_fail(text: str, since: int | None) -> None:
-    assert parse_mark(text, "tank/a", now=1_700_000_000) == since
+    assert parse_failing(text, "tank/a", now=1_700_000_000) == since
 
 
 # zfs userspace
@@ -519,7 +519,7 @@ def test_a_listing_that_zfs_cannot_print_is_not_believed(text: str, why: str) ->
 
 
 def test_rows_without_end_are_not_believed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(zfs_replicate, "MOST_ROWS", 3)
+    monkeypatch.setattr(zfs_replicate, "MAX_ROWS", 3)
     rows = [f"tank/vm@{number}\t{number}\t{number}\n" for number in range(3)]
     assert parse_tree(ROOT + "".join(rows[:2]), "tank/vm")
     with pytest.raises(NotBelieved, match="more than 3 datasets and snapshots of tank/vm"):
@@ -540,7 +540,7 @@ def test_holds_on_what_was_not_asked_about_are_not_believed() -> None:
     with pytest.raises(NotBelieved, match="not asked about: 'tank@b'"):
         parse_holds(text, {"tank@a"})
     with pytest.raises(NotBelieved, match="not asked about: 'tank@b'"):
-        parse_asked(text, {"tank@a"})
+        parse_holds_and_ivsets(text, {"tank@a"})
 
 
 def clones(*origins: tuple[str, str]) -> Tree:
@@ -563,6 +563,6 @@ def test_a_chain_of_a_thousand_clones_is_no_matter() -> None:
 
 
 def test_chains_of_clones_that_would_fill_the_memory_are_not_believed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(zfs_replicate, "MOST_INHERITED", 40)
+    monkeypatch.setattr(zfs_replicate, "MAX_INHERITED", 40)
     with pytest.raises(NotBelieved, match="more than 40 snapshots"):
         with_clones(clones(*((str(n), f"tank/{n - 1}@s" if n else "") for n in range(10))))

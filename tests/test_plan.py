@@ -12,9 +12,9 @@ import pytest
 from histories import EVERY, LOCAL, POLICY, SOURCE, local, partial, source
 
 from zfs_replicate import (
-    MOST_STEPS,
+    MAX_STEPS,
     NAME_LIMIT,
-    Abandon,
+    AbortReceive,
     Blocked,
     Dataset,
     Partial,
@@ -26,8 +26,8 @@ from zfs_replicate import (
     Step,
     Transfer,
     UpToDate,
-    newest_held,
-    newest_mutual,
+    newest_common,
+    newest_common_snapshot,
     plan_dataset,
 )
 
@@ -192,7 +192,7 @@ class Case:
         """
         here, dataset = self.here, self.dataset
         plans: list[Transfer] = []
-        while not plans or len(plans) < MOST_STEPS + len(plans[0].steps):
+        while not plans or len(plans) < MAX_STEPS + len(plans[0].steps):
             plan = plan_dataset(self.origin, dataset, policy, LOCAL)
             if not isinstance(plan, Transfer):
                 left = dataset is not None and dataset.partial is not None
@@ -209,7 +209,7 @@ def possible(marks: Marks, here: Local, wanted: list[int]) -> bool:
     return here[-1][0] != FOREIGN and bool(marks[here[-1][0]]) and not {at(p) for p in wanted} & {n for _, n in here}
 
 
-def newest_common(marks: Marks, here: Local) -> int:
+def newest_of_both(marks: Marks, here: Local) -> int:
     """The position of the newest mutual point, or -1."""
     ours = {position for position, _ in here}
     return max((p for p in range(len(marks)) if marks[p] and p in ours), default=-1)
@@ -223,7 +223,7 @@ def check(case: Case, policy: Policy, rng: random.Random) -> None:
     if case.dataset and case.dataset.partial and alive(marks, case.here, case.dataset.partial):
         before = then[: len(before) + 1]
         assert GUIDS[before[-1][0]] == case.dataset.partial.to_guid, "another snapshot came before the interrupted one"
-    newer = [p for p in range(newest_common(marks, before) + 1, len(marks)) if "@" in marks[p]]
+    newer = [p for p in range(newest_of_both(marks, before) + 1, len(marks)) if "@" in marks[p]]
     if policy.selection == SOME:
         newer = [p for p in newer if p in SELECTED]
     wanted = newer if policy.intermediates else newer[-1:]
@@ -320,7 +320,7 @@ def decide(origin: Dataset, here: Dataset | None, policy: Policy = POLICY, local
     """The plan in a line: its steps, or its name."""
     plan = plan_dataset(origin, here, policy, local_name)
     if isinstance(plan, Transfer):
-        return "; ".join("abandon" if isinstance(step, Abandon) else str(step) for step in plan.steps)
+        return "; ".join("abandon" if isinstance(step, AbortReceive) else str(step) for step in plan.steps)
     return type(plan).__name__
 
 
@@ -518,10 +518,10 @@ def test_a_snapshot_made_on_top_of_an_interrupted_receive_blocks_it() -> None:
 
 def test_mutual_points() -> None:
     there, here = source("@a,1 @b,2 #b,2 #c,3 @d,4"), local("@one,1 @two,2 @three,3 @x,8")
-    mutual, held = newest_mutual(there, here), newest_held(there, here)
-    assert mutual
+    common, held = newest_common(there, here), newest_common_snapshot(there, here)
+    assert common
     assert held
-    assert (mutual.source.short, mutual.local.short) == ("#c", "@three")
+    assert (common.source.short, common.local.short) == ("#c", "@three")
     assert (held.source.short, held.local.short) == ("@b", "@two")
-    assert newest_mutual(there, local("@x,8")) is None
-    assert newest_held(source("#a,1"), local("@a,1")) is None
+    assert newest_common(there, local("@x,8")) is None
+    assert newest_common_snapshot(source("#a,1"), local("@a,1")) is None

@@ -36,8 +36,8 @@ from zfs_replicate import (
     Report,
     Rollback,
     Run,
+    StreamBatch,
     StreamFailed,
-    Train,
     judge_holder,
     plan_dataset,
     pull,
@@ -149,7 +149,7 @@ class Unplugged(LocalHost):
 
 
 def broken_link() -> Failure:
-    train = Train(((("sh", "-c", "echo 'Connection reset' >&2; exit 255"), ("cat",)),))
+    train = StreamBatch(((("sh", "-c", "echo 'Connection reset' >&2; exit 255"), ("cat",)),))
     (passage,) = pull(Unplugged("HOST"), LocalHost(), [(train, PLAIN)])
     assert isinstance(passage.failure, LinkLost)
     return passage.failure
@@ -306,7 +306,7 @@ def test_a_token_of_a_plain_stream_is_given_up_when_the_source_is_sent_raw() -> 
     origin = Dataset("tank/a", "filesystem", source("@a,1 @b,2", "tank/a").snapshots, encrypted=True)
     plan = plan_dataset(origin, local("@a,1", partial(2, 1)), POLICY, LOCAL)
     assert isinstance(plan, zfs_replicate.Transfer)
-    assert [type(step).__name__ for step in plan.steps] == ["Abandon", "Receive"]
+    assert [type(step).__name__ for step in plan.steps] == ["AbortReceive", "Receive"]
 
 
 # --- Standing still ---------------------------------------------------------------------------------------------
@@ -314,7 +314,7 @@ def test_a_token_of_a_plain_stream_is_given_up_when_the_source_is_sent_raw() -> 
 
 def test_a_stream_that_stands_still_is_ended_and_told() -> None:
     moved: list[int] = []
-    transport = zfs_replicate.Transport(patience=0.3, moved=lambda: moved.append(1))
+    transport = zfs_replicate.Transport(stall_timeout=0.3, moved=lambda: moved.append(1))
     with pytest.raises(StreamFailed, match=r"no byte of the stream has moved for 0s: .* with sh, cat still at work"):
         stream([("sh", "-c", "echo some; exec sleep 60"), ("cat",)], transport=transport)
     assert moved
@@ -322,15 +322,15 @@ def test_a_stream_that_stands_still_is_ended_and_told() -> None:
 
 def test_the_last_process_may_be_quiet_for_longer() -> None:
     """All bytes are in its hands; it has some writing to do."""
-    transport = zfs_replicate.Transport(patience=0.15)
+    transport = zfs_replicate.Transport(stall_timeout=0.15)
     stream([("echo", "some"), ("sh", "-c", "cat > /dev/null; sleep 0.3")], transport=transport)
     with pytest.raises(StreamFailed, match="no byte"):
         stream([("echo", "some"), ("sh", "-c", "cat > /dev/null; sleep 60")], transport=transport)
 
 
 def test_pauses_grow_and_are_jittered() -> None:
-    assert list(zfs_replicate.pauses(6, lambda low, high: 1.0)) == [5, 15, 45, 135, 300, 300]
-    for low, high in zip(zfs_replicate.pauses(3, min), zfs_replicate.pauses(3, max)):
+    assert list(zfs_replicate.retry_delays(6, lambda low, high: 1.0)) == [5, 15, 45, 135, 300, 300]
+    for low, high in zip(zfs_replicate.retry_delays(3, min), zfs_replicate.retry_delays(3, max)):
         assert low < high / 2
 
 

@@ -15,43 +15,43 @@ from hypothesis import example, given, strategies as st
 from prometheus_client.parser import text_string_to_metric_families
 
 from zfs_replicate import (
-    MOST_LINES,
-    MOST_SAID,
+    MAX_EXCERPT,
+    MAX_LINES,
     Account,
     Answer,
-    Arrival,
     Command,
     Dataset,
     Doctor,
-    Ending,
     Failure,
     Finding,
-    Meter,
+    MirrorStatus,
     Progress,
+    ProgressLine,
     Receive,
+    ReceivedStream,
     Report,
     Run,
+    RunResult,
     Snapshot,
-    Standing,
     Trees,
     clock,
-    document,
-    duration,
     excerpt,
     few,
-    human,
+    format_age,
+    format_bytes,
+    format_clock,
+    format_rate,
+    format_timeout,
+    json_document,
+    last_success,
     log_line,
     metrics,
-    minutes,
-    pace,
+    nagios_result,
     parse,
     printable,
-    span,
     status_data,
     status_table,
-    success_in,
     summary,
-    verdict,
     write_log,
     write_metrics,
 )  # fmt: skip
@@ -77,13 +77,13 @@ def test_what_a_terminal_could_act_upon_is_shown_as_an_escape() -> None:
     [
         ("", ""),
         ("one\ntwo", "one\ntwo"),
-        ("\n".join("x" * MOST_LINES), "\n".join("x" * MOST_LINES)),
-        ("\n".join("x" * MOST_LINES) + "\ny", "\n".join("x" * MOST_LINES) + "..."),
-        ("x" * MOST_SAID, "x" * MOST_SAID),
-        ("x" * MOST_SAID + "y", "x" * MOST_SAID + "..."),
-        ("\x1b" * MOST_SAID, r"\x1b" * (MOST_SAID // 4) + "..."),
-        ("é" * MOST_SAID, "é" * (MOST_SAID // 2) + "..."),
-        ("x" * 10_000_000, "x" * MOST_SAID + "..."),
+        ("\n".join("x" * MAX_LINES), "\n".join("x" * MAX_LINES)),
+        ("\n".join("x" * MAX_LINES) + "\ny", "\n".join("x" * MAX_LINES) + "..."),
+        ("x" * MAX_EXCERPT, "x" * MAX_EXCERPT),
+        ("x" * MAX_EXCERPT + "y", "x" * MAX_EXCERPT + "..."),
+        ("\x1b" * MAX_EXCERPT, r"\x1b" * (MAX_EXCERPT // 4) + "..."),
+        ("é" * MAX_EXCERPT, "é" * (MAX_EXCERPT // 2) + "..."),
+        ("x" * 10_000_000, "x" * MAX_EXCERPT + "..."),
     ],
     ids=["nothing", "all", "ten-lines", "eleven-lines", "2-KB", "more", "escapes", "letters", "10-MB"],
 )
@@ -135,10 +135,10 @@ def test_the_log_takes_any_words(monkeypatch: pytest.MonkeyPatch) -> None:
     report = Report()
     report.failure(f"{LOCAL}/\udcff", Failure(f"{HOSTILE}\n{'x' * 5000}", HOSTILE))
     options = parse(["-h", "HO\udcffST", *LINE[2:], "--syslog"])
-    write_log(options, report, Ending(NOW, 1, 3))
+    write_log(options, report, RunResult(NOW, 1, 3))
     first, last = logged
     assert first.startswith(rf"{LOCAL}/\xff: \x1b]0;owned".encode())
-    assert len(first) <= MOST_SAID + 3
+    assert len(first) <= MAX_EXCERPT + 3
     assert last.startswith(rf"HO\xffST:{SOURCE}".encode())
 
 
@@ -159,7 +159,7 @@ def test_the_log_takes_any_words(monkeypatch: pytest.MonkeyPatch) -> None:
     ],
 )
 def test_sizes_are_told_as_zfs_tells_them(count: float, text: str) -> None:
-    assert human(count) == text
+    assert format_bytes(count) == text
 
 
 @given(st.floats() | st.integers() | st.integers(-(10**400), 10**400))
@@ -169,23 +169,29 @@ def test_sizes_are_told_as_zfs_tells_them(count: float, text: str) -> None:
 @example(float("inf"))
 @example(float("nan"))
 def test_any_figure_can_be_told(figure: float) -> None:
-    for told in (human(figure), duration(figure), clock(figure), span(figure), minutes(figure)):
+    for told in (format_bytes(figure), format_timeout(figure), clock(figure), format_age(figure), format_clock(figure)):
         assert 0 < len(told) <= 40
 
 
 def test_a_moment_beyond_any_calendar_is_told_as_its_number() -> None:
     assert clock(10**18) == "1000000000000000000"
     assert clock(10**20) == "100000000000000000000"
-    assert human(10**30) == "867362E"
+    assert format_bytes(10**30) == "867362E"
 
 
 def test_times() -> None:
-    assert [minutes(it) for it in (0.9, 65, 3599, 3600, 360000)] == ["0:00", "1:05", "59:59", "1:00:00", "100:00:00"]
-    assert pace(3 * 2**20, 1.5) == "3.00M in 0:01, 2.00M/s"
-    assert pace(0, 0) == "0B in 0:00, 0B/s"
+    assert [format_clock(it) for it in (0.9, 65, 3599, 3600, 360000)] == [
+        "0:00",
+        "1:05",
+        "59:59",
+        "1:00:00",
+        "100:00:00",
+    ]
+    assert format_rate(3 * 2**20, 1.5) == "3.00M in 0:01, 2.00M/s"
+    assert format_rate(0, 0) == "0B in 0:00, 0B/s"
 
 
-class Terminal(Meter):
+class Terminal(ProgressLine):
     """A meter that keeps what it writes."""
 
     def __init__(self, columns: int = 80) -> None:
@@ -253,8 +259,8 @@ def test_other_lines_wipe_the_progress_line_first(capsys: pytest.CaptureFixture[
 
 def test_the_summary_and_the_document_of_a_run(capsys: pytest.CaptureFixture[str]) -> None:
     report = Report(meter=Terminal())
-    options, ending = parse(LINE), Ending(1_700_000_000.9, 3.00049, 1)
-    report.pulled(LOCAL, STEP, Arrival(2**20, 2.0))
+    options, ending = parse(LINE), RunResult(1_700_000_000.9, 3.00049, 1)
+    report.pulled(LOCAL, STEP, ReceivedStream(2**20, 2.0))
     report.event("in step", f"{LOCAL}/www", "")
     report.expired(Snapshot(f"{LOCAL}@old", 1, 1, 1), "expired")
     assert capsys.readouterr().err == f"{LOCAL}: @a -> @b: 1.00M in 0:02, 512K/s\n"
@@ -262,7 +268,7 @@ def test_the_summary_and_the_document_of_a_run(capsys: pytest.CaptureFixture[str
     assert said == f"zfs_replicate: {LOCAL}: 1 in step before, 1 pulled (1.00M), 1 expired, in 0:03"
     report.failure(f"{LOCAL}/mail", Failure("no", "way"))
     assert "1 expired, 1 failed, in" in summary(options, report, ending)
-    assert document(options, report, ending) == {
+    assert json_document(options, report, ending) == {
         "version": "0.1.0",
         "host": "HOST",
         "source": "backuppool/virt/machines",
@@ -304,12 +310,12 @@ def common(name: str = "@monday", hours: float = 2) -> Snapshot:
 
 def test_the_table_of_the_status() -> None:
     found = [
-        Standing(LOCAL, SOURCE, common(), True, True, 3, 5 * 2**30, 12288),
-        Standing(f"{LOCAL}/www", f"{SOURCE}/www", common(hours=100), False, True, 0, 0, 0, partial=2**20),
-        Standing(f"{LOCAL}/new", f"{SOURCE}/new", None, behind=1, held_there=False, lacking=0, pinned=0),
-        Standing(f"{LOCAL}/old", "", common(hours=2000), True),
-        Standing(f"{LOCAL}/alone", None, common(hours=0.5), True),
-        Standing(f"{LOCAL}/ahead", None, common(hours=-0.5), True),
+        MirrorStatus(LOCAL, SOURCE, common(), True, True, 3, 5 * 2**30, 12288),
+        MirrorStatus(f"{LOCAL}/www", f"{SOURCE}/www", common(hours=100), False, True, 0, 0, 0, partial=2**20),
+        MirrorStatus(f"{LOCAL}/new", f"{SOURCE}/new", None, behind=1, held_there=False, lacking=0, pinned=0),
+        MirrorStatus(f"{LOCAL}/old", "", common(hours=2000), True),
+        MirrorStatus(f"{LOCAL}/alone", None, common(hours=0.5), True),
+        MirrorStatus(f"{LOCAL}/ahead", None, common(hours=-0.5), True),
     ]
     assert status_table(found, NOW) == [
         "DATASET                      NEWEST COMMON                    AGE  BEHIND  LACKING  HELD        PARTIAL  PINNED",
@@ -335,14 +341,14 @@ def test_the_table_of_the_status() -> None:
     }
 
 
-FRESH, LATE = Standing(LOCAL, None, common()), Standing(f"{LOCAL}/www", None, common(hours=50))
+FRESH, LATE = MirrorStatus(LOCAL, None, common()), MirrorStatus(f"{LOCAL}/www", None, common(hours=50))
 LIMIT = 30 * HOUR
-CAME_LONG_AGO = Standing(f"{LOCAL}/mail", None, common(hours=2), received=NOW - 50 * HOUR)
-CAME_LATELY = Standing(f"{LOCAL}/mail", None, common(hours=2), received=NOW - HOUR)
-CAME_TOMORROW = Standing(f"{LOCAL}/mail", None, common(hours=2), received=NOW + 50 * HOUR)
-OLD_BUT_CAME_LATELY = Standing(f"{LOCAL}/mail", None, common(hours=50), received=NOW - HOUR)
-IN_2100 = Standing(f"{LOCAL}/mail", None, common(hours=-670_000), received=NOW - HOUR)
-A_LITTLE_AHEAD = Standing(f"{LOCAL}/mail", None, common(hours=-0.08), received=NOW - HOUR)
+CAME_LONG_AGO = MirrorStatus(f"{LOCAL}/mail", None, common(hours=2), received=NOW - 50 * HOUR)
+CAME_LATELY = MirrorStatus(f"{LOCAL}/mail", None, common(hours=2), received=NOW - HOUR)
+CAME_TOMORROW = MirrorStatus(f"{LOCAL}/mail", None, common(hours=2), received=NOW + 50 * HOUR)
+OLD_BUT_CAME_LATELY = MirrorStatus(f"{LOCAL}/mail", None, common(hours=50), received=NOW - HOUR)
+IN_2100 = MirrorStatus(f"{LOCAL}/mail", None, common(hours=-670_000), received=NOW - HOUR)
+A_LITTLE_AHEAD = MirrorStatus(f"{LOCAL}/mail", None, common(hours=-0.08), received=NOW - HOUR)
 
 
 @pytest.mark.parametrize(
@@ -384,9 +390,9 @@ A_LITTLE_AHEAD = Standing(f"{LOCAL}/mail", None, common(hours=-0.08), received=N
     ],
 )
 def test_the_verdict_for_monitoring(
-    found: list[Standing], failing: int | None, ran: float | None, status: int, text: str
+    found: list[MirrorStatus], failing: int | None, ran: float | None, status: int, text: str
 ) -> None:
-    ended, line = verdict(found, failing, ran, LIMIT, NOW)
+    ended, line = nagios_result(found, failing, ran, LIMIT, NOW)
     assert ended == status
     assert re.match(f"ZFS_REPLICATE {text}", line)
     assert "\n" not in line
@@ -398,17 +404,17 @@ def test_the_verdict_for_monitoring(
 
 
 def test_ages() -> None:
-    assert [span(it) for it in (-5, 59, 119 * 60, 120 * 60, 71 * HOUR, 72 * HOUR)] == [
+    assert [format_age(it) for it in (-5, 59, 119 * 60, 120 * 60, 71 * HOUR, 72 * HOUR)] == [
         "0m", "0m", "119m", "2h", "71h", "3d",
     ]  # fmt: skip
 
 
 def test_metrics_are_read_by_the_client_library_of_prometheus() -> None:
     report = Report()
-    report.pulled(LOCAL, STEP, Arrival(2**20, 2.5))
+    report.pulled(LOCAL, STEP, ReceivedStream(2**20, 2.5))
     report.expired(Snapshot(f"{LOCAL}@old", 1, 1, 1), "expired")
     found_here = [FRESH, replace(LATE, received=NOW - 49 * HOUR)]
-    text = metrics(LOCAL, report, found_here, Ending(NOW, 12.5, 0), NOW + 12.5)
+    text = metrics(LOCAL, report, found_here, RunResult(NOW, 12.5, 0), NOW + 12.5)
     families = {family.name: family for family in text_string_to_metric_families(text)}
     assert len(families) == 11
     assert all(family.type == "gauge" and family.documentation for family in families.values())
@@ -427,24 +433,24 @@ def test_metrics_are_read_by_the_client_library_of_prometheus() -> None:
     assert found["dataset_common_timestamp_seconds", f"{LOCAL}/www"] == NOW - 50 * HOUR
     assert found["dataset_received_timestamp_seconds", f"{LOCAL}/www"] == NOW - 49 * HOUR
     assert found["dataset_received_timestamp_seconds", LOCAL] == 0
-    assert success_in(text) == NOW + 12.5
-    assert success_in("") == 0
+    assert last_success(text) == NOW + 12.5
+    assert last_success("") == 0
 
 
 def test_a_first_run_that_fails_is_no_success(tmp_path: Path) -> None:
     target = tmp_path / "job.prom"
     options = parse([*LINE, "--metrics", str(target)])
-    write_metrics(options, Report(), Ending(NOW, 1, 3))
-    assert success_in(target.read_text(encoding="utf-8")) == 0
-    write_metrics(options, Report(), Ending(NOW, 1, 0))
-    write_metrics(options, Report(), Ending(NOW + 60, 1, 3))
-    assert success_in(target.read_text(encoding="utf-8")) == NOW + 1
+    write_metrics(options, Report(), RunResult(NOW, 1, 3))
+    assert last_success(target.read_text(encoding="utf-8")) == 0
+    write_metrics(options, Report(), RunResult(NOW, 1, 0))
+    write_metrics(options, Report(), RunResult(NOW + 60, 1, 3))
+    assert last_success(target.read_text(encoding="utf-8")) == NOW + 1
 
 
 def test_labels_are_quoted_as_the_format_has_it() -> None:
     """Names in a tree have none of these."""
     name = 'a"b\\c\nd\x1b\udcff'
-    text = metrics(name, Report(), [replace(FRESH, name=name)], Ending(NOW, 1, 0), NOW)
+    text = metrics(name, Report(), [replace(FRESH, name=name)], RunResult(NOW, 1, 0), NOW)
     samples = [it for family in text_string_to_metric_families(text) for it in family.samples]
     assert {it.labels["tree"] for it in samples} == {'a"b\\c\nd\\x1b\\xff'}
     assert {it.labels["dataset"] for it in samples if "dataset" in it.labels} == {'a"b\\c\nd\\x1b\\xff'}
@@ -455,7 +461,7 @@ SUCCESS = 'zfs_replicate_last_success_timestamp_seconds{tree="x"}'
 
 @pytest.mark.parametrize("value", ["abc", "inf", "nan", "-1", "1e5", "1" * 400, "\u0663", "1 2", "", "0x10", "1_0"])
 def test_a_time_of_success_that_is_no_time_says_nothing(value: str) -> None:
-    assert success_in(f"{SUCCESS} {value}\n") == 0
+    assert last_success(f"{SUCCESS} {value}\n") == 0
 
 
 @pytest.mark.parametrize("kind", ["fifo", "symlink", "device", "bytes", "long", "directory"])
@@ -478,18 +484,18 @@ def test_whatever_lies_where_the_metrics_go_does_no_harm(kind: str, tmp_path: Pa
     options = parse([*LINE, "--metrics", str(target)])
     if kind == "directory":
         with pytest.raises(IsADirectoryError):
-            write_metrics(options, Report(), Ending(NOW, 1, 3))
+            write_metrics(options, Report(), RunResult(NOW, 1, 3))
         assert os.listdir(tmp_path) == ["job.prom"]
         return
-    write_metrics(options, Report(), Ending(NOW, 1, 3))
+    write_metrics(options, Report(), RunResult(NOW, 1, 3))
     assert not target.is_symlink()
-    assert success_in(target.read_text(encoding="utf-8")) == (5 if kind == "bytes" else 0)
+    assert last_success(target.read_text(encoding="utf-8")) == (5 if kind == "bytes" else 0)
 
 
 def test_the_line_for_the_log() -> None:
     report = Report()
-    report.pulled(LOCAL, STEP, Arrival(2**20, 2.5))
-    assert log_line(parse(LINE), report, Ending(NOW, 12.4, 0)) == (
+    report.pulled(LOCAL, STEP, ReceivedStream(2**20, 2.5))
+    assert log_line(parse(LINE), report, RunResult(NOW, 12.4, 0)) == (
         f"HOST:{SOURCE} -> {LOCAL}: exit=0 streams=1 bytes=1048576 expired=0 failures=0 seconds=12"
     )
 
@@ -513,7 +519,7 @@ class Says:
     def has(self, program: str) -> bool:
         return False
 
-    def piped(self, *commands: Command, then: Command = ()) -> Command:
+    def stream_command(self, *commands: Command, then: Command = ()) -> Command:
         raise AssertionError("the doctor sends nothing")
 
     def connected(self) -> bool:

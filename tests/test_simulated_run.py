@@ -20,20 +20,20 @@ from zfs_replicate import (
     Failure,
     FencedHost,
     LinkLost,
+    MirrorStatus,
     Plan,
     Policy,
     Report,
     Run,
     Selection,
-    Standing,
     Stuck,
-    human,
+    all_statuses,
+    format_bytes,
+    local_statuses,
     mark_failing,
     plan_dataset,
     print_plan,
     retire,
-    standings,
-    standings_here,
 )
 
 Disturbance = Callable[[Machine, Command, str], "Answer | None"]
@@ -540,8 +540,10 @@ def test_what_is_due_is_looked_at_again_though_another_dataset_changed(mirrored:
 
 def test_a_dataset_that_is_renamed_at_the_source_while_it_comes_keeps_its_hold(mirrored: Job) -> None:
     mirrored.snapshot("b", "/disk")
-    renamed = once("after", lambda: mirrored.source.rename_dataset(f"{SOURCE}/disk", f"{SOURCE}/volume"), "^zfs send")
-    mirrored.replicate(at=renamed)
+    after_rename = once(
+        "after", lambda: mirrored.source.rename_dataset(f"{SOURCE}/disk", f"{SOURCE}/volume"), "^zfs send"
+    )
+    mirrored.replicate(at=after_rename)
     assert whole_lists(mirrored)[2:] == ["source", "backup"], "where one is gone all is listed"
     assert (mirrored.here("/disk"), mirrored.there("/volume")) == (f"a b!{RECEIVED}", f"a b!{TAG}")
     mirrored.replicate()
@@ -640,8 +642,8 @@ def half_way(pattern: str = "", deed: Callable[[], object] | None = None) -> Dis
 
     def at(where: Machine, command: Command, moment: str) -> Answer | None:
         if deeds and moment == "half-way" and re.search(pattern, " ".join(command)):
-            act = deeds.pop()
-            return Answer(1, "", "out of space") if act is None else act()  # type: ignore[return-value]
+            dispatch = deeds.pop()
+            return Answer(1, "", "out of space") if dispatch is None else dispatch()  # type: ignore[return-value]
         return None
 
     return at
@@ -790,13 +792,13 @@ def test_a_machine_that_answers_no_more_is_not_asked_for_every_dataset(mirrored:
     mirrored.snapshot("b")
     asked: list[Command] = []
 
-    def suspended(where: Machine, command: Command, moment: str) -> Answer | None:
+    def hint_if_suspended(where: Machine, command: Command, moment: str) -> Answer | None:
         if moment == "before" and where is mirrored.backup and f"{LOCAL}@b" in command:
             asked.append(command)
             raise Stuck("zfs list on backup has not ended after 1h")
         return None
 
-    said = mirrored.replicate(status=1, at=suspended)
+    said = mirrored.replicate(status=1, at=hint_if_suspended)
     assert said == f"zfs_replicate: {LOCAL}: zfs list on backup has not ended after 1h"
     assert len(asked) == 1
     mirrored.replicate()
@@ -1042,10 +1044,10 @@ def test_what_was_written_to_an_empty_target_before_its_turn_is_kept(job: Job) -
 # --- Told beforehand ----------------------------------------------------------------------------------------------------
 
 
-SIZE = human(SEGMENT_BYTES)
+SIZE = format_bytes(SEGMENT_BYTES)
 
 
-def rehearse(job: Job, policy: Policy, status: int = 0) -> list[str]:
+def run_dry_run(job: Job, policy: Policy, status: int = 0) -> list[str]:
     """What --dry-run says; nothing may be written, and the machines must be as they were."""
     out = io.StringIO()
     report = Report(steps=out)
@@ -1062,7 +1064,7 @@ def rehearse(job: Job, policy: Policy, status: int = 0) -> list[str]:
 def foretold(job: Job, **options: object) -> list[str]:
     """What is said beforehand must be done thereafter: the same snapshots come, expire, and are held."""
     policy = Policy(SOURCE, LOCAL, TAG, **options)  # type: ignore[arg-type]
-    lines = rehearse(job, policy)
+    lines = run_dry_run(job, policy)
     report = Report()
     run = Run(policy, Near(job.wire, job.source), Near(job.wire, job.backup), job.wire.carry, report)
     run.begin(job.source.world.now)
@@ -1116,7 +1118,7 @@ def test_what_is_blocked_is_told_as_in_a_run(job: Job) -> None:
     job.replicate()
     job.backup.snapshot(f"{LOCAL}@mine")
     job.snapshot("b")
-    lines = rehearse(job, Policy(SOURCE, LOCAL, TAG), status=1)
+    lines = run_dry_run(job, Policy(SOURCE, LOCAL, TAG), status=1)
     assert not any(line.startswith(f"{LOCAL}: ") for line in lines)
     assert any(line.startswith(f"{LOCAL}/www: pull @a -> @b") for line in lines)
 
@@ -1126,10 +1128,10 @@ def test_ways_out(job: Job) -> None:
     job.replicate()
     job.backup.snapshot(f"{LOCAL}/www@mine")
     job.snapshot("b")
-    lines = rehearse(job, Policy(SOURCE, LOCAL, TAG, rollback=True))
+    lines = run_dry_run(job, Policy(SOURCE, LOCAL, TAG, rollback=True))
     assert f"{LOCAL}/www: rolling back to @a, which destroys @mine" in lines
     assert any(line.startswith(f"{LOCAL}/www: pull @a -> @b") for line in lines)
-    lines = rehearse(job, Policy(SOURCE, LOCAL, TAG, quarantine=True))
+    lines = run_dry_run(job, Policy(SOURCE, LOCAL, TAG, quarantine=True))
     assert any(line.startswith(f"{LOCAL}/www: rename to {LOCAL}/www.quarantine-") for line in lines)
     assert any(line.startswith(f"{LOCAL}/www/logs: pull full @b") for line in lines)
 
@@ -1164,12 +1166,12 @@ def test_a_chain_of_placeholders(job: Job) -> None:
 # --- Looking on, and the end --------------------------------------------------------------------------------------------
 
 
-def looked_at(job: Job) -> list[Standing]:
+def looked_at(job: Job) -> list[MirrorStatus]:
     run = Run(
         Policy(SOURCE, LOCAL, TAG), Near(job.wire, job.source), Near(job.wire, job.backup), job.wire.carry, Report()
     )
     run.begin(0, in_full=True)
-    return list(standings(run))
+    return list(all_statuses(run))
 
 
 def test_where_each_dataset_stands(mirrored: Job) -> None:
@@ -1193,7 +1195,7 @@ def test_where_each_dataset_stands(mirrored: Job) -> None:
         "/www/logs": ("@a", "", True, None, None, None),
     }
     assert [found[key].pinned for key in ("", "/new", "/www/logs")] == [USED, 0, None]
-    here = list(standings_here(mirrored.backup, Policy(SOURCE, LOCAL, TAG)))
+    here = list(local_statuses(mirrored.backup, Policy(SOURCE, LOCAL, TAG)))
     assert [(it.name[len(LOCAL) :], it.common and it.common.short) for it in here] == [
         (key, "@a") for key in ("", "/disk", "/www", "/www/logs")
     ]
@@ -1206,7 +1208,7 @@ def test_when_a_snapshot_came_is_known_by_our_own_clock_alone(mirrored: Job) -> 
     mirrored.snapshot("b")
     world.now = came + 3600
     mirrored.replicate()
-    (root, *_) = here = list(standings_here(mirrored.backup, policy))
+    (root, *_) = here = list(local_statuses(mirrored.backup, policy))
     assert root.common
     assert root.common.creation == came + days(36500)
     assert all(it.received is not None and 0 <= came + 3600 - it.received < 60 for it in here)
@@ -1224,7 +1226,7 @@ def test_a_date_that_is_none_leaves_open_when_a_snapshot_came(mirrored: Job, dat
         return Answer(0, "".join(f"{name}\t{RECEIVED}\t{date}\n" for name in command[3:]), "") if is_asked else None
 
     mirrored.wire.at = dated
-    here = list(standings_here(Near(mirrored.wire, mirrored.backup), Policy(SOURCE, LOCAL, TAG)))
+    here = list(local_statuses(Near(mirrored.wire, mirrored.backup), Policy(SOURCE, LOCAL, TAG)))
     assert [it.received for it in here] == [None] * len(EACH)
 
 
@@ -1484,7 +1486,7 @@ def test_no_command_leaves_the_tree() -> None:
         with pytest.raises(Failure, match="refusing"):
             fence.ask(command)
         with pytest.raises(Failure, match="refusing"):
-            fence.piped(command)
+            fence.stream_command(command)
     for command in (
         ("zfs", "create", "-u", "-o", "canmount=off", "offsite/virt"),
         ("zfs", "rename", LOCAL, f"{LOCAL}{ASIDE}2026-11-27-120000"),
@@ -1517,7 +1519,7 @@ def test_what_is_set_on_a_mirror_that_is_taken_over_outlives_an_increment_that_w
     job.replicate(status=1, at=refusing("^zfs send .*machines/www@b", moment="half-way"))
     store = job.backup.datasets[f"{LOCAL}/www"]
     store.has_received = False  # undone
-    store.values.update({"compression": "zstd", TAKEN_OVER: "on"})
+    store.values.update({"compression": "zstd", TAKEN_OVER: str(store.newest and store.newest.guid)})
     job.replicate()
     assert job.here("/www") == f"a b!{RECEIVED}"
     job.snapshot("c")

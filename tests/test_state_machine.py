@@ -144,7 +144,7 @@ def newest_held_here(store: Store) -> int | None:
 @dataclass
 class Hop:
     """One job: a tree and its mirror. `mirrored`: the keys that had a common snapshot held on both sides once.
-    `renamed`: those whose datasets got their names only when they had mirrors. `estranged`: guids that somebody made
+    `after_rename`: those whose datasets got their names only when they had mirrors. `estranged`: guids that somebody made
     here, or took away at the source against all holds."""
 
     source: Machine
@@ -153,7 +153,7 @@ class Hop:
     target_root: str
     estranged: set[int]
     mirrored: set[str] = field(default_factory=set)
-    renamed: set[str] = field(default_factory=set)
+    after_rename: set[str] = field(default_factory=set)
 
     def branches(self) -> list[str]:
         return [name[len(self.source_root) :] for name in self.source.below(self.source_root)]
@@ -164,7 +164,7 @@ class Hop:
     def ours(self, key: str) -> Store:
         return self.target.datasets.get(self.target_root + key, Store())
 
-    def mutual(self, key: str, *, bookmarks: bool) -> int | None:
+    def common(self, key: str, *, bookmarks: bool) -> int | None:
         """The guid of the newest point of the source that is here too."""
         store, here = self.theirs(key), {point.guid for point in self.ours(key).snapshots.values()}
         points = [*store.snapshots.values(), *(store.bookmarks.values() if bookmarks else ())]
@@ -177,7 +177,7 @@ class Hop:
 
     def mirror(self, key: str) -> Store | None:
         """What is here of a dataset, be it under the name that it had at the source before; None if that is not clear."""
-        if self.target_root + key in self.target.datasets or key not in self.renamed:
+        if self.target_root + key in self.target.datasets or key not in self.after_rename:
             return self.ours(key)
         old_keys = [name[len(self.target_root) :] for name in self.target.below(self.target_root)]
         found = [
@@ -185,7 +185,7 @@ class Hop:
             for old in old_keys
             if old
             and ASIDE not in old
-            and self.mutual(old, bookmarks=True) is None
+            and self.common(old, bookmarks=True) is None
             and not f"{key}/".startswith(f"{old}/")
         ]
         theirs = self.theirs(key)
@@ -235,8 +235,10 @@ class Hop:
     def check_success(self, options: Options) -> None:
         """I6, and the holds as they must be after a successful run."""
         for key in self.branches():
+            if ASIDE in key or PLACEHOLDER in key:
+                continue  # the source, a mirror itself, has set it aside: it is not mirrored
             source, local = self.theirs(key), self.ours(key)
-            common, holdable = self.mutual(key, bookmarks=True), self.mutual(key, bookmarks=False)
+            common, holdable = self.common(key, bookmarks=True), self.common(key, bookmarks=False)
             points = [*source.bookmarks.values(), *source.snapshots.values()]
             since = max((point.createtxg for point in points if point.guid == common), default=0)
             lacking = [name for name, point in source.snapshots.items() if point.createtxg > since]
@@ -244,7 +246,10 @@ class Hop:
             assert not source.snapshots or local.partial is None, f"exit 0, but {key!r} has a partial receive"
             if local.snapshots and common is None:
                 continue  # nothing to pull and nothing in common: left alone
-            assert self.held(key) == ({holdable} - {None}, {common} - {None}), f"holds of {key!r} after success"
+            held_there, held_here = self.held(key)
+            lost = local.since(common) if common is not None else set()  # of the source's: it may be the last copy
+            assert held_there == {holdable} - {None}, f"holds at the source of {key!r} after success"
+            assert held_here - lost == {common} - {None}, f"holds of {key!r} after success"
             marks = {mark for mark in self.theirs(key).bookmarks if OUR_MARK.fullmatch(mark)}
             if options.bookmark and holdable is not None and common == holdable:
                 assert marks == {f"{TAG}-{common}"}, f"bookmarks of {key!r} after success"
@@ -307,7 +312,7 @@ class Watch:
     def at(self, machine: Machine, command: Command, moment: str) -> Answer | None:
         COUNTS["moments"] += 1
         if moment == "before" and command[1] in ("rollback", "rename"):
-            self.permit(machine, command)
+            self.allow_hint(machine, command)
         if moment == "after" and command[1] == "rename" and command[2] not in machine.datasets:  # it was not refused
             self.follow(command[2], command[3])
         if moment != "before" and command[1] not in ("list", "holds", "userspace", "sync", "get"):
@@ -328,7 +333,7 @@ class Watch:
             return None
         return self.fault.strike(command)
 
-    def permit(self, machine: Machine, command: Command) -> None:
+    def allow_hint(self, machine: Machine, command: Command) -> None:
         """Ways out are taken on request only, here only, and cost nothing that anybody holds. A dataset that was
         renamed at the source is followed unasked."""
         assert machine is self.hop.target, f"I4: at the source: {command}"
@@ -353,13 +358,13 @@ class Watch:
         if name not in self.hop.target.datasets:
             return True
         if new == name + PLACEHOLDER or name.replace(PLACEHOLDER, "") == new:
-            return not self.hop.target.datasets[
-                name.partition(PLACEHOLDER)[0] + PLACEHOLDER * (PLACEHOLDER in name)
-            ].snapshots
+            away = name.partition(PLACEHOLDER)[0] + PLACEHOLDER * (PLACEHOLDER in name)
+            # Somebody may make a snapshot of it at the very moment; nothing is lost by that.
+            return self.neighbour is not None or not self.hop.target.datasets[away].snapshots
         old_key, key = (it[len(self.hop.target_root) :] for it in (name, new))
         here = {point.guid for point in self.hop.target.datasets[name].snapshots.values()}
         there = {point.guid for point in self.hop.theirs(key).snapshots.values()}
-        return bool(here & there) and not self.hop.mutual(old_key, bookmarks=True)
+        return bool(here & there) and not self.hop.common(old_key, bookmarks=True)
 
     def follow(self, name: str, aside: str) -> None:
         """What was known of a dataset holds for it under its new name, and its mirror begins anew."""
@@ -368,7 +373,9 @@ class Watch:
             return aside + old[len(name) :] if f"{old}/".startswith(f"{name}/") else old
 
         self.here = {moved(old): points for old, points in self.here.items()}
-        self.held_before = {moved(old) for old in self.held_before} | self.held_before
+        held_before = {moved(old) for old in self.held_before}
+        # What was set aside left its name to a fresh copy, which nobody has held yet.
+        self.held_before = held_before | (set() if ASIDE in aside else self.held_before)
         self.unborn = {moved(old) for old in self.unborn}
         self.doomed = {(moved(old), short) for old, short in self.doomed}
         self.site.begin_anew(name)
@@ -423,7 +430,7 @@ class Watch:
             assert machine is self.hop.source, command
             assert self.options.bookmark, command
             assert OUR_MARK.fullmatch(mark), command
-            newest = self.hop.mutual(name[len(self.hop.source_root) :], bookmarks=True)
+            newest = self.hop.common(name[len(self.hop.source_root) :], bookmarks=True)
             assert f"{TAG}-{newest}" in machine.store(name).bookmarks, (
                 "an older bookmark goes before the new one is there"
             )
@@ -445,7 +452,7 @@ class Watch:
         newest = store.newest
         assert newest, name
         if self.neighbour is None:
-            assert newest.guid == self.hop.mutual(key, bookmarks=True), f"I8: expires in {name}, which is ahead"
+            assert newest.guid == self.hop.common(key, bookmarks=True), f"I8: expires in {name}, which is ahead"
         assert ASIDE not in name, f"I8: expires in {name}, which was set aside"
 
 
@@ -495,7 +502,7 @@ class Site:
             hop.mirrored -= {key for key in hop.mirrored if hop.mirror(key) is None}
             for key in hop.mirrored:
                 if not hop.is_protected(key):
-                    bookmark = hop.mutual(key, bookmarks=True) != hop.mutual(key, bookmarks=False)
+                    bookmark = hop.common(key, bookmarks=True) != hop.common(key, bookmarks=False)
                     assert bookmark, f"I1: nothing held in common: {hop.source_root}{key}"
 
     def watched(
@@ -818,7 +825,7 @@ class Life(RuleBasedStateMachine):
             return
         self.site.begin_anew(ROOTS[0] + key)
         hop = self.site.hops[0]
-        hop.renamed |= {it for it in hop.branches() if f"{it}/".startswith(f"{new}/")}
+        hop.after_rename |= {it for it in hop.branches() if f"{it}/".startswith(f"{new}/")}
         hop.note_mirrored()
 
     # what others do here
@@ -912,7 +919,7 @@ class Life(RuleBasedStateMachine):
         COUNTS["steps"] += 1
         hop = self.hop(end)
 
-        def act() -> None:
+        def dispatch() -> None:
             root, host = hop.source_root, hop.source
             found = self.pick(host, root, key, place)
             try:
@@ -927,7 +934,7 @@ class Life(RuleBasedStateMachine):
             except Refused:
                 return
 
-        self.site.watched(hop, options, Fault("neighbour", number), act)
+        self.site.watched(hop, options, Fault("neighbour", number), dispatch)
 
 
 def test_a_long_life() -> None:

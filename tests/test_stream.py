@@ -18,10 +18,9 @@ from ssh_server import PATIENCE, Fault, Server
 from test_hosts import MEBIBYTE, SshConfig, executable, shell
 
 from zfs_replicate import (
-    PACKERS,
-    SAID_BYTES,
+    COMPRESSORS,
+    STDERR_BYTES,
     Account,
-    Arrival,
     Command,
     Connection,
     Failure,
@@ -29,17 +28,18 @@ from zfs_replicate import (
     LinkLost,
     LocalHost,
     Pipeline,
+    ReceivedStream,
     SshHost,
     Stage,
     Stopped,
+    StreamBatch,
     StreamFailed,
-    Train,
     Transport,
-    blame,
     buffer_stage,
-    convey,
     pull,
+    raise_for_status,
     refused_properties,
+    run_all,
     unset_properties,
 )
 
@@ -51,18 +51,18 @@ if TYPE_CHECKING:
 PLAIN = Transport()
 
 
-def stream(commands: Sequence[Command], *more: Command, transport: Transport = PLAIN) -> list[Arrival]:
+def stream(commands: Sequence[Command], *more: Command, transport: Transport = PLAIN) -> list[ReceivedStream]:
     """Run one pipeline, with more receivers after the last command. Raises its failure."""
     with contextlib.closing(Pipeline(commands[:-1], [commands[-1], *more], transport)) as pipeline:
-        convey([pipeline])
+        run_all([pipeline])
         if pipeline.failure:
             raise pipeline.failure
         return pipeline.arrived
 
 
-def carried(source: Host, sending: Command, target: Host, receiving: Command, transport: Transport) -> Arrival:
+def carried(source: Host, sending: Command, target: Host, receiving: Command, transport: Transport) -> ReceivedStream:
     """Pull one stream. Raises its failure."""
-    (passage,) = pull(source, target, [(Train(((sending, receiving),)), transport)])
+    (passage,) = pull(source, target, [(StreamBatch(((sending, receiving),)), transport)])
     if passage.failure:
         raise passage.failure
     return passage.arrived[0]
@@ -76,7 +76,7 @@ def into(path: Path) -> Command:
 def _nothing_remains() -> Iterator[None]:
     """Whatever becomes of a stream: no child, alive or not waited for, no open file, and no endless wait."""
 
-    def too_long(number: int, frame: Any) -> None:
+    def blocked_by_length(number: int, frame: Any) -> None:
         faulthandler.dump_traceback(2)
         raise AssertionError(f"hangs for {PATIENCE} seconds")
 
@@ -84,7 +84,7 @@ def _nothing_remains() -> Iterator[None]:
         return len(os.listdir("/proc/self/fd"))
 
     before = files()
-    handler = signal.signal(signal.SIGALRM, too_long)
+    handler = signal.signal(signal.SIGALRM, blocked_by_length)
     signal.setitimer(signal.ITIMER_REAL, PATIENCE)
     try:
         yield
@@ -196,11 +196,11 @@ def test_of_what_a_stage_says_without_end_the_last_is_kept() -> None:
     """In memory, and nowhere else; the longest line is as long."""
     flood = shell('echo first >&2; head -c "$1" /dev/zero | tr "\\0" e >&2; echo last >&2; exit 1', str(9 * MEBIBYTE))
     with contextlib.closing(Pipeline([flood], [("cat",)], PLAIN)) as pipeline:
-        convey([pipeline])
+        run_all([pipeline])
         assert pipeline.failure
         assert pipeline.failure.sender_said.endswith("elast")
-        assert len(pipeline.failure.what) < SAID_BYTES + 100
-        assert len(pipeline.feeders[0].tail.kept) <= 3 * SAID_BYTES
+        assert len(pipeline.failure.what) < STDERR_BYTES + 100
+        assert len(pipeline.feeders[0].tail.kept) <= 3 * STDERR_BYTES
 
 
 def test_nothing_waits_for_others_who_keep_the_stderr_of_a_stage(tmp_path: Path) -> None:
@@ -219,7 +219,7 @@ TALK = "while :; do echo word >&2; sleep 0.05; done"
 
 def test_words_without_a_byte_of_the_stream_are_no_movement() -> None:
     moved: list[int] = []
-    transport = Transport(patience=1.0, moved=lambda: moved.append(1))
+    transport = Transport(stall_timeout=1.0, moved=lambda: moved.append(1))
     with pytest.raises(StreamFailed, match=r"no byte of the stream has moved for 1s: .* with sh, cat still at work"):
         stream([shell(TALK), ("cat",)], transport=transport)
     assert len(moved) <= 1, "a receiver has begun, and that is all"
@@ -228,7 +228,7 @@ def test_words_without_a_byte_of_the_stream_are_no_movement() -> None:
 def test_a_byte_at_times_is_no_stream() -> None:
     sender = shell("while :; do printf x; sleep 0.05; done")
     with pytest.raises(StreamFailed, match=r"no more than \d+ bytes of the stream have come in 1s: ") as caught:
-        stream([sender, ("cat",)], transport=Transport(patience=1.0))
+        stream([sender, ("cat",)], transport=Transport(stall_timeout=1.0))
     assert caught.value.hint.endswith("--stall-timeout")
 
 
@@ -237,7 +237,9 @@ def test_a_receiver_that_failed_waits_for_no_sender(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr("zfs_replicate.LINK_SECONDS", 1)
     began = time.monotonic()
     with pytest.raises(StreamFailed, match="destination is busy") as caught:
-        stream([("sleep", "60"), shell("echo destination is busy >&2; exit 1")], transport=Transport(patience=30.0))
+        stream(
+            [("sleep", "60"), shell("echo destination is busy >&2; exit 1")], transport=Transport(stall_timeout=30.0)
+        )
     assert "destination is busy" in caught.value.receiver_said
     assert time.monotonic() - began < 15
 
@@ -248,7 +250,8 @@ def test_a_receiver_that_takes_its_time_has_no_floor() -> None:
         "import sys, time\nfor _ in range(25): sys.stdin.buffer.raw.read(10); time.sleep(0.1)\nsys.stdin.buffer.read()"
     )
     stream(
-        [shell("head -c 60000 /dev/zero; sleep 3"), (sys.executable, "-c", reads)], transport=Transport(patience=1.0)
+        [shell("head -c 60000 /dev/zero; sleep 3"), (sys.executable, "-c", reads)],
+        transport=Transport(stall_timeout=1.0),
     )
 
 
@@ -264,7 +267,7 @@ class Watched(Pipeline):
         self.at_work: list[int] = [0, 1]
         self.told: list[int] = []
         self.clock = SimpleNamespace(monotonic=lambda: self.now)
-        transport = Transport(patience=HOUR, moved=lambda: self.told.append(self.now))
+        transport = Transport(stall_timeout=HOUR, moved=lambda: self.told.append(self.now))
         with monkeypatch.context() as patch:
             patch.setattr("zfs_replicate.time", self.clock)
             super().__init__([("sleep", "60")], [("sleep", "60")] * 2, transport)
@@ -388,7 +391,7 @@ def test_what_follows_a_receiver_that_fails_is_lost(tmp_path: Path) -> None:
     first, second, third = (tmp_path / name for name in ("first", "second", "third"))
     receivers = [slice_of(3, first), slice_of(2, second, "echo 'out of space' >&2; exit 1"), slice_of(3, third)]
     with contextlib.closing(Pipeline([("yes",), ("cat",)], receivers, Transport())) as pipeline:
-        convey([pipeline])
+        run_all([pipeline])
         assert len(pipeline.arrived) == 1
         assert pipeline.failure
         assert pipeline.failure.what == "the stream failed: sh: out of space"
@@ -400,7 +403,7 @@ def test_sender_that_fails_in_the_middle_is_to_blame(tmp_path: Path) -> None:
     receivers = [slice_of(3, tmp_path / "first"), shell("grep -q x || { echo 'incomplete stream' >&2; exit 1; }")]
     sender = shell("printf abc; echo 'no such snapshot' >&2; exit 1")
     with contextlib.closing(Pipeline([sender], receivers, Transport())) as pipeline:
-        convey([pipeline])
+        run_all([pipeline])
         assert len(pipeline.arrived) == 1
         assert pipeline.failure
         assert pipeline.failure.what == "the stream failed: sh: no such snapshot; sh: incomplete stream"
@@ -411,9 +414,9 @@ def test_trains_go_side_by_side_and_one_that_fails_leaves_the_others_alone(tmp_p
     mine, yours = tmp_path / "mine", tmp_path / "yours"
     os.mkfifo(mine)
     os.mkfifo(yours)
-    one = Train(((shell("echo one"), shell(f"cat >/dev/null; echo > '{mine}'; read x < '{yours}'")),))
-    two = Train(((shell("echo two"), shell(f"cat >/dev/null; read x < '{mine}'; echo > '{yours}'")),))
-    bad = Train(((shell("echo bad"), shell("exit 3")), (shell("echo good"), ("cat",))))
+    one = StreamBatch(((shell("echo one"), shell(f"cat >/dev/null; echo > '{mine}'; read x < '{yours}'")),))
+    two = StreamBatch(((shell("echo two"), shell(f"cat >/dev/null; read x < '{mine}'; echo > '{yours}'")),))
+    bad = StreamBatch(((shell("echo bad"), shell("exit 3")), (shell("echo good"), ("cat",))))
     host = LocalHost()
     passages = pull(host, host, [(train, Transport()) for train in (one, bad, two)])
     assert [len(it.arrived) for it in passages] == [1, 0, 1]
@@ -473,7 +476,7 @@ def sending(
 ) -> Iterator[tuple[Command, Server]]:
     """The first stage of a pull: `command` on the far end."""
     with source_host(directory, monkeypatch, login_shell) as (host, server):
-        yield host.piped(command), server
+        yield host.stream_command(command), server
 
 
 def test_stream_over_ssh_arrives_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -484,12 +487,14 @@ def test_stream_over_ssh_arrives_whole(tmp_path: Path, monkeypatch: pytest.Monke
     assert (tmp_path / "out").read_bytes() == data
 
 
-@pytest.mark.parametrize("packer", [name for name in PACKERS if shutil.which(name)])
-def test_stream_is_compressed_on_the_wire_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, packer: str) -> None:
+@pytest.mark.parametrize("compressor", [name for name in COMPRESSORS if shutil.which(name)])
+def test_stream_is_compressed_on_the_wire_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, compressor: str
+) -> None:
     with source_host(tmp_path, monkeypatch) as (host, _):
         there, here, wire = tmp_path / "there", tmp_path / "here", tmp_path / "wire"
         there.write_bytes(b"much of the same " * 100_000)
-        transport = Transport((("tee", str(wire)),), packer=packer)
+        transport = Transport((("tee", str(wire)),), compressor=compressor)
         sending, receiving = ("cat", str(there)), shell(f"cat > '{here}'")
         assert carried(host, sending, LocalHost(), receiving, transport).bytes == there.stat().st_size
         assert 0 <= carried(host, sending, LocalHost(), receiving, Transport()).bytes - there.stat().st_size < 50_000
@@ -511,7 +516,7 @@ def test_failure_at_the_far_end_is_no_lost_link(tmp_path: Path, monkeypatch: pyt
 def test_dropped_connection_is_a_lost_link(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     receiver = shell("cat > /dev/null; echo 'incomplete stream' >&2; exit 1")
     with source_host(tmp_path, monkeypatch) as (host, server):
-        assert subprocess.check_output(host.piped(("echo", "first")), timeout=PATIENCE) == b"first\n"
+        assert subprocess.check_output(host.stream_command(("echo", "first")), timeout=PATIENCE) == b"first\n"
         server.fault = Fault.DROPPED
         with pytest.raises(LinkLost, match=r"^the link to source broke: .*incomplete stream\n"):
             carried(host, ("cat", "/dev/zero"), LocalHost(), receiver, Transport())
@@ -546,13 +551,13 @@ def test_sender_whose_own_status_came_through_is_no_lost_link() -> None:
 
 
 def test_blame_names_nobody_if_all_went_well() -> None:
-    blame([], [])
-    blame([("ssh", 0, "a warning")], [("zfs", 0, "another")])
+    raise_for_status([], [])
+    raise_for_status([("ssh", 0, "a warning")], [("zfs", 0, "another")])
 
 
 def test_blame_names_those_with_something_to_say() -> None:
     with pytest.raises(StreamFailed) as caught:
-        blame(
+        raise_for_status(
             [("ssh", -13, ""), ("mbuffer", 1, "mbuffer: error: outputThread")],
             [("zfs", 1, "cannot receive: out of space")],
         )
@@ -564,14 +569,14 @@ def test_blame_names_those_with_something_to_say() -> None:
 def test_blame_passes_over_what_is_but_a_consequence() -> None:
     noise = ("mbuffer", 1, "mbuffer: error: outputThread: error writing to <stdout>: Broken pipe")
     with pytest.raises(StreamFailed, match=r"^the stream failed: zfs: cannot receive: out of space$"):
-        blame([("ssh", 0, ""), noise], [("zfs", 1, "cannot receive: out of space")])
+        raise_for_status([("ssh", 0, ""), noise], [("zfs", 1, "cannot receive: out of space")])
     with pytest.raises(StreamFailed, match=r"^the stream failed: mbuffer: mbuffer: error"):
-        blame([("ssh", 0, ""), noise], [("zfs", -9, "")])
+        raise_for_status([("ssh", 0, ""), noise], [("zfs", -9, "")])
 
 
 def test_blame_tells_a_status_where_nobody_speaks() -> None:
     with pytest.raises(StreamFailed, match=r"^the stream failed: ssh ended by signal 13; zfs ended with status 2$"):
-        blame([("ssh", -13, ""), ("mbuffer", 0, "a warning")], [("zfs", 2, "")])
+        raise_for_status([("ssh", -13, ""), ("mbuffer", 0, "a warning")], [("zfs", 2, "")])
 
 
 # --- Rights -----------------------------------------------------------------------------------------------------------
@@ -588,7 +593,7 @@ def told(sender: str, receiver: str) -> StreamFailed:
             super().__init__()
             self.script, self.account = script, account
 
-        def piped(self, *commands: Command, then: Command = ()) -> Command:
+        def stream_command(self, *commands: Command, then: Command = ()) -> Command:
             return shell(self.script)
 
     source = Scripted(sender, Account("puller", "source", "tank/vm"))

@@ -89,7 +89,8 @@ def test_what_was_made_inert_and_got_nothing_is_not_taken_for_ours(job: Job) -> 
     job.snapshot("b")
     for _ in range(2):
         job.replicate(status=1, keep=1, at=refusing("^zfs send .*@b"))
-    assert job.backup.datasets[f"{LOCAL}/www"].values[TAKEN_OVER] == "on"
+    store = job.backup.datasets[f"{LOCAL}/www"]
+    assert store.values[TAKEN_OVER] == str(store.newest and store.newest.guid)
     job.source.release(TAG, f"{SOURCE}/www@b")
     job.source.destroy(f"{SOURCE}/www", ["b"])
     job.replicate(keep=1)
@@ -241,7 +242,7 @@ def test_a_second_attempt_expires_nothing_that_the_first_took_over(job: Job, mon
         def execute(self, now: int) -> None:
             self.lost = (LOCAL, Failure("the link broke")) if len(seen) == 1 else None
 
-    monkeypatch.setattr("zfs_replicate.logged_in", lambda *_: Link())
+    monkeypatch.setattr("zfs_replicate.open_run", lambda *_: Link())
     monkeypatch.setattr("zfs_replicate.time.sleep", lambda _: None)
     assert main(["-h", "localhost", "-r", SOURCE, "-l", LOCAL, "-t", TAG, "--retries", "1"]) == 0
     assert seen == [None, {"/first"}]
