@@ -1990,14 +1990,6 @@ def get_failing(root: str) -> Command:
     return ("zfs", "get", "-H", "-s", "local", "-o", "value", FAILING, root)
 
 
-def set_failing(root: str, since: int) -> Command:
-    return ("zfs", "set", f"{FAILING}={since} {root}", root)
-
-
-def clear_failing(root: str) -> Command:
-    return inherit(root, FAILING)
-
-
 def list_usage(root: str) -> Command:
     return ("zfs", "list", "-Hp", "-r", "-t", "snapshot", "-o", "name,used,written", root)
 
@@ -2030,48 +2022,6 @@ def list_holds(snapshots: Iterable[str]) -> Command:
     return ("zfs", "holds", "-H", *snapshots)
 
 
-def hold(tag: str, snapshots: Iterable[str]) -> Command:
-    # Never -r: one tag already there on any child, and nothing at all is held (a single atomic task).
-    return ("zfs", "hold", tag, *snapshots)
-
-
-def release(tag: str, snapshots: Iterable[str]) -> Command:
-    return ("zfs", "release", tag, *snapshots)
-
-
-def destroy(snapshots: Iterable[Snapshot]) -> Command:
-    """Destroys snapshots of one dataset. A name without `@` would be a dataset, `%` a range: neither gets through."""
-    names = [snapshot.name for snapshot in snapshots]
-    datasets = {name.split("@")[0] for name in names}
-    if len(datasets) != 1 or any(name.count("@") != 1 or re.search("[%,#]", name) for name in names):
-        raise AssertionError(f"refusing to destroy anything but plain snapshots of one dataset: {names}")
-    return ("zfs", "destroy", datasets.pop() + "@" + ",".join(name.split("@")[1] for name in names))
-
-
-def rollback(to: Snapshot) -> Command:
-    """-r destroys the newer snapshots, but never their clones (that would be -R), and none that is held."""
-    return ("zfs", "rollback", "-r", to.name)
-
-
-def rename(name: str, new_name: str) -> Command:
-    return ("zfs", "rename", name, new_name)
-
-
-def bookmark(snapshot: Snapshot, mark: str) -> Command:
-    return ("zfs", "bookmark", snapshot.name, snapshot.name.partition("@")[0] + mark)
-
-
-def destroy_bookmark(name: str) -> Command:
-    """A name without `#` would be a dataset or a snapshot."""
-    if name.count("#") != 1 or "@" in name:
-        raise AssertionError(f"refusing to destroy anything but a bookmark: {name}")
-    return ("zfs", "destroy", name)
-
-
-def make_read_only(name: str) -> Command:
-    return ("zfs", "set", "readonly=on", name)
-
-
 LOOKING = ("list", "get", "holds", "send", "allow", "userspace", "version")
 """Verbs of zfs that change nothing, on either side."""
 
@@ -2098,11 +2048,6 @@ def outside(command: Command, root: str) -> list[str]:
     if command[1] == "rename":
         return [name for name in wrong if not (name.startswith(root + ASIDE) and command[-1] == name)]
     return wrong
-
-
-def create_parent(name: str) -> Command:
-    """A placeholder that never mounts. `-u` also spares the mount that only root may do."""
-    return ("zfs", "create", "-u", "-o", "canmount=off", name)
 
 
 STREAM_FLAGS = {"-L": ("large_blocks",), "-c": ("lz4_compress", "zstd_compress")}
@@ -2218,41 +2163,6 @@ def first_receive_options(source: Dataset, parent: Dataset | None, step: Receive
     return (*origin, *(("-o", "encryption=off") if parent and policy.raw(parent) else ("-x", "encryption")))
 
 
-def receive(
-    source: Dataset,
-    local: Dataset | None,
-    snapshot: str,
-    properties: Properties = Properties(),
-    born: Command = (),
-    *,
-    own: Mapping[str, str] = NOTHING_SET,
-) -> Command:
-    """The receiving end of a step: resumable, unmounted, and read-only from the first moment.
-
-    What we set on the first receive stays as the administrator left it later: increments leave those properties out.
-    An existing dataset that never received any properties loses all that are set there when it does so first
-    (first_recvd_props in zfs_ioctl.c): `own` are to be set again in the same moment.
-
-    The snapshot to come is named: then zfs recv takes no package of several datasets or snapshots, which could rename,
-    roll back and destroy whatever is below. -h leaves out holds that the sender puts on it. -F only where it overwrites
-    nothing: into a filesystem known to be vacant, with nothing below it.
-    """
-    others = (OF_VOLUMES if source.kind == "filesystem" else OF_FILESYSTEMS).split()
-    values = kinds_values(source.kind, properties)
-    said = dict(value.partition("=")[::2] for value in properties.values)
-    values.update({key: value for key, value in said.items() if key not in others and key not in properties.ignored})
-    left_out = [key for key in (*LEFT_OUT, *properties.ignored) if key not in others and key not in values]
-    if local is not None and local.snapshots:
-        left_out += values
-        values = dict(own)
-    options = [word for key, value in values.items() for word in ("-o", f"{key}={value}")]
-    options += [word for key in left_out if key not in values for word in ("-x", key)]
-    if local is None:
-        options += born
-    force = ("-F",) if local and local.empty and not local.parent else ()
-    return ("zfs", "recv", "-s", "-u", "-h", *force, *options, snapshot)
-
-
 def kinds_values(kind: str, properties: Properties) -> dict[str, str]:
     """What a mirror of this kind has of its own, if the user does not say otherwise."""
     others = (OF_VOLUMES if kind == "filesystem" else OF_FILESYSTEMS).split()
@@ -2337,22 +2247,6 @@ def list_key_roots(names: Iterable[str]) -> Command:
     return ("zfs", "list", "-H", "-o", "name,encryptionroot", *names)
 
 
-def set_values(name: str, values: Mapping[str, str]) -> Command:
-    return ("zfs", "set", *(f"{key}={value}" for key, value in values.items()), name)
-
-
-def inherit(name: str, key: str) -> Command:
-    return ("zfs", "inherit", key, name)
-
-
-def unmount(name: str) -> Command:
-    return ("zfs", "unmount", name)
-
-
-def abandon(name: str) -> Command:
-    return ("zfs", "recv", "-A", name)
-
-
 def decode_token(token: str) -> Command:
     return ("zfs", "send", "-nvt", token)
 
@@ -2369,11 +2263,6 @@ def list_features(pool: str) -> Command:
     """
     names = ("health", "capacity", *(f"feature@{name}" for name in FEATURES))
     return ("zpool", "get", "-Hp", "-o", "property,value", ",".join(names), pool)
-
-
-def sync_pool(pool: str) -> Command:
-    """Writes out what was written lately, so that it counts."""
-    return ("zpool", "sync", pool)
 
 
 def pool_guid(pool: str) -> Command:
@@ -2404,6 +2293,121 @@ def list_space(name: str) -> Command:
 def count_files(name: str) -> Command:
     """Prints how many objects each user and group owns; an empty filesystem has one, its root directory."""
     return ("zfs", "userspace", "-Hp", "-o", "objused", name)
+
+
+# Commands that change something. There are no others: a test looks for any tuple elsewhere that begins like one. What
+# they name is in the local tree (`outside`), but for `hold`, `release`, and our own bookmarks at the source.
+
+
+def set_failing(root: str, since: int) -> Command:
+    return ("zfs", "set", f"{FAILING}={since} {root}", root)
+
+
+def clear_failing(root: str) -> Command:
+    return inherit(root, FAILING)
+
+
+def hold(tag: str, snapshots: Iterable[str]) -> Command:
+    # Never -r: one tag already there on any child, and nothing at all is held (a single atomic task).
+    return ("zfs", "hold", tag, *snapshots)
+
+
+def release(tag: str, snapshots: Iterable[str]) -> Command:
+    return ("zfs", "release", tag, *snapshots)
+
+
+def destroy(snapshots: Iterable[Snapshot]) -> Command:
+    """Destroys snapshots of one dataset. A name without `@` would be a dataset, `%` a range: neither gets through."""
+    names = [snapshot.name for snapshot in snapshots]
+    datasets = {name.split("@")[0] for name in names}
+    if len(datasets) != 1 or any(name.count("@") != 1 or re.search("[%,#]", name) for name in names):
+        raise AssertionError(f"refusing to destroy anything but plain snapshots of one dataset: {names}")
+    return ("zfs", "destroy", datasets.pop() + "@" + ",".join(name.split("@")[1] for name in names))
+
+
+def rollback(to: Snapshot) -> Command:
+    """-r destroys the newer snapshots, but never their clones (that would be -R), and none that is held."""
+    return ("zfs", "rollback", "-r", to.name)
+
+
+def rename(name: str, new_name: str) -> Command:
+    return ("zfs", "rename", name, new_name)
+
+
+def bookmark(snapshot: Snapshot, mark: str) -> Command:
+    return ("zfs", "bookmark", snapshot.name, snapshot.name.partition("@")[0] + mark)
+
+
+def destroy_bookmark(name: str) -> Command:
+    """A name without `#` would be a dataset or a snapshot."""
+    if name.count("#") != 1 or "@" in name:
+        raise AssertionError(f"refusing to destroy anything but a bookmark: {name}")
+    return ("zfs", "destroy", name)
+
+
+def make_read_only(name: str) -> Command:
+    return ("zfs", "set", "readonly=on", name)
+
+
+def create_parent(name: str) -> Command:
+    """A placeholder that never mounts. `-u` also spares the mount that only root may do."""
+    return ("zfs", "create", "-u", "-o", "canmount=off", name)
+
+
+def set_values(name: str, values: Mapping[str, str]) -> Command:
+    return ("zfs", "set", *(f"{key}={value}" for key, value in values.items()), name)
+
+
+def inherit(name: str, key: str) -> Command:
+    return ("zfs", "inherit", key, name)
+
+
+def unmount(name: str) -> Command:
+    return ("zfs", "unmount", name)
+
+
+def abandon(name: str) -> Command:
+    return ("zfs", "recv", "-A", name)
+
+
+def sync_pool(pool: str) -> Command:
+    """Writes out what was written lately, so that it counts."""
+    return ("zpool", "sync", pool)
+
+
+def receive(
+    source: Dataset,
+    local: Dataset | None,
+    snapshot: str,
+    properties: Properties = Properties(),
+    born: Command = (),
+    *,
+    own: Mapping[str, str] = NOTHING_SET,
+) -> Command:
+    """The receiving end of a step: resumable, unmounted, and read-only from the first moment.
+
+    What we set on the first receive stays as the administrator left it later: increments leave those properties out.
+    An existing dataset that never received any properties loses all that are set there when it does so first
+    (first_recvd_props in zfs_ioctl.c): `own` are to be set again in the same moment.
+
+    The snapshot to come is named: then zfs recv takes no package of several datasets or snapshots, which could rename,
+    roll back and destroy whatever is below. -h leaves out holds that the sender puts on it. -F only where it overwrites
+    nothing: into a filesystem known to be vacant, with nothing below it.
+    """
+    others = (OF_VOLUMES if source.kind == "filesystem" else OF_FILESYSTEMS).split()
+    values = kinds_values(source.kind, properties)
+    said = dict(value.partition("=")[::2] for value in properties.values)
+    values.update({key: value for key, value in said.items() if key not in others and key not in properties.ignored})
+    left_out = [key for key in (*LEFT_OUT, *properties.ignored) if key not in others and key not in values]
+    if local is not None and local.snapshots:
+        left_out += values
+        values = dict(own)
+    options = [word for key, value in values.items() for word in ("-o", f"{key}={value}")]
+    options += [word for key in left_out if key not in values for word in ("-x", key)]
+    if local is None:
+        options += born
+    force = ("-F",) if local and local.empty and not local.parent else ()
+    return ("zfs", "recv", "-s", "-u", "-h", *force, *options, snapshot)
 
 
 RIGHTS = {
@@ -2798,6 +2802,28 @@ class FencedHost:
                     f"refusing {' '.join(command[:2])!r}: it names {wrong[0][:NAME_LIMIT]!r}, not in {self.root}",
                     "this is a fault of the program, and nothing was changed by it: please report it",
                 )
+
+
+class ReadOnly:
+    """A host on which nothing can be changed: all that --dry-run, --status, --check and --doctor get. So what they do
+    need not be read to know that they are harmless."""
+
+    def __init__(self, host: Host) -> None:
+        self.host = host
+        self.label = host.label
+        self.account = host.account
+        self.connected = host.connected
+        self.has = host.has
+        self.close = host.close
+
+    def ask(self, *commands: Command) -> Answer:
+        for command in commands:
+            if changed_by(command):
+                raise AssertionError(f"a mode that only looks must not change anything: {command}")
+        return self.host.ask(*commands)
+
+    def stream_command(self, *commands: Command, then: Command = ()) -> Command:
+        raise AssertionError(f"a mode that only looks must not receive anything: {commands}")
 
 
 def by_sudo(command: Command) -> Command:
@@ -4455,6 +4481,7 @@ class LocalSteps:
         name = self.local_name(key)
         if isinstance(step, Rename):
             for parent in parents:
+                self.report.creation(parent)
                 run(self.host, create_parent(parent))
             self.move(step.old, key)
         elif isinstance(step, MakeWay):
@@ -4464,7 +4491,7 @@ class LocalSteps:
         elif isinstance(step, Rollback):
             self.roll_back(trees.target[key], step)
         else:
-            self.report.step(f"{name}: {step}")
+            self.report.event("abandon", name, f"{name}: {step}")
             run(self.host, abandon(name))
 
     def local_name(self, key: str) -> str:
@@ -4790,6 +4817,7 @@ class Executor:
                     hint = join_hints("nothing was sent that may vanish meanwhile", rights)
                     self.give_up(key, Failure(what, hint))
                     continue
+            self.report.holds("hold", tag, names)
             source[key] = held_after(source[key], tag, {*names})
         return replace(trees, source=source)
 
@@ -4806,6 +4834,7 @@ class Executor:
                 if name in known or (name != with_ancestors(name)[0] and name.rpartition("/")[0] not in known):
                     continue
                 try:
+                    self.report.creation(name)
                     run(host, create_parent(name))
                 except CommandFailed as failure:
                     for other in receives:
@@ -5005,8 +5034,9 @@ def not_arrived(local: Dataset | None, name: str, step: Receive) -> StreamFailed
 class Holds:
     """Moves our holds and bookmarks to where they belong."""
 
-    def __init__(self, policy: Policy, source: Host, target: Host) -> None:
+    def __init__(self, policy: Policy, source: Host, target: Host, report: Report) -> None:
         self.policy = policy
+        self.report = report
         self.source_host = source
         self.target_host = target
         self.refused: list[tuple[Host, Command, str]] = []  # what could not be placed or released, and what zfs said
@@ -5040,7 +5070,9 @@ class Holds:
 
     def place_new(self, host: Host, tag: str, names: Iterable[str]) -> set[str]:
         """Returns those that are not known to be held now."""
+        names = [*names]
         missing = place_holds(host, tag, names)
+        self.report.holds("hold", tag, [name for name in names if name not in missing])
         self.refused += [(host, hold(tag, [name]), said) for name, said in missing.items()]
         return {*missing}
 
@@ -5050,7 +5082,10 @@ class Holds:
         for batch in batches(names):
             answer = host.ask(release(tag, batch))
             self.refused.append((host, release(tag, batch), answer.stderr))
-            left.update(batch if answer.status != 0 else ())
+            if answer.status == 0:
+                self.report.holds("release", tag, batch)
+            else:
+                left.update(batch)
         return left
 
     def problems(self, changes: Mapping[str, HoldChanges]) -> Iterator[tuple[str, Failure]]:
@@ -5144,7 +5179,7 @@ class Run:
     def update_holds(self, left_alone: Container[str], now: int) -> None:
         """Move the holds, and list again what was touched, until there is nothing left to move: what was not known yet,
         or was renamed at the source meanwhile, is found by the listing."""
-        holds = Holds(self.policy, self.source_host, self.target_host)
+        holds = Holds(self.policy, self.source_host, self.target_host, self.report)
         touched = {*self.executor.touched}
         if touched:  # hours may have gone by: what is to be destroyed is looked at anew as well
             touched |= {
@@ -5166,7 +5201,7 @@ class Run:
     def update_bookmarks(self, now: int) -> None:
         """Place our bookmarks, each before its older ones go: all together, and where that fails one by one. One that
         fails is reported, and the next run repairs."""
-        holds = Holds(self.policy, self.source_host, self.target_host)
+        holds = Holds(self.policy, self.source_host, self.target_host, self.report)
         together = [command for commands in holds.bookmark_commands(self.trees).values() for command in commands]
         if all(self.source_host.ask(*some).status == 0 for some in batches_by_count(together, MAX_PER_REQUEST)):
             return
@@ -5361,16 +5396,10 @@ def permitted_plan(it: Run) -> TreePlan:
 
 def print_hold_changes(it: Run, changes: HoldChanges) -> None:
     """The holds of one dataset, as they are going to be moved."""
-    ours, theirs = it.policy.received_tag, it.policy.tag
-    for verb, tag, names in (
-        ("hold", theirs, changes.place_source),
-        ("hold", ours, changes.place_local),
-        ("release", theirs, changes.release_source),
-        ("release", ours, changes.release_local),
-    ):
-        for name in names:
-            dataset, _, short = name.partition("@")
-            it.report.event(verb, dataset, f"{name}: {verb} {tag}", snapshot=f"@{short}", tag=tag)
+    it.report.holds("hold", it.policy.tag, changes.place_source)
+    it.report.holds("hold", it.policy.received_tag, changes.place_local)
+    it.report.holds("release", it.policy.tag, changes.release_source)
+    it.report.holds("release", it.policy.received_tag, changes.release_local)
 
 
 def print_step(it: Run, key: str, step: Entry, sizes: Mapping[str, int], now: int) -> None:
@@ -5382,7 +5411,7 @@ def print_step(it: Run, key: str, step: Entry, sizes: Mapping[str, int], now: in
         local = it.trees.target.get(key)
         report.in_step(name, in_step(it.trees.source[key], local, it.policy))
     elif isinstance(step, Create):
-        report.event("create", step.name, f"{step.name}: create, as a parent that never mounts")
+        report.creation(step.name)
     elif isinstance(step, Rename):
         report.event("rename", name, f"{it.policy.target_root + step.old}: rename to {name}, as at the source")
     elif isinstance(step, Quarantine):
@@ -5623,6 +5652,16 @@ class Report:
         """A step, told in `line`, of which more is known than its text."""
         self.events.append({"event": kind, "dataset": dataset, **facts})
         self.step(line)
+
+    def holds(self, verb: str, tag: str, names: Iterable[str]) -> None:
+        """A tag was placed on snapshots, or released, or is to be."""
+        for name in names:
+            dataset, _, suffix = name.partition("@")
+            self.event(verb, dataset, f"{name}: {verb} {tag}", snapshot=f"@{suffix}", tag=tag)
+
+    def creation(self, name: str) -> None:
+        """A placeholder is made."""
+        self.event("create", name, f"{name}: create, as a parent that never mounts")
 
     def in_step(self, dataset: str, what: str) -> None:
         """There is nothing to do for a dataset, and what that means."""
@@ -6155,23 +6194,23 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def policy_of(options: argparse.Namespace) -> Policy:
     """What the options ask for."""
     return Policy(
-        options.remote_fs,
-        options.local_fs,
-        options.tag,
-        options.keep_days,
-        options.intermediates,
-        options.bookmark,
-        options.rollback,
-        options.quarantine,
-        options.keep_min,
-        Selection(
-            not options.no_recursive,
-            tuple(options.exclude),
-            tuple(options.snapshots or ("*",)),
-            tuple(options.exclude_snapshots),
+        source_root=options.remote_fs,
+        target_root=options.local_fs,
+        tag=options.tag,
+        keep_days=options.keep_days,
+        keep_min=options.keep_min,
+        intermediates=options.intermediates,
+        bookmark=options.bookmark,
+        rollback=options.rollback,
+        quarantine=options.quarantine,
+        decrypt=options.decrypt,
+        selection=Selection(
+            recursive=not options.no_recursive,
+            exclude=tuple(options.exclude),
+            snapshots=tuple(options.snapshots or ("*",)),
+            exclude_snapshots=tuple(options.exclude_snapshots),
         ),
-        Properties(tuple(options.set), tuple(options.ignore)),
-        options.decrypt,
+        properties=Properties(values=tuple(options.set), ignored=tuple(options.ignore)),
     )
 
 
@@ -6272,7 +6311,7 @@ def show_status(options: argparse.Namespace, report: Report) -> int:
     except Failure as failure:
         report.failure(options.local_fs, failure)
         report.say("zfs_replicate: so what follows is what is known here alone")
-        found = list(local_statuses(here(options), policy_of(options)))
+        found = list(local_statuses(ReadOnly(here(options)), policy_of(options)))
     if options.json:
         report.events = [status_data(it) for it in found]
     else:
@@ -6282,7 +6321,7 @@ def show_status(options: argparse.Namespace, report: Report) -> int:
 
 def check(options: argparse.Namespace) -> int:
     """What --check does."""
-    host = here(options)
+    host = ReadOnly(here(options))
     try:
         found = list(local_statuses(host, policy_of(options)))
         mark = run(host, get_failing(options.local_fs))
@@ -6296,9 +6335,9 @@ def check(options: argparse.Namespace) -> int:
     return status
 
 
-def run_retire(options: argparse.Namespace, report: Report) -> int:
+def run_retire(options: argparse.Namespace, report: Report, alone: Lock) -> int:
     """What --retire does."""
-    with open_run(options, report, None) as it:
+    with open_run(options, report, alone) as it:
         retire(it.source_host, it.target_host, it.policy, report)
     return 1 if report.failures else 0
 
@@ -6344,6 +6383,8 @@ def open_run(options: argparse.Namespace, report: Report, alone: Lock | None) ->
         source = SshHost(connection, note, options.stall_timeout, options.remote_fs)
     if options.sudo in ("remote", "both"):
         source = SudoHost(source)
+    if alone is None:
+        source, target = ReadOnly(source), ReadOnly(target)
 
     def carry(trains: Sequence[StreamBatch]) -> list[BatchResult]:
         buffer = buffer_stage(options.mbuffer, options.rate_limit)
@@ -6465,7 +6506,7 @@ def write_metrics(options: argparse.Namespace, report: Report, ending: RunResult
     """Replace the file at once, so that nobody ever reads half of it. Raises OSError."""
     found: list[MirrorStatus] = []
     with contextlib.suppress(Failure):  # which has been told
-        found = list(local_statuses(here(options), policy_of(options)))
+        found = list(local_statuses(ReadOnly(here(options)), policy_of(options)))
     succeeded = 0.0 if ending.status else ending.at
     if ending.status:
         succeeded = last_success(metrics_before(options.metrics))
@@ -6518,7 +6559,7 @@ def dispatch(options: argparse.Namespace, report: Report) -> int:
             report.overlapped = True
             report.event("overlap", options.local_fs, f"{options.local_fs}: another run is at work")
             return 0
-        return run_retire(options, report) if options.retire else replicate(options, report, alone)
+        return run_retire(options, report, alone) if options.retire else replicate(options, report, alone)
 
 
 def main(argv: list[str] | None = None) -> int:

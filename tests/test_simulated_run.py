@@ -23,17 +23,25 @@ from zfs_replicate import (
     MirrorStatus,
     Plan,
     Policy,
+    ReadOnly,
     Report,
     Run,
     Selection,
     Stuck,
     all_statuses,
+    clear_failing,
+    create_parent,
     format_bytes,
+    hold,
+    list_existing,
     local_statuses,
     mark_failing,
     plan_dataset,
     print_plan,
+    release,
+    rename,
     retire,
+    set_failing,
 )
 
 Disturbance = Callable[[Machine, Command, str], "Answer | None"]
@@ -1039,6 +1047,73 @@ def test_what_was_written_to_an_empty_target_before_its_turn_is_kept(job: Job) -
     assert "would overwrite" in job.replicate(status=1, at=written)
     assert job.here() == ""
     assert job.backup.datasets[LOCAL].files
+
+
+def events_of(job: Job, **options: Any) -> list[tuple[str, str]]:
+    """What a run notes for --json: what happened, and to what."""
+    report, wire = Report(), job.wire
+    policy = Policy(SOURCE, LOCAL, TAG, **options)
+    run = Run(policy, Near(wire, job.source), Near(wire, job.backup), wire.carry, report)
+    run.begin(job.source.world.now)
+    run.execute(job.source.world.now)
+    assert not report.failures
+    return [(event["event"], event["dataset"] + event.get("snapshot", "")) for event in report.events]
+
+
+def test_a_run_notes_holds_and_placeholders_as_a_dry_run_does(job: Job) -> None:
+    job.snapshot("a", "/www/logs")
+    assert events_of(job) == [
+        ("no snapshot to pull", LOCAL),
+        ("no snapshot to pull", f"{LOCAL}/disk"),
+        ("no snapshot to pull", f"{LOCAL}/www"),
+        ("hold", f"{SOURCE}/www/logs@a"),
+        ("create", "offsite/virt"),
+        ("create", LOCAL),
+        ("create", f"{LOCAL}/www"),
+        ("pull", f"{LOCAL}/www/logs@a"),
+        ("hold", f"{LOCAL}/www/logs@a"),
+    ]
+    job.snapshot("b", "/www/logs")
+    assert [it for it in events_of(job) if it[0] in ("hold", "release", "pull")] == [
+        ("hold", f"{SOURCE}/www/logs@b"),
+        ("pull", f"{LOCAL}/www/logs@b"),
+        ("hold", f"{LOCAL}/www/logs@b"),
+        ("release", f"{SOURCE}/www/logs@a"),
+        ("release", f"{LOCAL}/www/logs@a"),
+    ]
+
+
+def test_a_receive_that_is_given_up_is_noted(job: Job) -> None:
+    job.snapshot("a")
+    job.replicate()
+    job.snapshot("b")
+    job.replicate(status=1, at=refusing("machines/www@b", moment="half-way"))
+    job.source.release(TAG, f"{SOURCE}/www@b")
+    job.source.destroy(f"{SOURCE}/www", ["b"])
+    assert ("abandon", f"{LOCAL}/www") in events_of(job)
+
+
+CHANGING = {
+    "hold": hold(TAG, [f"{SOURCE}@a"]),
+    "release": release(TAG, [f"{SOURCE}@a"]),
+    "rename": rename(LOCAL, f"{LOCAL}.x"),
+    "set": set_failing(LOCAL, 5),
+    "inherit": clear_failing(LOCAL),
+    "create": create_parent(LOCAL),
+    "abort": ("zfs", "recv", "-A", LOCAL),
+    "unknown": ("zfs", "promote", LOCAL),
+}
+
+
+@pytest.mark.parametrize("verb", CHANGING)
+def test_a_mode_that_looks_cannot_change_anything(mirrored: Job, verb: str) -> None:
+    """I9."""
+    host = ReadOnly(mirrored.backup)
+    with pytest.raises(AssertionError, match="only looks"):
+        host.ask(list_existing([LOCAL]), CHANGING[verb])
+    with pytest.raises(AssertionError, match="only looks"):
+        host.stream_command(("zfs", "send", f"{SOURCE}@a"))
+    assert host.ask(list_existing([LOCAL])).stdout == f"{LOCAL}\n"
 
 
 # --- Told beforehand ----------------------------------------------------------------------------------------------------
