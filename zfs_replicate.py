@@ -868,6 +868,8 @@ def with_clones(tree: Tree) -> Tree:
     Raises NotBelieved for clones of themselves, and for chains of clones that are too long."""
     owners = {dataset.name: dataset for dataset in tree.values()}
     origins = {dataset.origin for dataset in tree.values()}
+    # Where each origin is in its own dataset's history. Looked for once: a thousand clones may have the same one.
+    places = {it.name: at for own in tree.values() for at, it in enumerate(own.snapshots, 1) if it.name in origins}
     inherited: dict[str, tuple[Snapshot, ...]] = {}
     total = 0
     for clone in owners:
@@ -879,7 +881,11 @@ def with_clones(tree: Tree) -> Tree:
             chain[name] = None
             name = owners[name].origin.partition("@")[0]
         for name in reversed([*chain]):
-            inherited[name] = inherited_by(owners[name], owners, inherited)
+            origin = owners[name].origin
+            owner = owners.get(origin.partition("@")[0])
+            inherited[name] = ()
+            if owner and origin in places:  # its dataset's snapshots up to it, and what that one has inherited
+                inherited[name] = inherited[owner.name] + owner.snapshots[: places[origin]]
             total += len(inherited[name])
             if total > MAX_INHERITED:
                 raise NotBelieved(
@@ -891,17 +897,6 @@ def with_clones(tree: Tree) -> Tree:
         return replace(dataset, snapshots=tuple(marked), inherited=inherited[dataset.name])
 
     return {key: related(dataset) for key, dataset in tree.items()}
-
-
-def inherited_by(
-    clone: Dataset, owners: dict[str, Dataset], inherited: dict[str, tuple[Snapshot, ...]]
-) -> tuple[Snapshot, ...]:
-    """The snapshots of its origin's dataset up to the origin, and what that one has `inherited`."""
-    owner = owners.get(clone.origin.partition("@")[0])
-    names = [snapshot.name for snapshot in owner.snapshots] if owner else []
-    if owner is None or clone.origin not in names:
-        return ()
-    return inherited[owner.name] + owner.snapshots[: names.index(clone.origin) + 1]
 
 
 def parse_token(token: str, text: str) -> Partial:
