@@ -5,25 +5,28 @@
 # ///
 """Keep a mirror of ZFS dataset trees, pulled over SSH from cron.
 
-One run finds, for every dataset of a tree, the latest snapshot that both sides know, pulls what is newer, keeps that
+One run finds, for every dataset of a tree, the newest snapshot that both sides have, pulls what is newer, keeps that
 common snapshot alive with `zfs hold` on both sides, and expires old local snapshots:
 
     zfs_replicate -h HOST -r backuppool/virt/machines -l offsite/virt/machines -t offsite -k 30
 
-What it never does: create or destroy a snapshot on the source; overwrite local data; destroy a local snapshot whose
-twin on the source carries our hold, or might; destroy a dataset, but what is left of a first receive that can never be
-completed. What it does only if that very command line says so: roll local data back (--rollback), rename it aside
-(--quarantine), keep a bookmark on the source (--bookmark). A dataset that was renamed at the source is renamed here.
+What it never does
+    - On the source it changes nothing but its own holds (and, with --bookmark, its own bookmark).
+    - It never overwrites local data. It never destroys a local snapshot whose twin on the source carries our hold, or
+      might. It destroys no dataset, but for what is left of a first receive that can never be completed.
+    - Whatever the source says or sends, what is on the mirror stays.
+    - It rolls local data back (--rollback), or renames it aside (--quarantine), only if that very command line says so.
+      A dataset that was renamed at the source is renamed here; nothing is lost by that.
 
-How one run goes
-    1. lock the local tree, list both trees with their holds               survey
-    2. follow renames, match snapshots by guid, decide per dataset         plan
-    3. hold every snapshot that will be sent, before any byte flows        hold
-    4. ssh HOST zfs send | mbuffer | zfs recv, one dataset behind another   stream
-    5. list again and believe only that                                    verify
-    6. move the holds to the new common snapshot, place before release     converge
-    7. destroy local snapshots older than keep-days                        expire
-Whatever an earlier run left behind, steps 1 and 2 see it, and 3 to 7 repair it: there is no state outside ZFS.
+How one run goes (`Run.execute`)
+    1. lock the local tree, list both trees                                   Lister
+    2. plan the whole tree: what --dry-run prints                             TreePlan
+    3. follow renames, take overrides, hold all that will be sent, stream:
+       ssh HOST zfs send | mbuffer | zfs recv, one dataset behind another     Executor
+    4. list again what was touched, and believe only that; plan anew, until no step is left
+    5. move the holds to the new common snapshots, place before release       Holds
+    6. destroy local snapshots older than keep-days                           expire
+There is no state outside ZFS. Whatever an earlier run left behind, the listing shows it, and the next run repairs it.
 
 Exit codes
     0      in step, or nothing to do, or another run of this job is at work and moving
@@ -32,19 +35,37 @@ Exit codes
     3      could not start: login, listing, a run of another job on this tree, or one that is stuck
     128+n  ended by signal n
 
+Words that are not in zfs(8) or ssh(1)
+    tree               a dataset with all below it; its datasets are known by their keys
+    key                a dataset's name below the root of its tree: "" is the root itself, "/www/logs" a grandchild
+    common snapshot    one that both sides have, by guid; the newest one is the base of the next increment
+    twin               the snapshot with the same guid on the other side
+    tag, received tag  TAG holds at the source, TAG:received here
+    placeholder        a local filesystem that is only there as a parent of others
+    partial            an interrupted receive that waits for its rest
+    override           what --rollback or --quarantine does where nothing else helps
+    batch              streams that come one after another through one ssh and one pipe
+    inert              read-only, not mounted, not shared, without device nodes, now and after a reboot
+
 Rooms of this file, in reading order; a room uses only rooms above it
     1  Failures      what may go wrong in an expected way, each with its way out
-    2  Model         snapshots, datasets, policy; what a plan can say
-    3  Parse         text of zfs to model
+    2  Model         snapshots, datasets, policy; the steps of a plan
+    3  Parse         text of zfs to model; nothing is believed that zfs cannot have printed
     4  Plan          what to send, which holds to move, what to expire: pure decisions
-    5  Commands      every command as a value; the one place that quotes for a remote shell
+    5  Commands      every command as a value: those that look, then those that change something
     6  Hosts         run commands here (subprocess) and on the source (paramiko)
-    7  Stream        pipelines of processes, through each of which streams go in turn; every exit status read
-    8  Run           the lock, and the seven steps above
-    9  Looks         at a mirror, and nothing else (--dry-run, --status, --check, --doctor); its end (--retire)
+    7  Stream        pipelines of processes, through which batches go; every exit status read
+    8  Run           the lock, and the steps above
+    9  Inspect       the dry run, --status, --check, --doctor; the end of a mirror (--retire)
     10 Report        what the user sees
     11 Command line  options and main()
 Rooms 1 to 5 touch nothing outside this process; time comes in as an argument.
+
+How to audit it
+    - What can harm your data: rooms 2 and 4, "Commands that change something" in room 5, and room 8. Each changing
+      command is built in room 5 and nowhere else, and `FencedHost` refuses those that name what is not in the tree.
+    - That bytes and exit statuses are told truthfully: rooms 3, 6 and 7.
+    - Room 9, but for `retire`, and rooms 10 and 11 cannot write: all that looking modes get is a `ReadOnly` host.
 """
 
 from __future__ import annotations
@@ -5266,7 +5287,7 @@ def aside_of(name: str, now: int) -> str:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Room 9: Looks
+# Room 9: Inspect
 # ---------------------------------------------------------------------------------------------------------------------
 
 
