@@ -137,19 +137,22 @@ MAX_EXCERPT = 2048
 def printable(text: str) -> str:
     """The text, with an escape for each character that a terminal could act upon, or that turns the order of others
     round. Newlines stay; a TAB becomes a space."""
-    return text if text.isprintable() else "".join(map(shown, text))
-
-
-def shown(letter: str) -> str:
-    """A letter as `printable` has it."""
-    if letter.isprintable() or letter == "\n":
-        return letter
-    if letter == "\t":
-        return " "
-    number = ord(letter)
-    if 0xDC80 <= number <= 0xDCFF:  # stands for a byte that is no UTF-8 (https://peps.python.org/pep-0383/)
-        number -= 0xDC00
-    return f"\\x{number:02x}" if number < 0x100 else f"\\u{number:04x}" if number < 0x10000 else f"\\U{number:08x}"
+    if text.isprintable():
+        return text
+    shown = []
+    for letter in text:
+        number = ord(letter)
+        if 0xDC80 <= number <= 0xDCFF:  # stands for a byte that is no UTF-8 (https://peps.python.org/pep-0383/)
+            number -= 0xDC00
+        if letter.isprintable() or letter == "\n":
+            shown.append(letter)
+        elif letter == "\t":
+            shown.append(" ")
+        else:
+            shown.append(
+                f"\\x{number:02x}" if number < 0x100 else f"\\u{number:04x}" if number < 0x10000 else f"\\U{number:08x}"
+            )
+    return "".join(shown)
 
 
 def excerpt(text: str) -> str:
@@ -1595,7 +1598,8 @@ class TreePlan:
     the Failure why there is no step.
 
     Every step is planned on what the steps before it will leave, which is `target` in the end. --dry-run prints this
-    plan; a run carries out what it can of it at once, lists again, and plans anew until no step is left (`Executor`).
+    plan; a run carries out what it can of it at once, lists again, and plans anew until no step is left: see
+    `Run.transfer`.
 
     Datasets that are `given_up` have failed in this run, and get no step. `left_alone` are those of which we touch
     nothing, not even a hold.
@@ -4306,9 +4310,9 @@ class Lister:
             target.update((key, found[key]) for key in asked if key in found)
         return self.inspect(replace(trees, target=target), keys)
 
-    def list_received(self, trees: Trees, streams: Sequence[Stream]) -> Trees:
+    def list_received(self, trees: Trees, streams: Sequence[Stream]) -> tuple[Trees, list[str]]:
         """List of each dataset what is said to have arrived last, and no more of a history that may be long: what was
-        to come before that has come as well. Where it is not there, list all of the dataset."""
+        to come before that has come as well. Returns also where it is not there, and all is to be listed."""
         steps: dict[str, list[Receive]] = {}
         for stream in streams:
             steps.setdefault(stream.key, []).append(stream.step)
@@ -4326,8 +4330,7 @@ class Lister:
                 target[key] = replace(local, snapshots=(*past, *local.snapshots))
             else:
                 unproven.append(key)
-        trees = self.inspect(replace(trees, target=target), steps.keys() - set(unproven))
-        return self.list_some_again(trees, unproven) if unproven else trees
+        return self.inspect(replace(trees, target=target), steps.keys() - set(unproven)), unproven
 
     def list_source(self, read: Callable[..., Reading], only: Sequence[str] = ()) -> Reading:
         root = self.policy.source_root
@@ -4690,10 +4693,10 @@ def values_of(host: Host, key: str, names: Sequence[str]) -> dict[str, str]:
 
 
 class Executor:
-    """Carries out the plan of a tree, in rounds: names and overrides first, then streams, in as few batches as can be.
+    """Carries out the plan of a tree, in rounds (see `Run.transfer`): names and overrides first, then streams, in as
+    few batches as can be. It lists again what it has touched.
 
-    After each round it lists what it has touched, and plans anew, until no step is left. A dataset that fails is
-    reported and `given_up`; the others go on. A lost link ends it, and is noted in `lost`.
+    A dataset that fails is reported and `given_up`; the others go on. A lost link ends it all, and is noted in `lost`.
     """
 
     def __init__(self, policy: Policy, lister: Lister, send: Send, report: Report, jobs: int) -> None:
@@ -4710,34 +4713,21 @@ class Executor:
         self.features: list[str] | None = None  # of the local pool
         self.lost: tuple[str, LinkLost] | None = None  # what was at work when the link broke
 
-    def bring_up_to_date(self, trees: Trees, plan: TreePlan, now: int) -> tuple[Trees, TreePlan]:
-        """Returns what both sides are like then, and the plan that has no step left."""
-        self.tell_in_step(trees, plan)
-        # What came in a run that died before it held it may lack what is to be done after a stream, see `put_back`.
-        unfinished = [key for key, local in trees.target.items() if local.recognised and not local.held_before]
-        trees, _ = self.inert.make_inert(trees, unfinished)
-        while True:
-            for key, entry in plan.entries:
-                if isinstance(entry, Failure):
-                    self.give_up(key, entry)
-            try:
-                trees, is_done = self.change_names(trees, plan, now)
-                if not is_done:
-                    trees, is_done = self.send_streams(trees, plan)
-            except LinkLost as failure:
-                self.lost = self.lost or (self.policy.target_root, failure)
-                is_done = False
-            plan = TreePlan(trees, self.policy, self.given_up)
-            if not is_done or self.lost:
-                return trees, plan
+    def tell_in_step(self, trees: Trees, plan: TreePlan) -> None:
+        """Tell of the datasets for which there is nothing to do."""
+        for key, entry in plan.entries:
+            if isinstance(entry, UpToDate):
+                what = in_step(trees.source[key], plan.target.get(key), self.policy)
+                self.report.in_step(self.local_name(key), what)
+
+    def give_up_failed(self, plan: TreePlan) -> None:
+        """Tell why there is no step for a dataset that is blocked, or follows one that failed."""
+        for key, entry in plan.entries:
+            if isinstance(entry, Failure):
+                self.give_up(key, entry)
 
     def local_name(self, key: str) -> str:
         return self.policy.target_root + key
-
-    def tell_in_step(self, trees: Trees, plan: TreePlan) -> None:
-        for key, entry in plan.entries:
-            if isinstance(entry, UpToDate):
-                self.report.in_step(self.local_name(key), in_step(trees.source[key], plan.target.get(key), self.policy))
 
     def give_up(self, key: str, failure: Failure) -> None:
         self.given_up.add(key)
@@ -4790,8 +4780,9 @@ class Executor:
 
     # streams
 
-    def send_streams(self, trees: Trees, plan: TreePlan) -> tuple[Trees, bool]:
-        """Hold, then send what can be sent now. Returns whether anything was done."""
+    def prepare(self, trees: Trees, plan: TreePlan) -> tuple[Trees, list[list[Stream]] | None]:
+        """Hold what is to be sent, and make room for it. Returns the batches that can be sent now; none where another
+        plan is due first; None where nothing is left to be sent."""
         receives: dict[str, list[Receive]] = {}
         parents: dict[str, list[str]] = {}
         late: set[str] = set()  # what a step that follows a stream has still to name
@@ -4804,17 +4795,16 @@ class Executor:
                 late.add(key)
         receives = {key: steps for key, steps in receives.items() if not self.is_stuck(key, len(steps))}
         if not receives:
-            return trees, False
+            return trees, None
         self.touched |= receives.keys()
         trees, refused = self.inert.make_inert(trees, [key for key in receives if is_mirror(trees, key)])
         self.given_up |= refused
         if refused & receives.keys() or any((local := trees.target.get(key)) and local.changed for key in receives):
-            return trees, True  # another plan is due
+            return trees, []
         trees = self.hold(trees, receives)
         receives = {key: steps for key, steps in receives.items() if key not in self.given_up}
         trees, is_ready = self.make_places(trees, receives, parents)
-        lanes = self.lanes(trees, receives) if is_ready else []
-        return (self.send_lanes(trees, lanes) if lanes else trees), True
+        return trees, self.lanes(trees, receives) if is_ready else []
 
     def hold(self, trees: Trees, receives: Mapping[str, Sequence[Receive]]) -> Trees:
         """Hold all that is to be sent, in one command; and where that fails, what is of one dataset by itself."""
@@ -4961,8 +4951,8 @@ class Executor:
         for key in {it.key for it in streams} - {it.key for it in [*arrived, *lost]}:
             self.tries[key] = (self.tries[key][0], None)  # that its turn did not come is no want of progress
         self.lister.received |= {it.key for it in arrived}
-        trees = self.lister.list_received(trees, arrived)
-        trees = self.lister.list_some_again(trees, [it.key for it in lost])
+        trees, unproven = self.lister.list_received(trees, arrived)
+        trees = self.lister.list_some_again(trees, [*unproven, *(it.key for it in lost)])
         self.inert.put_back(trees, raw, keys_before, arrived)
         self.sync_pool(trees, arrived, [it for result in results for it in result.arrived])
         for lane, result in zip(lanes, results):
@@ -5172,11 +5162,9 @@ class Run:
         only noted in `lost`, for it may be worth another try."""
         try:
             plan = TreePlan(self.trees, self.policy)
-            for name, line in lost_holds(self.trees, self.policy, plan.left_alone):
-                self.report.notice("hold lost", name, line)
-            for name, line in holds_of_others(self.trees, self.policy, plan):
-                self.report.notice("others hold", name, line)
-            self.trees, plan = self.executor.bring_up_to_date(self.trees, plan, now)
+            self.tell_of_holds(plan)
+            self.finish_streams()
+            plan = self.transfer(plan, now)
             self.update_holds(plan.left_alone | self.executor.inert.refused, now)
             if self.policy.bookmark:
                 self.update_bookmarks(now)
@@ -5186,6 +5174,39 @@ class Run:
             self.executor.lost = self.lost or (self.policy.target_root, failure)
         except Failure as failure:
             self.report.failure(self.policy.target_root, failure)
+
+    def tell_of_holds(self, plan: TreePlan) -> None:
+        """Tell what nobody may miss of holds at the source, before any of them moves."""
+        for name, line in lost_holds(self.trees, self.policy, plan.left_alone):
+            self.report.notice("hold lost", name, line)
+        for name, line in holds_of_others(self.trees, self.policy, plan):
+            self.report.notice("others hold", name, line)
+
+    def finish_streams(self) -> None:
+        """What came in a run that died before it held it may lack what is to be done after a stream: see
+        `InertMirror.put_back`."""
+        received = [key for key, local in self.trees.target.items() if local.recognised and not local.held_before]
+        self.trees, _ = self.executor.inert.make_inert(self.trees, received)
+
+    def transfer(self, plan: TreePlan, now: int) -> TreePlan:
+        """Bring the mirror up to date, in rounds: do of the plan what can be done at once, list again, plan anew, until
+        no step is left. Returns that last plan."""
+        executor = self.executor
+        executor.tell_in_step(self.trees, plan)
+        is_done = False
+        while not is_done and not self.lost:
+            executor.give_up_failed(plan)
+            try:
+                self.trees, is_changed = executor.change_names(self.trees, plan, now)
+                if not is_changed:
+                    self.trees, lanes = executor.prepare(self.trees, plan)
+                    is_done = lanes is None
+                    if lanes:
+                        self.trees = executor.send_lanes(self.trees, lanes)
+            except LinkLost as failure:
+                executor.lost = self.lost or (self.policy.target_root, failure)
+            plan = TreePlan(self.trees, self.policy, executor.given_up)
+        return plan
 
     @property
     def lost(self) -> tuple[str, LinkLost] | None:
@@ -5658,7 +5679,7 @@ class Report:
         if self.meter:
             self.meter.clear()
         with contextlib.suppress(OSError):  # nobody listens any more: that ends no run
-            print(paragraph(line), file=file or sys.stderr, flush=True)
+            print(printable(line).replace("\n", "\n    "), file=file or sys.stderr, flush=True)
 
     def step(self, line: str) -> None:
         if self.steps:
@@ -5733,14 +5754,10 @@ class Report:
         text = f"zfs_replicate: {subject}: {what}\n{hint}".strip()
         if text not in self.failed:
             self.failed.add(text)
-            self.failures.append(paragraph(text))
+            self.failures.append(printable(text).replace("\n", "\n    "))
             self.tally(subject).failures += 1
             self.events.append({"event": "failure", "dataset": subject, "what": what, "hint": hint})
             self.say(text)
-
-
-def paragraph(text: str) -> str:
-    return printable(text).replace("\n", "\n    ")
 
 
 STATUS_HEAD = ("DATASET", "NEWEST COMMON", "AGE", "BEHIND", "LACKING", "HELD", "PARTIAL", "PINNED")

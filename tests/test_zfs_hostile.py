@@ -129,6 +129,53 @@ def test_recursive_packages_in_answer_to_one_plain_send(site: Site) -> None:
     site.replicate_silently("-I")
 
 
+@pytest.mark.full
+def test_recursive_packages_in_answer_to_a_rest_a_clone_a_volume_and_a_raw_send(site: Site) -> None:
+    """Whatever kind of stream was asked for: a package is refused at its head, and nothing below is touched."""
+    key = "-o encryption=on -o keyformat=raw -o keylocation=file:///root/raw"
+    site.source.run(
+        f"head -c 32 /dev/urandom > /root/raw && zfs create -p {TREE}/rest/below && zfs create -V 16M {TREE}/vol && "
+        f"zfs create {key} {TREE}/raw && zfs create {TREE}/raw/below && zfs create {TREE}/origin && "
+        f"head -c 4M /dev/urandom > /{TREE}/rest/file && udevadm settle"
+    )
+    site.snapshot("monday")
+    site.replicate_silently()
+    evil = "backuppool/evil"
+    site.source.run(
+        f"head -c 8M /dev/urandom > /{TREE}/rest/file && zfs clone {TREE}/origin@monday {TREE}/clone && "
+        f"{copy_of(f'{TREE}/rest', 'monday', evil)} && zfs send -w -R {TREE}/raw@monday | zfs recv -u backuppool/dark && "
+        f"zfs snapshot -r {evil}@tuesday && zfs destroy -r {evil}/below@monday && zfs snapshot -r backuppool/dark@tuesday"
+    )
+    site.snapshot("tuesday")
+    cut = f"""
+        "send "*{TREE}/rest@tuesday) told cut; zfs "$@" | head -c 3000000; exit 1 ;;
+        "send "*{TREE}/vol@tuesday|"send "*{TREE}/clone@tuesday|"send "*{TREE}/raw@tuesday) told later; exit 1 ;;
+    """
+    with lying(site, cut):
+        for _ in range(2):
+            attempt(site)
+    assert get(site.backup, "receive_resume_token", f"{MIRROR}/rest") != ["-"]
+    kept = points(site)
+    package, dark = f"zfs send -R -i @monday {evil}@tuesday", "zfs send -w -R -i @monday backuppool/dark@tuesday"
+    lies = f"""
+        "send -t "*) told rest; {package}; exit ;;
+        "send "*{TREE}/vol@tuesday) told vol; {package}; exit ;;
+        "send "*{TREE}/clone@tuesday) told clone; {package}; exit ;;
+        "send "*{TREE}/raw@tuesday) told raw; {dark}; exit ;;
+    """
+    with lying(site, lies):
+        done = attempt(site)
+    assert done.returncode == 1, done.stderr
+    for child in ("rest", "vol", "clone", "raw"):
+        assert f"{MIRROR}/{child}: " in done.stderr, done.stderr
+    assert kept.items() <= points(site).items()
+    assert points(site).keys() == kept.keys(), "something came"
+
+    site.replicate_silently()
+    site.assert_in_step()
+    assert site.checksums(site.backup, f"{MIRROR}/rest") == site.checksums(site.source, f"{TREE}/rest")
+
+
 def points(site: Site) -> dict[str, tuple[str, str]]:
     """Names and holds of all that is on the backup pool, by guid."""
     rows = site.backup.run("zfs list -Hp -r -t all -o guid,name,userrefs offsite").stdout.splitlines()
