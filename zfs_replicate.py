@@ -808,7 +808,7 @@ def parse_tree(text: str, *roots: str) -> tuple[Tree, dict[str, int]]:
     """Datasets from `zfs list -Hp -o LIST_COLUMNS`, and the number of holds on the held snapshots, whose tags are still
     unknown.
 
-    Tokens come undecoded, as a Partial without guids. Of snapshots there may be OUTLINE_COLUMNS alone. Raises
+    Tokens come undecoded, as a Partial without guids. Of snapshots there may be FAST_COLUMNS alone. Raises
     NotBelieved if zfs cannot have printed that for this tree.
     """
     listing = Listing(*roots)
@@ -2160,7 +2160,7 @@ GENERATED = ("requires", "requires-mounts-for", "before", "after", "wanted-by", 
 LEFT_OUT = ("mountpoint", FAILING, *(f"org.openzfs.systemd:{name}" for name in GENERATED))
 """What has no value here. The mountpoint cannot be said in a word: left out, it follows from the parent's. systemd's
 generator reads its properties from a table with TABs and newlines, with which one value could forge the row of another
-dataset (history_event-zfs-list-cacher.sh of OpenZFS). `keylocation` cannot be left out: see `Run.key_places`."""
+dataset (history_event-zfs-list-cacher.sh of OpenZFS). `keylocation` cannot be left out: see `key_places`."""
 
 # zfs recv refuses what the kind of dataset does not have (zfsprops(7)).
 OF_FILESYSTEMS = (
@@ -2412,7 +2412,7 @@ def receive(
 
     The snapshot to come is named: then zfs recv takes no package of several datasets or snapshots, which could rename,
     roll back and destroy whatever is below. -h leaves out holds that the sender puts on it. -F only where it overwrites
-    nothing: into a filesystem known to be vacant, with nothing below it.
+    nothing: into a filesystem known to be empty, with nothing below it.
     """
     others = (OF_VOLUMES if source.kind == "filesystem" else OF_FILESYSTEMS).split()
     values = kinds_values(source.kind, properties)
@@ -3496,7 +3496,7 @@ class Pipeline:
     def advance(self) -> bool:
         """Go on if a process has ended; returns whether one has. Else see to it that bytes move."""
         if self.receiver and self.receiver.has_ended():
-            self.sync_pool(self.receiver)
+            self.receiver_ended(self.receiver)
         elif not self.receiver and all(stage.has_ended() for stage in self.feeders):
             self.conclude()
         else:
@@ -3504,7 +3504,7 @@ class Pipeline:
             return False
         return True
 
-    def sync_pool(self, receiver: Stage) -> None:
+    def receiver_ended(self, receiver: Stage) -> None:
         """A receiver has ended: the next one takes its place, unless it failed."""
         arrival = ReceivedStream(self.came(receiver), time.monotonic() - self.since, receiver.said(0))
         ended = receiver.ended()
@@ -3808,7 +3808,7 @@ def with_hint(failure: StreamFailed, source: Host, sending: Command, target: Hos
 
 
 def refused_properties(said: str) -> dict[str, str]:
-    """Which properties zfs recv could not set, and why: to it that is no failure. SAID_BYTES have room for all."""
+    """Which properties zfs recv could not set, and why: to it that is no failure. STDERR_BYTES have room for all."""
     return dict(re.findall(r"cannot receive (\S+) property on .*: (.*)", said))
 
 
@@ -4799,12 +4799,17 @@ class Executor:
         self.touched |= receives.keys()
         trees, refused = self.inert.make_inert(trees, [key for key in receives if is_mirror(trees, key)])
         self.given_up |= refused
-        if refused & receives.keys() or any((local := trees.target.get(key)) and local.changed for key in receives):
-            return trees, []
-        trees = self.hold(trees, receives)
-        receives = {key: steps for key, steps in receives.items() if key not in self.given_up}
-        trees, is_ready = self.make_places(trees, receives, parents)
-        return trees, self.lanes(trees, receives) if is_ready else []
+        lanes: list[list[Stream]] = []
+        if not any((local := trees.target.get(key)) and local.changed for key in receives):
+            receives = {key: steps for key, steps in receives.items() if key not in refused}
+            trees = self.hold(trees, receives)
+            receives = {key: steps for key, steps in receives.items() if key not in self.given_up}
+            trees, is_ready = self.make_places(trees, receives, parents)
+            lanes = self.lanes(trees, receives) if is_ready else []
+        if not lanes:
+            for key, steps in receives.items():
+                self.note_try(key, len(steps))  # should that be so again and again, it comes to an end
+        return trees, lanes
 
     def hold(self, trees: Trees, receives: Mapping[str, Sequence[Receive]]) -> Trees:
         """Hold all that is to be sent, in one command; and where that fails, what is of one dataset by itself."""
@@ -4954,13 +4959,13 @@ class Executor:
         trees, unproven = self.lister.list_received(trees, arrived)
         trees = self.lister.list_some_again(trees, [*unproven, *(it.key for it in lost)])
         self.inert.put_back(trees, raw, keys_before, arrived)
-        self.sync_pool(trees, arrived, [it for result in results for it in result.arrived])
+        self.tell_arrived(trees, arrived, [it for result in results for it in result.arrived])
         for lane, result in zip(lanes, results):
             if result.failure:
                 trees = self.judge(trees, lane[min(len(result.arrived), len(lane) - 1)], result.failure)
         return trees
 
-    def sync_pool(self, trees: Trees, arrived: Sequence[Stream], arrivals: Sequence[ReceivedStream]) -> None:
+    def tell_arrived(self, trees: Trees, arrived: Sequence[Stream], arrivals: Sequence[ReceivedStream]) -> None:
         """Tell of what has arrived, and give up what is not as it should be."""
         last = {it.key: it.step for it in arrived}
         for stream, arrival in zip(arrived, arrivals):

@@ -1255,7 +1255,8 @@ class Case:
                 self.accuse("after", f"{key!r} is not in step: {told.err}")
         for key in hop.branches() if told.status == 0 else ():
             there, here = hop.held(key)
-            common, holdable = hop.common(key, bookmarks=True), hop.common(key, bookmarks=False)
+            common_of = getattr(hop, "common" if hasattr(hop, "common") else "mutual")
+            common, holdable = common_of(key, bookmarks=True), common_of(key, bookmarks=False)
             # What was common once, and is newer here, may be the last copy: it stays held.
             newer = hop.ours(key).since(common) if common is not None else set()
             if common is not None and (here - newer != {common} or not {holdable} - {None} <= there):

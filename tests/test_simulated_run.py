@@ -1049,6 +1049,20 @@ def test_what_was_written_to_an_empty_target_before_its_turn_is_kept(job: Job) -
     assert job.backup.datasets[LOCAL].files
 
 
+@pytest.mark.parametrize("quarantine", [False, True])
+def test_a_place_of_which_nobody_knows_whether_it_is_empty_stays_as_it_is(job: Job, quarantine: bool) -> None:
+    """Not known is neither empty, to be received over, nor data, to be set aside."""
+    job.snapshot("a", "/www/logs")
+    job.replicate()
+    job.snapshot("b", "/www")
+    job.backup.datasets[f"{LOCAL}/www"].files = True
+    said = job.replicate(status=1, quarantine=quarantine, at=refusing("^zfs userspace .*www$"))
+    assert f"it is not known whether {LOCAL}/www is empty" in said
+    assert "permission denied" in said
+    assert job.done("rename", "recv") == []
+    assert job.backup.datasets[f"{LOCAL}/www"].files
+
+
 def events_of(job: Job, **options: Any) -> list[tuple[str, str]]:
     """What a run notes for --json: what happened, and to what."""
     report, wire = Report(), job.wire
