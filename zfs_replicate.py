@@ -3643,23 +3643,21 @@ def unread_bytes(pipe: IO[bytes] | None) -> int:
     return int(struct.unpack("i", fcntl.ioctl(pipe, termios.FIONREAD, bytes(4)))[0]) if pipe else 0
 
 
-def run_all(pipelines: Sequence[Pipeline], show: Callable[[], None] | None = None) -> None:
-    """Look after pipelines side by side until all are over. `show` is called every second meanwhile."""
+def carry_out(pipeline: Pipeline, show: Callable[[], None] | None = None) -> None:
+    """Look after a pipeline until it is over. `show` is called every second meanwhile."""
     shown = time.monotonic()
-    while not all(it.is_over for it in pipelines):
-        at_work = [it for it in pipelines if not it.is_over]
-        running = [stage.process.pid for it in at_work for stage in it.running()]
-        has_ended = [it.advance() for it in at_work]
-        if any(has_ended):
+    while not pipeline.is_over:
+        running = [stage.process.pid for stage in pipeline.running()]
+        if pipeline.advance():
             continue
-        until = min(it.next_look for it in at_work)
+        until = pipeline.next_look
         if show:
             if time.monotonic() - shown >= SHOW_SECONDS:
                 shown = time.monotonic()
                 show()
             until = min(until, shown + SHOW_SECONDS)
         # Not the end of those that run now: one may have ended since we looked.
-        await_news(running, [stage for it in at_work for stage in it.stages()], until - time.monotonic())
+        await_news(running, pipeline.stages(), until - time.monotonic())
 
 
 POLL_SECONDS = 0.02
@@ -3734,7 +3732,7 @@ def raise_for_status(feeders: Sequence[ExitedProcess], receivers: Sequence[Exite
 @dataclass(frozen=True)
 class StreamBatch:
     """Streams that go one after another: for each, what sends it and what receives it. `compressible` says that a
-    packer could make less of them."""
+    compressor could make less of them."""
 
     streams: tuple[tuple[Command, Command], ...]
     compressible: bool = False
@@ -3742,7 +3740,7 @@ class StreamBatch:
 
 @dataclass(frozen=True)
 class BatchResult:
-    """What became of a train: the streams that arrived, and why the next one did not, if one was lost."""
+    """What became of a batch: the streams that arrived, and why the next one did not, if one was lost."""
 
     arrived: tuple[ReceivedStream, ...] = ()
     failure: Failure | None = None
@@ -3751,42 +3749,24 @@ class BatchResult:
 def pull(
     source: Host,
     target: Host,
-    trains: Sequence[tuple[StreamBatch, Transport]],
-    show: Callable[[Sequence[Pipeline]], None] | None = None,
-) -> list[BatchResult]:
-    """Stream trains from the source into the target, side by side. A failure is LinkLost if it was the link.
-
-    Raises StreamFailed if the streams cannot even begin.
-    """
-    with contextlib.ExitStack() as stack:
-        pipelines: list[Pipeline] = []
-        for train, transport in trains:
-            if len(pipelines) == 1:
-                await_login(source, pipelines[0])  # which all of them share
-            pack, unpack = COMPRESSORS.get(transport.compressor, ((), ()))
-            unpacking = (unpack,) if unpack else ()
-            feeders = (
-                source.stream_command(*(it[0] for it in train.streams), then=pack),
-                *transport.buffer,
-                *unpacking,
-            )
-            receivers = [target.stream_command(receiving) for _, receiving in train.streams]
-            pipelines.append(stack.enter_context(contextlib.closing(Pipeline(feeders, receivers, transport))))
-        run_all(pipelines, show and (lambda: show(pipelines)))
-        passages = []
-        for (train, _), pipeline in zip(trains, pipelines):
-            sending, receiving = train.streams[min(len(pipeline.arrived), len(train.streams) - 1)]
-            failure = pipeline.failure and with_hint(pipeline.failure, source, sending, target, receiving)
-            passages.append(BatchResult(tuple(pipeline.arrived), failure))
-        return passages
-
-
-def await_login(source: Host, first: Pipeline) -> None:
-    """Wait until the connection of the first stream stands; if it never does, that one tells."""
-    until = time.monotonic() + CONNECT_SECONDS
-    while first.feeders and not first.feeders[0].has_ended() and not source.connected() and time.monotonic() < until:
-        first.feeders[0].hear()  # it may have much to say before
-        time.sleep(0.1)
+    batch: StreamBatch,
+    transport: Transport,
+    show: Callable[[Pipeline], None] | None = None,
+) -> BatchResult:
+    """Stream a batch from the source into the target. A failure is LinkLost if it was the link. Raises StreamFailed if
+    it cannot even begin."""
+    compress, decompress = COMPRESSORS.get(transport.compressor, ((), ()))
+    feeders = (
+        source.stream_command(*(sending for sending, _ in batch.streams), then=compress),
+        *transport.buffer,
+        *((decompress,) if decompress else ()),
+    )
+    receivers = [target.stream_command(receiving) for _, receiving in batch.streams]
+    with contextlib.closing(Pipeline(feeders, receivers, transport)) as pipeline:
+        carry_out(pipeline, show and (lambda: show(pipeline)))
+        sending, receiving = batch.streams[min(len(pipeline.arrived), len(batch.streams) - 1)]
+        failure = pipeline.failure and with_hint(pipeline.failure, source, sending, target, receiving)
+        return BatchResult(tuple(pipeline.arrived), failure)
 
 
 def with_hint(failure: StreamFailed, source: Host, sending: Command, target: Host, receiving: Command) -> Failure:
@@ -3831,8 +3811,8 @@ def unset_properties(target: Host, receiving: Command, refused: dict[str, str]) 
 MAX_STEPS = 6
 """Steps that one dataset may need in one run beyond those of its first plan: ways out, what is found only meanwhile."""
 
-Send = Callable[[Sequence[StreamBatch]], list[BatchResult]]
-"""Carries batches of streams from the source to here, side by side; see `pull`."""
+Send = Callable[[StreamBatch], BatchResult]
+"""Carries a batch of streams from the source to here; see `pull`."""
 
 
 class LockFile:
@@ -4699,14 +4679,13 @@ class Executor:
     A dataset that fails is reported and `given_up`; the others go on. A lost link ends it all, and is noted in `lost`.
     """
 
-    def __init__(self, policy: Policy, lister: Lister, send: Send, report: Report, jobs: int) -> None:
+    def __init__(self, policy: Policy, lister: Lister, send: Send, report: Report) -> None:
         self.policy = policy
         self.lister = lister
         self.local_steps = LocalSteps(policy, lister, report)
         self.inert = InertMirror(policy, lister.target_host, report)
         self.send = send
         self.report = report
-        self.jobs = jobs
         self.given_up: set[str] = set()
         self.touched: set[str] = set()  # the datasets of which anything may have changed on either side
         self.tries: dict[str, tuple[int, int | None]] = {}  # how often a dataset got no further; steps left at the last
@@ -4780,9 +4759,9 @@ class Executor:
 
     # streams
 
-    def prepare(self, trees: Trees, plan: TreePlan) -> tuple[Trees, list[list[Stream]] | None]:
-        """Hold what is to be sent, and make room for it. Returns the batches that can be sent now; none where another
-        plan is due first; None where nothing is left to be sent."""
+    def prepare(self, trees: Trees, plan: TreePlan) -> tuple[Trees, list[Stream] | None]:
+        """Hold what is to be sent, and make room for it. Returns the batch that can be sent now; an empty one where
+        another plan is due first; None where nothing is left to be sent."""
         receives: dict[str, list[Receive]] = {}
         parents: dict[str, list[str]] = {}
         late: set[str] = set()  # what a step that follows a stream has still to name
@@ -4799,17 +4778,17 @@ class Executor:
         self.touched |= receives.keys()
         trees, refused = self.inert.make_inert(trees, [key for key in receives if is_mirror(trees, key)])
         self.given_up |= refused
-        lanes: list[list[Stream]] = []
+        batch: list[Stream] = []
         if not any((local := trees.target.get(key)) and local.changed for key in receives):
             receives = {key: steps for key, steps in receives.items() if key not in refused}
             trees = self.hold(trees, receives)
             receives = {key: steps for key, steps in receives.items() if key not in self.given_up}
             trees, is_ready = self.make_places(trees, receives, parents)
-            lanes = self.lanes(trees, receives) if is_ready else []
-        if not lanes:
+            batch = self.next_batch(trees, receives) if is_ready else []
+        if not batch:
             for key, steps in receives.items():
                 self.note_try(key, len(steps))  # should that be so again and again, it comes to an end
-        return trees, lanes
+        return trees, batch
 
     def hold(self, trees: Trees, receives: Mapping[str, Sequence[Receive]]) -> Trees:
         """Hold all that is to be sent, in one command; and where that fails, what is of one dataset by itself."""
@@ -4867,30 +4846,25 @@ class Executor:
         trees = self.lister.list_some_again(trees, [*created, *empty])
         return trees, all((local := trees.target.get(key)) and local.empty for key in empty)
 
-    def lanes(self, trees: Trees, receives: Mapping[str, Sequence[Receive]]) -> list[list[Stream]]:
-        """The batches that go side by side now, with what of each dataset can go along. In a single batch a child may
-        follow its parent, and a clone its origin; side by side nobody waits for anybody, so there it goes later."""
-        lanes: list[list[Stream]] = [[] for _ in range(self.jobs)]
-        coming: set[str] = set()  # datasets, and names of snapshots, that this round brings
+    def next_batch(self, trees: Trees, receives: Mapping[str, Sequence[Receive]]) -> list[Stream]:
+        """The streams that go together now, with what of each dataset can go along: through one compressor, and not too
+        many. A child may follow its parent, and a clone its origin."""
+        batch: list[Stream] = []
+        coming: set[str] = set()  # datasets, and names of snapshots, that this batch brings
         for key, some in receives.items():
-            steps = some[:MAX_PER_REQUEST]
-            kind = self.compressible(trees.source[key])
-            fitting = [
-                lane
-                for lane in lanes
-                if not lane
-                or (len(lane) + len(steps) <= MAX_PER_REQUEST and self.compressible(trees.source[lane[0].key]) == kind)
-            ]
-            if not fitting or key in self.given_up or not self.has_place(trees, key, receives, coming):
+            steps, source, local = some[:MAX_PER_REQUEST], trees.source[key], trees.target.get(key)
+            fits = not batch or (
+                len(batch) + len(steps) <= MAX_PER_REQUEST
+                and self.compressible(source) == self.compressible(trees.source[batch[0].key])
+            )
+            if not fits or key in self.given_up or not self.has_place(trees, key, receives, coming):
                 continue
-            lane, local = min(fitting, key=len), trees.target.get(key)
             for step in steps:
-                lane.append(Stream(key, step, self.ends(trees.source, key, step, local)))
-                local = after_transfer(trees.source[key], local, self.local_name(key), Transfer((step,)))
-                self.note_try(key, len(some))
-            if self.jobs == 1:
-                coming |= {key, *(self.local_name(key) + step.snapshot.short for step in steps)}
-        return [lane for lane in lanes if lane]
+                batch.append(Stream(key, step, self.ends(trees.source, key, step, local)))
+                local = after_transfer(source, local, self.local_name(key), Transfer((step,)))
+            self.note_try(key, len(some))
+            coming |= {key, *(self.local_name(key) + step.snapshot.short for step in steps)}
+        return batch
 
     def has_place(
         self, trees: Trees, key: str, receives: Mapping[str, Sequence[Receive]], coming: Container[str]
@@ -4934,36 +4908,28 @@ class Executor:
             self.features = [name.partition("@")[2] for name, value in rows if value in ("enabled", "active")]
         return stream_flags(self.features)
 
-    def send_lanes(self, trees: Trees, lanes: Sequence[Sequence[Stream]]) -> Trees:
-        """Carry the streams; a listing proves what has arrived. Of each lane one fails at most: what was to follow it
-        is still to be done."""
-        streams = [stream for lane in lanes for stream in lane]
-        for stream in streams:
+    def send_batch(self, trees: Trees, batch: Sequence[Stream]) -> Trees:
+        """Carry the streams; a listing proves what has arrived. One fails at most: what was to follow it is still to be
+        done."""
+        for stream in batch:
             self.report.stream(self.local_name(stream.key), stream.step)
-        raw = sorted({self.local_name(it.key) for it in streams if self.policy.raw(trees.source[it.key])})
+        raw = sorted({self.local_name(it.key) for it in batch if self.policy.raw(trees.source[it.key])})
         here = {local.name for local in trees.target.values()}
         keys_before = key_places(self.lister.target_host, [name for name in raw if name in here])
         try:
-            trains = [
-                StreamBatch(tuple(it.ends for it in lane), self.compressible(trees.source[lane[0].key]))
-                for lane in lanes
-            ]
-            results = self.send(trains)
+            ends = tuple(stream.ends for stream in batch)
+            result = self.send(StreamBatch(ends, self.compressible(trees.source[batch[0].key])))
         except StreamFailed as failure:
-            results = [BatchResult((), failure)] * len(lanes)
-        arrived = [it for lane, result in zip(lanes, results) for it in lane[: len(result.arrived)]]
-        lost = [lane[len(result.arrived)] for lane, result in zip(lanes, results) if len(result.arrived) < len(lane)]
-        for key in {it.key for it in streams} - {it.key for it in [*arrived, *lost]}:
+            result = BatchResult((), failure)
+        arrived, lost = batch[: len(result.arrived)], batch[len(result.arrived) :][:1]
+        for key in {it.key for it in batch} - {it.key for it in [*arrived, *lost]}:
             self.tries[key] = (self.tries[key][0], None)  # that its turn did not come is no want of progress
         self.lister.received |= {it.key for it in arrived}
         trees, unproven = self.lister.list_received(trees, arrived)
         trees = self.lister.list_some_again(trees, [*unproven, *(it.key for it in lost)])
         self.inert.put_back(trees, raw, keys_before, arrived)
-        self.tell_arrived(trees, arrived, [it for result in results for it in result.arrived])
-        for lane, result in zip(lanes, results):
-            if result.failure:
-                trees = self.judge(trees, lane[min(len(result.arrived), len(lane) - 1)], result.failure)
-        return trees
+        self.tell_arrived(trees, arrived, result.arrived)
+        return self.judge(trees, [*lost, *batch[-1:]][0], result.failure) if result.failure else trees
 
     def tell_arrived(self, trees: Trees, arrived: Sequence[Stream], arrivals: Sequence[ReceivedStream]) -> None:
         """Tell of what has arrived, and give up what is not as it should be."""
@@ -5130,14 +5096,13 @@ class Run:
         send: Send,
         report: Report,
         *,
-        jobs: int = 1,
         both: Both = both_in_turn,
     ) -> None:
-        """`jobs` batches of streams at most go side by side; `both` calls two functions, and returns both results."""
+        """`both` calls two functions, and returns both results."""
         self.policy = policy
         self.report = report
         self.lister = Lister(policy, source, FencedHost(target, policy.target_root), report, both)
-        self.executor = Executor(policy, self.lister, send, report, jobs)
+        self.executor = Executor(policy, self.lister, send, report)
         self.trees = Trees({}, {})
 
     @property
@@ -5204,10 +5169,10 @@ class Run:
             try:
                 self.trees, is_changed = executor.change_names(self.trees, plan, now)
                 if not is_changed:
-                    self.trees, lanes = executor.prepare(self.trees, plan)
-                    is_done = lanes is None
-                    if lanes:
-                        self.trees = executor.send_lanes(self.trees, lanes)
+                    self.trees, batch = executor.prepare(self.trees, plan)
+                    is_done = batch is None
+                    if batch:
+                        self.trees = executor.send_batch(self.trees, batch)
             except LinkLost as failure:
                 executor.lost = self.lost or (self.policy.target_root, failure)
             plan = TreePlan(self.trees, self.policy, executor.given_up)
@@ -6135,7 +6100,7 @@ def parser() -> argparse.ArgumentParser:
     add("-I", "--intermediates", action="store_true",
         help="pull every snapshot between, not only the newest")  # fmt: skip
     add("-j", "--jobs", type=job_count, default=1, metavar="N",
-        help="pull up to N datasets side by side (default: %(default)s)")  # fmt: skip
+        help="still accepted, and without effect: streams go one after another through one connection")  # fmt: skip
     add("-b", "--mbuffer", type=memory_size, default="256M", metavar="SIZE",
         help="memory of mbuffer (default: %(default)s)")  # fmt: skip
     add("-p", "--port", type=port_number, metavar="PORT", help="SSH port (default: as in ssh_config, else 22)")
@@ -6424,50 +6389,40 @@ def open_run(options: argparse.Namespace, report: Report, alone: Lock | None) ->
     if alone is None:
         source, target = ReadOnly(source), ReadOnly(target)
 
-    def carry(trains: Sequence[StreamBatch]) -> list[BatchResult]:
+    def carry(batch: StreamBatch) -> BatchResult:
         buffer = buffer_stage(options.mbuffer, options.rate_limit)
         if not buffer and options.rate_limit:
             raise StreamFailed("mbuffer is not installed here, and it is what limits the rate", "apt install mbuffer")
         if not buffer:
             report.step("mbuffer is not installed here: the stream goes without it")
-        for sending, receiving in (ends for train in trains for ends in train.streams):
+        for sending, receiving in batch.streams:
             note(f"{source.label}: {shlex.join(sending)} | {target.label}: {shlex.join(receiving)}")
-        compressors = [choose_compressor(options, source, train.compressible, report) for train in trains]
-        plain = Transport(buffer, options.stall_timeout, moved, inherit)
-        show = progress_feed(report.meter, source, trains) if report.meter else None
-        return pull(
-            source, target, [(it, replace(plain, compressor=name)) for it, name in zip(trains, compressors)], show
-        )
+        compressor = choose_compressor(options, source, batch.compressible, report)
+        show = progress_feed(report.meter, source, batch) if report.meter else None
+        return pull(source, target, batch, Transport(buffer, options.stall_timeout, moved, inherit, compressor), show)
 
     with contextlib.closing(source):
-        jobs = 1 if options.rate_limit else options.jobs
         both = both_in_turn if options.remote_host == "localhost" else both_at_once
-        yield Run(policy_of(options), source, target, carry, report, jobs=jobs, both=both)
+        yield Run(policy_of(options), source, target, carry, report, both=both)
 
 
-def progress_feed(
-    meter: ProgressLine, source: Host, trains: Sequence[StreamBatch]
-) -> Callable[[Sequence[Pipeline]], None]:
-    """What shows how far the streams of trains have come. Asks the source for their sizes."""
-    foretold = []
-    for train in trains:
-        found = parse_estimates(source.ask(*(estimate(sending) for sending, _ in train.streams)).stdout)
-        foretold.append([*found, *[(None, 0)] * (len(train.streams) - len(found))])
+def progress_feed(meter: ProgressLine, source: Host, batch: StreamBatch) -> Callable[[Pipeline], None]:
+    """What shows how far the streams of a batch have come. Asks the source for their sizes."""
+    found = parse_estimates(source.ask(*(estimate(sending) for sending, _ in batch.streams)).stdout)
+    sizes = [*found, *[(None, 0)] * (len(batch.streams) - len(found))]
 
-    def show(pipelines: Sequence[Pipeline]) -> None:
-        at_work = [(number, len(it.arrived), it) for number, it in enumerate(pipelines) if it.receiver]
-        if at_work:
-            names = [trains[number].streams[at][1][-1].partition("@")[0] for number, at, _ in at_work]
-            sizes = [foretold[number][at][0] for number, at, _ in at_work]
-            before = sum(foretold[number][at][1] for number, at, _ in at_work)
+    def show(pipeline: Pipeline) -> None:
+        if pipeline.receiver:
+            at = len(pipeline.arrived)
+            size, before = sizes[at]
             meter.show(
                 Progress(
-                    names[0] + (f" and {len(names) - 1} more" if names[1:] else ""),
-                    None if None in sizes else before + sum(filter(None, sizes)),
+                    batch.streams[at][1][-1].partition("@")[0],
+                    None if size is None else before + size,
                     before,
-                    sum(it.came(it.receiver) for _, _, it in at_work),
-                    sum(it.buffered() for _, _, it in at_work),
-                    time.monotonic() - at_work[0][2].since,
+                    pipeline.came(pipeline.receiver),
+                    pipeline.buffered(),
+                    time.monotonic() - pipeline.since,
                 )
             )
 

@@ -44,7 +44,6 @@ class Contender:
 
 CONTENDERS = (
     Contender("zfs_replicate", JOB.replace("offsite/virt/machines", "offsite/ours/machines")),
-    Contender("with -j 4", JOB.replace("offsite/virt/machines -t offsite", "offsite/four/machines -t four") + " -j 4"),
     Contender("syncoid", f"syncoid --quiet --recursive --no-sync-snap root@source:{TREE} offsite/syncoid"),
     Contender("bzfs", f"python3 -m bzfs_main.bzfs --quiet --recursive root@source:{TREE} offsite/bzfs"),
     Contender(
@@ -54,7 +53,7 @@ CONTENDERS = (
         f"zfs set autobackup:job=true {TREE}",
     ),
 )
-OURS = 2
+OURS = 1
 """As many of them are ours."""
 
 SHARED = """\
@@ -274,7 +273,7 @@ def ours(home: str, port: str, stream: str, sink: str) -> None:
     with contextlib.closing(host):
         train = program.StreamBatch(((("cat", stream), tuple(sink.split())),))
         transport = program.Transport(program.buffer_stage("256M"))
-        (passage,) = program.pull(host, program.LocalHost(), [(train, transport)])
+        passage = program.pull(host, program.LocalHost(), train, transport)
         if passage.failure:
             raise SystemExit(str(passage.failure))
     (Path(home) / "seconds").write_text(str(time.monotonic() - began))

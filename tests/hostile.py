@@ -1153,9 +1153,10 @@ class Case:
 
     # streams
 
-    def pull(self, source: Any, target: Any, trains: Sequence[Any]) -> list[Any]:
+    def pull(self, source: Any, target: Any, trains: Any) -> Any:
+        """A batch; an earlier program had several, each with what carries it, and wants a list."""
         passages = []
-        for train, _ in trains:
+        for train in [it[0] for it in trains] if isinstance(trains, (list, tuple)) else [trains]:
             arrived: list[Any] = []
             failure = None
             for sending, receiving in train.streams:
@@ -1168,7 +1169,7 @@ class Case:
                     failure = named("with_hint", "explained")(error, source, sending, target, receiving)
                     break
             passages.append(named("BatchResult", "Passage")(tuple(arrived), failure))
-        return passages
+        return passages if isinstance(trains, (list, tuple)) else passages[0]
 
     def carry(self, source: Any, target: Any, sending: Command, receiving: Command) -> tuple[str | None, list[Any]]:
         """What the receiver said if the stream arrived, and how the processes ended."""
@@ -1424,7 +1425,7 @@ def unlocked(*words: object, **more: object) -> Iterator[Any]:
     yield types.SimpleNamespace(moved=lambda: None, filenos=(), file=types.SimpleNamespace(fileno=lambda: 0))
 
 
-def pulled(source: Any, target: Any, trains: Any, show: object = None) -> list[Any]:
+def pulled(source: Any, target: Any, trains: Any, *more: object) -> Any:
     return NOW[-1].pull(source, target, trains)
 
 

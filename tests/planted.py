@@ -45,8 +45,8 @@ BUGS: dict[str, tuple[Plant, ...]] = {
         Plant("Executor.prepare", "trees = self.hold(trees, receives)", ""),
         Plant(
             "Run.transfer",
-            "executor.send_lanes(self.trees, lanes)",
-            "executor.hold(executor.send_lanes(self.trees, lanes), {it.key: [it.step] for lane in lanes for it in lane})",
+            "executor.send_batch(self.trees, batch)",
+            "executor.hold(executor.send_batch(self.trees, batch), {it.key: [it.step] for it in batch})",
         ),
     ),
     "what comes later is not held": (
@@ -360,7 +360,6 @@ BUGS: dict[str, tuple[Plant, ...]] = {
     "a child does not wait for its parent": (
         Plant("Executor.has_place", "not is_whole and parent not in coming", "False"),
     ),
-    "side by side no child waits for its parent": (Plant("Executor.lanes", "self.jobs == 1", "True"),),
     "a child goes into a parent that is half received": (
         Plant("missing_parents", "here and here.partial and not here.snapshots", "False"),
         Plant("Executor.has_place", "not is_whole and parent not in coming", "False"),

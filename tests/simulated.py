@@ -41,7 +41,7 @@ from zfs_replicate import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterator
 
     from zfs_replicate import Command, StreamBatch
 
@@ -845,19 +845,15 @@ class Wire:
     target: Machine
     at: Callable[[Machine, Command, str], Answer | None] = undisturbed
     done: list[tuple[str, ...]] = field(default_factory=list)
-    trains: list[list[list[str]]] = field(default_factory=list)
-    """Those that went side by side, each with the datasets it brought."""
+    batches: list[list[str]] = field(default_factory=list)
+    """Each with the datasets it brought."""
 
-    def carry(self, trains: Sequence[StreamBatch]) -> list[BatchResult]:
-        """One train after the other: nobody can tell the difference, for none knows of the others."""
-        self.trains.append([[receiving[-1].partition("@")[0] for _, receiving in train.streams] for train in trains])
-        return [self.passage(train) for train in trains]
-
-    def passage(self, train: StreamBatch) -> BatchResult:
-        assert not train.compressible, "all is compressed here"
+    def carry(self, batch: StreamBatch) -> BatchResult:
+        self.batches.append([receiving[-1].partition("@")[0] for _, receiving in batch.streams])
+        assert not batch.compressible, "all is compressed here"
         arrived: list[ReceivedStream] = []
         try:
-            for sending, receiving in train.streams:
+            for sending, receiving in batch.streams:
                 self.carry_one(sending, receiving)
                 arrived.append(ReceivedStream(0, 0))
         except Failure as failure:

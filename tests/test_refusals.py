@@ -149,10 +149,10 @@ class Unplugged(LocalHost):
 
 
 def broken_link() -> Failure:
-    train = StreamBatch(((("sh", "-c", "echo 'Connection reset' >&2; exit 255"), ("cat",)),))
-    (passage,) = pull(Unplugged("HOST"), LocalHost(), [(train, PLAIN)])
-    assert isinstance(passage.failure, LinkLost)
-    return passage.failure
+    batch = StreamBatch(((("sh", "-c", "echo 'Connection reset' >&2; exit 255"), ("cat",)),))
+    result = pull(Unplugged("HOST"), LocalHost(), batch, PLAIN)
+    assert isinstance(result.failure, LinkLost)
+    return result.failure
 
 
 PLAIN = zfs_replicate.Transport()

@@ -19,6 +19,7 @@ from zfs_replicate import (
     MAX_LINES,
     Account,
     Answer,
+    BatchResult,
     Command,
     Dataset,
     Doctor,
@@ -541,7 +542,7 @@ def examined(**answers: str) -> dict[str, str]:
     """What the doctor finds, and the remedies, where the source gives such answers and this host good ones; what is said
     of this host's pool, where it gives them."""
     source, target = Says("source", **{**GOOD, **answers}), Says("this host", **{**GOOD, **answers})
-    run = Run(POLICY, source, target, lambda trains: [], Report())
+    run = Run(POLICY, source, target, lambda batch: BatchResult(), Report())
     run.trees = Trees({}, {}, ("offsite",))
     doctor = Doctor(run)
     looks = (doctor.programs, lambda: doctor.clocks(source.answers["date"]), doctor.pool)
@@ -596,7 +597,7 @@ def test_a_pool_that_tells_no_capacity_is_a_finding(text: str) -> None:
 
 @pytest.mark.parametrize("creation", [10**18, 10**19, 10**20])
 def test_a_snapshot_of_an_age_beyond_any_calendar_is_no_trouble(creation: int) -> None:
-    run = Run(POLICY, Says("source"), Says("this host"), lambda trains: [], Report())
+    run = Run(POLICY, Says("source"), Says("this host"), lambda batch: BatchResult(), Report())
     run.trees = Trees({"": Dataset(SOURCE, "filesystem", (Snapshot(f"{SOURCE}@a", 1, 1, creation),))}, {})
     (finding,) = Doctor(run).trees()
     assert finding == Finding(f"{SOURCE}: 1 datasets, 1 snapshots, the newest of {creation}")

@@ -70,7 +70,6 @@ class Job:
         rollback: bool = False,
         quarantine: bool = False,
         selection: Selection = EVERYTHING,
-        jobs: int = 1,
     ) -> str:
         """One run, which must exit with `status`. Returns what it told the user."""
         self.wire = Wire(self.source, self.backup)
@@ -80,9 +79,7 @@ class Job:
         policy = Policy(
             self.tree, self.mirror, TAG, keep, every, rollback=rollback, quarantine=quarantine, selection=selection
         )
-        run = Run(
-            policy, Near(self.wire, self.source), Near(self.wire, self.backup), self.wire.carry, report, jobs=jobs
-        )
+        run = Run(policy, Near(self.wire, self.source), Near(self.wire, self.backup), self.wire.carry, report)
         try:
             run.begin(self.source.world.now)
             run.execute(self.source.world.now)
@@ -812,12 +809,11 @@ def test_a_machine_that_answers_no_more_is_not_asked_for_every_dataset(mirrored:
     mirrored.replicate()
 
 
-@pytest.mark.parametrize("jobs", [1, 3])
-def test_children_that_were_in_step_are_pulled_afresh_with_their_parent(mirrored: Job, jobs: int) -> None:
+def test_children_that_were_in_step_are_pulled_afresh_with_their_parent(mirrored: Job) -> None:
     mirrored.source.release(TAG, f"{SOURCE}@a")
     mirrored.source.destroy(SOURCE, ["a"])
     mirrored.snapshot("b", "")
-    mirrored.replicate(quarantine=True, jobs=jobs)
+    mirrored.replicate(quarantine=True)
     assert mirrored.here() == f"b!{RECEIVED}"
     assert mirrored.here("/www/logs") == mirrored.here("/disk") == f"a!{RECEIVED}"
 
@@ -834,28 +830,20 @@ def test_what_another_line_keeps_below_is_not_set_aside(mirrored: Job, selection
     assert not mirrored.done("rename")
 
 
-def test_streams_go_by_train_parents_first(job: Job) -> None:
-    """On one train a child rides behind its parent; side by side it waits for it."""
+def test_streams_go_in_one_batch_parents_first(job: Job) -> None:
     root, disk, www, logs = (f"{LOCAL}{key}" for key in ("", "/disk", "/www", "/www/logs"))
     job.snapshot("a")
     job.replicate()
-    assert job.wire.trains == [[[root, disk, www, logs]]]
-    job.snapshot("b")
-    job.replicate(jobs=3)
-    assert job.wire.trains == [[[root, logs], [disk], [www]]]
-    for name in list(job.backup.below(LOCAL)):
-        del job.backup.datasets[name]
-    job.replicate(jobs=3)
-    assert job.wire.trains == [[[root]], [[disk], [www]], [[logs]]]
+    assert job.wire.batches == [[root, disk, www, logs]]
 
 
-def test_a_stream_that_fails_ends_its_train_and_the_rest_goes_by_the_next(mirrored: Job) -> None:
+def test_a_stream_that_fails_ends_its_batch_and_the_rest_goes_in_the_next(mirrored: Job) -> None:
     mirrored.snapshot("b")
     said = mirrored.replicate(status=1, at=refusing("^zfs send .*/disk@b", "source"))
     assert said.startswith(f"zfs_replicate: {LOCAL}/disk: the stream failed: ")
-    assert mirrored.wire.trains == [
-        [[LOCAL, f"{LOCAL}/disk", f"{LOCAL}/www", f"{LOCAL}/www/logs"]],
-        [[f"{LOCAL}/www", f"{LOCAL}/www/logs"]],
+    assert mirrored.wire.batches == [
+        [LOCAL, f"{LOCAL}/disk", f"{LOCAL}/www", f"{LOCAL}/www/logs"],
+        [f"{LOCAL}/www", f"{LOCAL}/www/logs"],
     ]
     assert mirrored.here("/www/logs") == f"a b!{RECEIVED}"
     assert mirrored.here("/disk") == f"a!{RECEIVED}"

@@ -114,7 +114,6 @@ class Options:
     bookmark: bool = False
     way: str = ""
     only: str = "*"
-    jobs: int = 1
 
     def policy(self, hop: Hop) -> Policy:
         return Policy(
@@ -518,7 +517,7 @@ class Site:
         watch = Watch(self, hop, options, fault, neighbour)
         wire.at = watch.at
         policy = options.policy(hop)
-        run = Run(policy, Near(wire, hop.source), Near(wire, hop.target), wire.carry, report, jobs=options.jobs)
+        run = Run(policy, Near(wire, hop.source), Near(wire, hop.target), wire.carry, report)
         try:
             run.begin(self.world.now)
             run.execute(self.world.now)
@@ -700,7 +699,6 @@ option_sets = st.builds(
     st.booleans(),
     st.sampled_from(["", "", "rollback", "quarantine"]),
     st.sampled_from(["*", "*", "[!p-r]*"]),
-    st.sampled_from([1, 1, 3]),
 )
 
 

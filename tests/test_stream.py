@@ -36,10 +36,10 @@ from zfs_replicate import (
     StreamFailed,
     Transport,
     buffer_stage,
+    carry_out,
     pull,
     raise_for_status,
     refused_properties,
-    run_all,
     unset_properties,
 )
 
@@ -54,7 +54,7 @@ PLAIN = Transport()
 def stream(commands: Sequence[Command], *more: Command, transport: Transport = PLAIN) -> list[ReceivedStream]:
     """Run one pipeline, with more receivers after the last command. Raises its failure."""
     with contextlib.closing(Pipeline(commands[:-1], [commands[-1], *more], transport)) as pipeline:
-        run_all([pipeline])
+        carry_out(pipeline)
         if pipeline.failure:
             raise pipeline.failure
         return pipeline.arrived
@@ -62,10 +62,10 @@ def stream(commands: Sequence[Command], *more: Command, transport: Transport = P
 
 def carried(source: Host, sending: Command, target: Host, receiving: Command, transport: Transport) -> ReceivedStream:
     """Pull one stream. Raises its failure."""
-    (passage,) = pull(source, target, [(StreamBatch(((sending, receiving),)), transport)])
-    if passage.failure:
-        raise passage.failure
-    return passage.arrived[0]
+    result = pull(source, target, StreamBatch(((sending, receiving),)), transport)
+    if result.failure:
+        raise result.failure
+    return result.arrived[0]
 
 
 def into(path: Path) -> Command:
@@ -196,7 +196,7 @@ def test_of_what_a_stage_says_without_end_the_last_is_kept() -> None:
     """In memory, and nowhere else; the longest line is as long."""
     flood = shell('echo first >&2; head -c "$1" /dev/zero | tr "\\0" e >&2; echo last >&2; exit 1', str(9 * MEBIBYTE))
     with contextlib.closing(Pipeline([flood], [("cat",)], PLAIN)) as pipeline:
-        run_all([pipeline])
+        carry_out(pipeline)
         assert pipeline.failure
         assert pipeline.failure.sender_said.endswith("elast")
         assert len(pipeline.failure.what) < STDERR_BYTES + 100
@@ -359,7 +359,7 @@ def test_what_cannot_be_counted_is_told_apart_from_nothing(monkeypatch: pytest.M
         pipeline.receiver = receiver
 
 
-# --- Trains -----------------------------------------------------------------------------------------------------------
+# --- Batches ----------------------------------------------------------------------------------------------------------
 
 
 def slice_of(count: int, path: Path, then: str = "exit 0") -> Command:
@@ -391,7 +391,7 @@ def test_what_follows_a_receiver_that_fails_is_lost(tmp_path: Path) -> None:
     first, second, third = (tmp_path / name for name in ("first", "second", "third"))
     receivers = [slice_of(3, first), slice_of(2, second, "echo 'out of space' >&2; exit 1"), slice_of(3, third)]
     with contextlib.closing(Pipeline([("yes",), ("cat",)], receivers, Transport())) as pipeline:
-        run_all([pipeline])
+        carry_out(pipeline)
         assert len(pipeline.arrived) == 1
         assert pipeline.failure
         assert pipeline.failure.what == "the stream failed: sh: out of space"
@@ -403,25 +403,10 @@ def test_sender_that_fails_in_the_middle_is_to_blame(tmp_path: Path) -> None:
     receivers = [slice_of(3, tmp_path / "first"), shell("grep -q x || { echo 'incomplete stream' >&2; exit 1; }")]
     sender = shell("printf abc; echo 'no such snapshot' >&2; exit 1")
     with contextlib.closing(Pipeline([sender], receivers, Transport())) as pipeline:
-        run_all([pipeline])
+        carry_out(pipeline)
         assert len(pipeline.arrived) == 1
         assert pipeline.failure
         assert pipeline.failure.what == "the stream failed: sh: no such snapshot; sh: incomplete stream"
-
-
-def test_trains_go_side_by_side_and_one_that_fails_leaves_the_others_alone(tmp_path: Path) -> None:
-    """Each of the two that arrive waits for the other one."""
-    mine, yours = tmp_path / "mine", tmp_path / "yours"
-    os.mkfifo(mine)
-    os.mkfifo(yours)
-    one = StreamBatch(((shell("echo one"), shell(f"cat >/dev/null; echo > '{mine}'; read x < '{yours}'")),))
-    two = StreamBatch(((shell("echo two"), shell(f"cat >/dev/null; read x < '{mine}'; echo > '{yours}'")),))
-    bad = StreamBatch(((shell("echo bad"), shell("exit 3")), (shell("echo good"), ("cat",))))
-    host = LocalHost()
-    passages = pull(host, host, [(train, Transport()) for train in (one, bad, two)])
-    assert [len(it.arrived) for it in passages] == [1, 0, 1]
-    assert [it.failure is None for it in passages] == [True, False, True]
-    assert "sh ended with status 3" in str(passages[1].failure)
 
 
 # --- Interrupted ------------------------------------------------------------------------------------------------------
