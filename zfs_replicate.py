@@ -2559,7 +2559,7 @@ class Host(Protocol):
         none."""
 
     def has(self, program: str) -> bool:
-        """Whether one of the PACKERS is installed there; to be asked after some command was."""
+        """Whether one of the COMPRESSORS is installed there; to be asked after some command was."""
 
     def stream_command(self, *commands: Command, then: Command = ()) -> Command:
         """The local command whose standard input and output are those of `commands` in turn on this host; `then` what
@@ -3041,7 +3041,7 @@ class SshHost:
         self.stall_timeout = max(
             stall_timeout, 2 * LINK_SECONDS
         )  # by then a lost link has shown, and it is the command
-        self.programs: set[str] | None = None  # which of the PACKERS are there, told with the first answer
+        self.programs: set[str] | None = None  # which of the COMPRESSORS are there, told with the first answer
         self.next_channel: Future[Any] | None = None
         self.opens_ahead = True
         self.streams: tempfile.TemporaryDirectory[str] | None = None
@@ -3357,7 +3357,7 @@ class Stage:
         look = os.WEXITED | os.WNOHANG | os.WNOWAIT
         return self.process.returncode is not None or os.waitid(os.P_PID, self.process.pid, look) is not None
 
-    def moved(self) -> tuple[int, int]:
+    def io_bytes(self) -> tuple[int, int]:
         """Bytes that it has read and written so far, as its kernel counts them; 0 where that cannot be known."""
         try:
             with open(f"/proc/{self.process.pid}/io", encoding="ascii") as counters:
@@ -3382,17 +3382,17 @@ ExitedProcess = tuple[str, int, str]
 
 @dataclass(frozen=True)
 class Transport:
-    """How streams are carried: through what `buffer`, by which of the PACKERS ("": none), and what is done about them
-    meanwhile.
+    """How streams are carried: through what `buffer`, by which of the COMPRESSORS ("": none), and what is done about
+    them meanwhile.
 
-    A pipeline whose receiver has been given nothing for `stall_timeout` seconds, or less than FLOOR, is ended; `moved`
-    is called when it has been given something. `inherit` are open files that what receives keeps open should we be
-    killed.
+    A pipeline whose receiver has been given nothing for `stall_timeout` seconds, or less than FLOOR, is ended;
+    `on_progress` is called when it has been given something. `inherit` are open files that what receives keeps open
+    should we be killed.
     """
 
     buffer: tuple[Command, ...] = ()
     stall_timeout: float = STALL_SECONDS
-    moved: Callable[[], None] = lambda: None
+    on_progress: Callable[[], None] = lambda: None
     inherit: tuple[int, ...] = ()
     compressor: str = ""
 
@@ -3417,36 +3417,85 @@ FLOOR = 300
 mebibyte. No line is so slow; but a peer that keeps us waiting is."""
 
 
+class StallWatch:
+    """Tells when a stream that brings nothing, or next to nothing, is to be given up.
+
+    A stream begins with the first byte after the first look, by which a receiver has read its own libraries: until then
+    zfs send may search as long as `stall_timeout` lasts. From then on it brings FLOOR bytes a second, on the average.
+    """
+
+    def __init__(self, stall_timeout: float) -> None:
+        self.stall_timeout = stall_timeout
+        self.pause = min(WATCH_SECONDS, stall_timeout / 2)
+        self.restart()
+
+    def restart(self) -> None:
+        """Another receiver begins."""
+        self.started = self.moved_at = time.monotonic()  # when a byte came last
+        self.next_look = self.started + self.pause
+        self.count: int | None = None  # bytes at the last look
+        self.mark: tuple[float, int] | None = None  # when FLOOR was kept last, and the bytes by then
+
+    def is_due(self) -> bool:
+        """Whether it is time for a look."""
+        now = time.monotonic()
+        if now < self.next_look:
+            return False
+        self.next_look = now + self.pause
+        return True
+
+    def look(self, count: int) -> bool:
+        """So many bytes have come by now. Returns whether they are more than at the last look."""
+        now = time.monotonic()
+        if count == self.count:
+            return False
+        if self.count is not None and (not self.mark or count - self.mark[1] >= FLOOR * self.stall_timeout):
+            self.mark = (now, count)
+        self.count, self.moved_at = count, now
+        return True
+
+    def spare_floor(self) -> None:
+        """That few bytes come is not the sender's fault."""
+        if self.mark:
+            self.mark = (time.monotonic(), self.count or 0)
+
+    def too_few(self, factor: int) -> int | None:
+        """The bytes that have come lately, where these are too few for `factor` times the limit; None where not."""
+        now, limit = time.monotonic(), self.stall_timeout * factor
+        since, then = self.mark or (now, self.count or 0)
+        if now - self.moved_at >= limit:
+            return 0
+        return (self.count or 0) - then if now - since >= limit else None
+
+
 class Pipeline:
-    """Processes joined by kernel pipes: `feeders`, and at their end one of the `receivers` after the other. Each of
+    """Processes joined by kernel pipes: `upstream`, and at their end one of the `receivers` after the other. Each of
     these reads its own stream and no byte more, as zfs recv does, so that the line is never idle between two streams.
 
     A stream that ended is not a stream that arrived: `arrived` are those whose receiver ended well. If any process did
     not, `failure` says so, and what was to follow is lost.
     """
 
-    def __init__(self, feeders: Sequence[Command], receivers: Sequence[Command], transport: Transport) -> None:
-        self.waiting = list(receivers)
+    def __init__(self, upstream: Sequence[Command], receivers: Sequence[Command], transport: Transport) -> None:
+        self.receivers_left = list(receivers)
         self.transport = transport
         self.arrived: list[ReceivedStream] = []
         self.failure: StreamFailed | None = None
         self.is_over = False
         self.stack = contextlib.ExitStack()
-        self.feeders: list[Stage] = []
+        self.upstream: list[Stage] = []
         self.receiver: Stage | None = None
-        self.broken: list[ExitedProcess] = []
+        self.failed: list[ExitedProcess] = []
         self.pipe: IO[bytes] | None = None  # the end of it that is still to be read
-        self.before = 0  # bytes of the streams that have arrived
-        self.since = self.moved_at = self.next_look = time.monotonic()
-        self.count: int | None = None  # bytes at the last look at the receiver at hand
-        self.mark: tuple[float, int] | None = None  # when FLOOR was kept last, and the bytes by then
+        self.bytes_before = 0  # bytes of the streams that have arrived
+        self.stall = StallWatch(transport.stall_timeout)
         try:
-            for command in feeders:
-                self.feeders.append(self.start(command, subprocess.PIPE))
-                self.pipe = self.feeders[-1].process.stdout
+            for command in upstream:
+                self.upstream.append(self.start(command, subprocess.PIPE))
+                self.pipe = self.upstream[-1].process.stdout
             self.receive_next()
         except StreamFailed as failure:
-            self.give_up(failure)
+            self.fail(failure)
         except BaseException:
             self.stack.close()
             raise
@@ -3483,141 +3532,120 @@ class Pipeline:
         self.pipe = None
 
     def receive_next(self) -> None:
-        self.receiver = self.start(self.waiting.pop(0), subprocess.DEVNULL)
-        self.since = self.moved_at = time.monotonic()
-        self.next_look = self.since + self.look_seconds
-        self.count = self.mark = None
+        self.receiver = self.start(self.receivers_left.pop(0), subprocess.DEVNULL)
+        self.stall.restart()
 
-    def give_up(self, failure: StreamFailed) -> None:
+    def fail(self, failure: StreamFailed) -> None:
         self.failure = failure
         self.is_over = True
         self.close()
 
-    def advance(self) -> bool:
+    def poll(self) -> bool:
         """Go on if a process has ended; returns whether one has. Else see to it that bytes move."""
         if self.receiver and self.receiver.has_ended():
             self.receiver_ended(self.receiver)
-        elif not self.receiver and all(stage.has_ended() for stage in self.feeders):
-            self.conclude()
+        elif not self.receiver and all(stage.has_ended() for stage in self.upstream):
+            self.finish()
         else:
-            self.watch()
+            self.check_stall()
             return False
         return True
 
     def receiver_ended(self, receiver: Stage) -> None:
         """A receiver has ended: the next one takes its place, unless it failed."""
-        arrival = ReceivedStream(self.came(receiver), time.monotonic() - self.since, receiver.said(0))
+        arrival = ReceivedStream(self.bytes_received(receiver), time.monotonic() - self.stall.started, receiver.said(0))
         ended = receiver.ended()
         receiver.errors.close()
         self.receiver = None
         if ended[1] == 0:
-            self.before += arrival.bytes
+            self.bytes_before += arrival.bytes
             self.arrived.append(arrival)
-            self.transport.moved()
+            self.transport.on_progress()
         else:
-            self.broken = [ended]
-            self.moved_at = time.monotonic()
-        if self.broken or not self.waiting:
+            self.failed = [ended]
+            self.stall.moved_at = time.monotonic()
+        if self.failed or not self.receivers_left:
             self.close_pipe()
             return
         try:
             self.receive_next()
         except StreamFailed as failure:
-            self.give_up(failure)
+            self.fail(failure)
 
-    def conclude(self) -> None:
+    def finish(self) -> None:
         """All have ended."""
         self.is_over = True
         try:
-            raise_for_status([stage.ended() for stage in self.feeders], self.broken)
+            raise_for_status([stage.ended() for stage in self.upstream], self.failed)
         except StreamFailed as failure:
             self.failure = failure
 
-    @property
-    def look_seconds(self) -> float:
-        """After how long to look next."""
-        return min(WATCH_SECONDS, self.transport.stall_timeout / 2)
-
-    def watch(self) -> None:
+    def check_stall(self) -> None:
         """Give up when for too long no byte has come to the receiver, or too few. What others read and write does not
         count: a peer can make ssh do that as slowly as it likes. Where the kernel counts nothing, only keepalives guard
-        the link.
-
-        A stream begins with the first byte after the first look, by which a receiver has read its own libraries: until
-        then zfs send may search as long as patience lasts.
-        """
-        now = time.monotonic()
-        if self.broken and now - self.moved_at >= LINK_SECONDS:
+        the link."""
+        if self.failed and time.monotonic() - self.stall.moved_at >= LINK_SECONDS:
             try:
-                raise_for_status(
-                    [], self.broken
-                )  # a sender that says nothing does not notice that nobody reads any more
+                # A sender that says nothing does not notice that nobody reads any more.
+                raise_for_status([], self.failed)
             except StreamFailed as failure:
-                self.give_up(failure)
+                self.fail(failure)
             return
-        if now < self.next_look:
+        if not self.stall.is_due():
             return
-        self.next_look = now + self.look_seconds
-        given = self.given()
-        count = sum(sum(stage.moved()) for stage in self.stages()) if given is None else given
-        if count != self.count:
-            if self.count is not None and (
-                not self.mark or count - self.mark[1] >= FLOOR * self.transport.stall_timeout
-            ):
-                self.mark = (now, count)
-            self.count, self.moved_at = count, now
-            self.transport.moved()
+        given = self.bytes_given()
+        if self.stall.look(sum(sum(stage.io_bytes()) for stage in self.stages()) if given is None else given):
+            self.transport.on_progress()
         if given is None:
             return
-        if self.mark and self.pipe and unread_bytes(self.pipe):
-            self.mark = (now, count)  # it is the receiver that is slow: the stall limit alone is for that
+        if self.pipe and unread_bytes(self.pipe):
+            self.stall.spare_floor()  # it is the receiver that is slow: the stall limit alone is for that
         running = self.running()
-        may_be_tail = self.feeders and (self.waiting or running == [self.receiver])
-        stall_timeout = self.transport.stall_timeout * (LAST_BYTES_FACTOR if may_be_tail else 1)
-        since, then = self.mark or (now, count)
-        if now - self.moved_at >= stall_timeout or now - since >= stall_timeout:
-            few = count - then if now - self.moved_at < stall_timeout else 0
+        may_be_tail = self.upstream and (self.receivers_left or running == [self.receiver])
+        factor = LAST_BYTES_FACTOR if may_be_tail else 1
+        few = self.stall.too_few(factor)
+        if few is not None:
             programs = [stage.program for stage in running]
-            self.give_up(stalled(stall_timeout, self.came(self.receiver), programs, few))
+            self.fail(stalled(self.transport.stall_timeout * factor, self.bytes_received(self.receiver), programs, few))
 
-    def given(self) -> int | None:
+    def bytes_given(self) -> int | None:
         """Bytes that the receivers have been given so far. None where the kernel counts none: without /proc, or of a
         process that is root's by sudo."""
-        if self.receiver and not any(self.counter(self.receiver).moved()):
+        if self.receiver and not any(self.counter(self.receiver).io_bytes()):
             return None
-        return self.before + self.came(self.receiver)
+        return self.bytes_before + self.bytes_received(self.receiver)
 
     def stages(self) -> list[Stage]:
-        return [*self.feeders, *([self.receiver] if self.receiver else [])]
+        return [*self.upstream, *([self.receiver] if self.receiver else [])]
 
     def running(self) -> list[Stage]:
         """The processes that have not ended."""
         return [stage for stage in self.stages() if not stage.has_ended()]
 
-    def came(self, receiver: Stage | None) -> int:
+    def bytes_received(self, receiver: Stage | None) -> int:
         """Bytes of the stream at hand that its receiver has been given. What that has read itself is some thousands
         more, for programs read other things as well; and may be secret, if it is root's by sudo."""
         if not receiver:
             return 0
         counter = self.counter(receiver)
         if counter is receiver:
-            return receiver.moved()[0]
+            return receiver.io_bytes()[0]
         written = waiting = 0
         for _ in range(MAX_RECOUNTS):
-            written, waiting = counter.moved()[1], unread_bytes(self.pipe)
-            if counter.moved()[1] == written:
+            written, waiting = counter.io_bytes()[1], unread_bytes(self.pipe)
+            if counter.io_bytes()[1] == written:
                 break
-        return max(written - waiting - self.before, 0)
+        return max(written - waiting - self.bytes_before, 0)
 
     def counter(self, receiver: Stage) -> Stage:
         """By whose counts it is known what a receiver has been given: those of the last feeder, if it does nothing but
         feed."""
-        feeder = self.feeders[-1] if self.feeders else receiver
+        feeder = self.upstream[-1] if self.upstream else receiver
         return feeder if feeder.program in ("mbuffer", *COMPRESSORS) else receiver
 
     def buffered(self) -> int:
         """Bytes that wait in the buffer."""
-        counts = [stage.moved() for stage in self.feeders if stage.program == "mbuffer"]
+        counts = [stage.io_bytes() for stage in self.upstream if stage.program == "mbuffer"]
         return sum(read - written for read, written in counts)
 
 
@@ -3648,9 +3676,9 @@ def carry_out(pipeline: Pipeline, show: Callable[[], None] | None = None) -> Non
     shown = time.monotonic()
     while not pipeline.is_over:
         running = [stage.process.pid for stage in pipeline.running()]
-        if pipeline.advance():
+        if pipeline.poll():
             continue
-        until = pipeline.next_look
+        until = pipeline.stall.next_look
         if show:
             if time.monotonic() - shown >= SHOW_SECONDS:
                 shown = time.monotonic()
@@ -3704,9 +3732,9 @@ RECEIVE_HINTS = {
 """What to do when zfs send or zfs recv says so."""
 
 
-def raise_for_status(feeders: Sequence[ExitedProcess], receivers: Sequence[ExitedProcess]) -> None:
-    """Raise for the stages that failed: what those say that say something. The first of the feeders is the sender."""
-    ended = [*feeders, *receivers]
+def raise_for_status(upstream: Sequence[ExitedProcess], receivers: Sequence[ExitedProcess]) -> None:
+    """Raise for the stages that failed: what those say that say something. The first of the upstream is the sender."""
+    ended = [*upstream, *receivers]
     failed = [(program, status, text) for program, status, text in ended if status != 0]
     if not failed:
         return
@@ -3715,7 +3743,7 @@ def raise_for_status(feeders: Sequence[ExitedProcess], receivers: Sequence[Exite
     # That the next process went away is no cause: it says itself why.
     causes = [each for each in spoken if each[0] != "mbuffer" or "Broken pipe" not in each[1]]
     what = "; ".join([f"{program}: {text}" for program, text in causes or spoken] or silent)
-    sender_said = "".join(text for _, status, text in feeders[:1] if status != 0)
+    sender_said = "".join(text for _, status, text in upstream[:1] if status != 0)
     receiver_said = "".join(text for _, status, text in receivers if status != 0)
     remedies = ((sender_said, SEND_HINTS), (receiver_said, RECEIVE_HINTS))
     hint = next((remedy for said, table in remedies for words, remedy in table.items() if words in said), "")
@@ -3756,13 +3784,13 @@ def pull(
     """Stream a batch from the source into the target. A failure is LinkLost if it was the link. Raises StreamFailed if
     it cannot even begin."""
     compress, decompress = COMPRESSORS.get(transport.compressor, ((), ()))
-    feeders = (
+    upstream = (
         source.stream_command(*(sending for sending, _ in batch.streams), then=compress),
         *transport.buffer,
         *((decompress,) if decompress else ()),
     )
     receivers = [target.stream_command(receiving) for _, receiving in batch.streams]
-    with contextlib.closing(Pipeline(feeders, receivers, transport)) as pipeline:
+    with contextlib.closing(Pipeline(upstream, receivers, transport)) as pipeline:
         carry_out(pipeline, show and (lambda: show(pipeline)))
         sending, receiving = batch.streams[min(len(pipeline.arrived), len(batch.streams) - 1)]
         failure = pipeline.failure and with_hint(pipeline.failure, source, sending, target, receiving)
@@ -4196,7 +4224,7 @@ def also_to_read(names: Sequence[str], others: Iterable[str], now: int) -> list[
 
 
 MAX_PER_REQUEST = 100
-"""Commands in one request, streams on one train: they travel as one word, of which Linux takes 128 KiB."""
+"""Commands in one request, streams in one batch: they travel as one word, of which Linux takes 128 KiB."""
 
 Both = Callable[[Callable[[], Any], Callable[[], Any]], tuple[Any, Any]]
 """Calls two functions, and returns what they return."""
@@ -4896,7 +4924,7 @@ class Executor:
         return send(source[key], step, policy.raw(source[key]), self.flags()), receiving
 
     def compressible(self, source: Dataset) -> bool:
-        """Whether a stream has in full what a packer could make less of."""
+        """Whether a stream has in full what a compressor could make less of."""
         as_stored = source.compressed and "-c" in self.flags()
         return not as_stored and not self.policy.raw(source)
 
@@ -6346,7 +6374,7 @@ def run_retire(options: argparse.Namespace, report: Report, alone: Lock) -> int:
 
 
 def choose_compressor(options: argparse.Namespace, source: Host, compressible: bool, report: Report) -> str:
-    """Which of the PACKERS a stream goes through; "" if none: there is no wire, it is no use, or an end has it not."""
+    """Which of the COMPRESSORS a stream goes through; "" if none: no wire, of no use, or not installed at both ends."""
     if options.remote_host == "localhost" or options.compress == "none":
         return ""
     if options.compress == "auto" and not compressible:
@@ -6420,9 +6448,9 @@ def progress_feed(meter: ProgressLine, source: Host, batch: StreamBatch) -> Call
                     batch.streams[at][1][-1].partition("@")[0],
                     None if size is None else before + size,
                     before,
-                    pipeline.came(pipeline.receiver),
+                    pipeline.bytes_received(pipeline.receiver),
                     pipeline.buffered(),
-                    time.monotonic() - pipeline.since,
+                    time.monotonic() - pipeline.stall.started,
                 )
             )
 

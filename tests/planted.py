@@ -427,30 +427,20 @@ BUGS: dict[str, tuple[Plant, ...]] = {
         Plant("with_hint", "not failure.link_held and not source.connected()", "not source.connected()"),
     ),
     "a failed receiver waits for a silent sender": (
-        Plant("Pipeline.watch", "self.broken and now - self.moved_at >= LINK_SECONDS", "False"),
+        Plant(
+            "Pipeline.check_stall", "self.failed and time.monotonic() - self.stall.moved_at >= LINK_SECONDS", "False"
+        ),
     ),
     "a slow receiver is the sender's fault": (
-        Plant("Pipeline.watch", "self.mark and self.pipe and unread_bytes(self.pipe)", "False"),
+        Plant("Pipeline.check_stall", "self.pipe and unread_bytes(self.pipe)", "False"),
     ),
-    "nobody watches the stream": (
-        Plant(
-            "Pipeline.watch",
-            "now - self.moved_at >= stall_timeout or now - since >= stall_timeout",
-            "False",
-        ),
-    ),
-    "a dribble is a stream": (
-        Plant(
-            "Pipeline.watch",
-            "now - self.moved_at >= stall_timeout or now - since >= stall_timeout",
-            "now - self.moved_at >= stall_timeout",
-        ),
-    ),
+    "nobody watches the stream": (Plant("Pipeline.check_stall", "few is not None", "False"),),
+    "a dribble is a stream": (Plant("StallWatch.too_few", "now - since >= limit", "False"),),
     "what any process reads is movement": (
         Plant(
-            "Pipeline.watch",
-            "sum(sum(stage.moved()) for stage in self.stages()) if given is None else given",
-            "sum(sum(stage.moved()) for stage in self.stages())",
+            "Pipeline.check_stall",
+            "sum(sum(stage.io_bytes()) for stage in self.stages()) if given is None else given",
+            "sum(sum(stage.io_bytes()) for stage in self.stages())",
         ),
     ),
     "the end of what a stage says is awaited": (

@@ -314,7 +314,7 @@ def test_a_token_of_a_plain_stream_is_given_up_when_the_source_is_sent_raw() -> 
 
 def test_a_stream_that_stands_still_is_ended_and_told() -> None:
     moved: list[int] = []
-    transport = zfs_replicate.Transport(stall_timeout=0.3, moved=lambda: moved.append(1))
+    transport = zfs_replicate.Transport(stall_timeout=0.3, on_progress=lambda: moved.append(1))
     with pytest.raises(StreamFailed, match=r"no byte of the stream has moved for 0s: .* with sh, cat still at work"):
         stream([("sh", "-c", "echo some; exec sleep 60"), ("cat",)], transport=transport)
     assert moved

@@ -200,7 +200,7 @@ def test_of_what_a_stage_says_without_end_the_last_is_kept() -> None:
         assert pipeline.failure
         assert pipeline.failure.sender_said.endswith("elast")
         assert len(pipeline.failure.what) < STDERR_BYTES + 100
-        assert len(pipeline.feeders[0].tail.kept) <= 3 * STDERR_BYTES
+        assert len(pipeline.upstream[0].tail.kept) <= 3 * STDERR_BYTES
 
 
 def test_nothing_waits_for_others_who_keep_the_stderr_of_a_stage(tmp_path: Path) -> None:
@@ -219,7 +219,7 @@ TALK = "while :; do echo word >&2; sleep 0.05; done"
 
 def test_words_without_a_byte_of_the_stream_are_no_movement() -> None:
     moved: list[int] = []
-    transport = Transport(stall_timeout=1.0, moved=lambda: moved.append(1))
+    transport = Transport(stall_timeout=1.0, on_progress=lambda: moved.append(1))
     with pytest.raises(StreamFailed, match=r"no byte of the stream has moved for 1s: .* with sh, cat still at work"):
         stream([shell(TALK), ("cat",)], transport=transport)
     assert len(moved) <= 1, "a receiver has begun, and that is all"
@@ -267,12 +267,12 @@ class Watched(Pipeline):
         self.at_work: list[int] = [0, 1]
         self.told: list[int] = []
         self.clock = SimpleNamespace(monotonic=lambda: self.now)
-        transport = Transport(stall_timeout=HOUR, moved=lambda: self.told.append(self.now))
+        transport = Transport(stall_timeout=HOUR, on_progress=lambda: self.told.append(self.now))
         with monkeypatch.context() as patch:
             patch.setattr("zfs_replicate.time", self.clock)
             super().__init__([("sleep", "60")], [("sleep", "60")] * 2, transport)
 
-    def given(self) -> int | None:
+    def bytes_given(self) -> int | None:
         return self.coming(self.now)
 
     def running(self) -> list[Stage]:
@@ -281,12 +281,12 @@ class Watched(Pipeline):
     def watch_for(self, monkeypatch: pytest.MonkeyPatch, seconds: int, *, waiting: bool = False) -> int | None:
         """When it gives up; None if it does not."""
         if not waiting:
-            self.waiting.clear()
+            self.receivers_left.clear()
         with monkeypatch.context() as patch:
             patch.setattr("zfs_replicate.time", self.clock)
             while self.now < seconds and not self.is_over:
                 self.now += 5
-                self.watch()
+                self.check_stall()
         return self.now if self.is_over else None
 
 
@@ -341,7 +341,7 @@ def test_the_tail_of_a_small_stream_may_take_longer(monkeypatch: pytest.MonkeyPa
 
 def test_where_nobody_counts_nobody_gives_up(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without /proc, or with a receiver that is root's: but what does move keeps the lock."""
-    monkeypatch.setattr(Stage, "moved", lambda stage: (0, 0))
+    monkeypatch.setattr(Stage, "io_bytes", lambda stage: (0, 0))
     ended, told = ended_at(monkeypatch, lambda now: None)
     assert (ended, told) == (None, [5])
 
@@ -350,12 +350,12 @@ def test_what_cannot_be_counted_is_told_apart_from_nothing(monkeypatch: pytest.M
     with contextlib.closing(Pipeline([("sleep", "60")], [("sleep", "60")], PLAIN)) as pipeline:
         receiver = pipeline.receiver
         assert receiver
-        monkeypatch.setattr(Stage, "moved", lambda stage: (7, 5) if stage is receiver else (0, 0))
-        assert pipeline.given() == 7
-        monkeypatch.setattr(Stage, "moved", lambda stage: (0, 0) if stage is receiver else (7, 5))
-        assert pipeline.given() is None
+        monkeypatch.setattr(Stage, "io_bytes", lambda stage: (7, 5) if stage is receiver else (0, 0))
+        assert pipeline.bytes_given() == 7
+        monkeypatch.setattr(Stage, "io_bytes", lambda stage: (0, 0) if stage is receiver else (7, 5))
+        assert pipeline.bytes_given() is None
         pipeline.receiver = None
-        assert pipeline.given() == 0
+        assert pipeline.bytes_given() == 0
         pipeline.receiver = receiver
 
 
@@ -418,19 +418,19 @@ def test_no_stage_survives_a_signal(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     started = tmp_path / "started"
     os.mkfifo(started)
     script = f"{'trap : TERM;' if stubborn else ''} echo $$ > '{started}'; while :; do read line; done"
-    advance = Pipeline.advance
+    poll = Pipeline.poll
     pids: list[int] = []
 
     def await_signal(pipeline: Pipeline) -> bool:
         if not pids:
             pids.append(int(started.read_text()))  # the stage has set its trap
             signal.setitimer(signal.ITIMER_REAL, 0.02)
-        return advance(pipeline)
+        return poll(pipeline)
 
     def stop(number: int, frame: Any) -> None:
         raise Stopped(number)
 
-    monkeypatch.setattr(Pipeline, "advance", await_signal)
+    monkeypatch.setattr(Pipeline, "poll", await_signal)
     monkeypatch.setattr("zfs_replicate.END_SECONDS", 0.05)
     signal.signal(signal.SIGALRM, stop)
     with pytest.raises(Stopped):
