@@ -1,6 +1,7 @@
-"""What the program refuses, and the README's table of it: one row for each reason, in the very words of the program.
+"""What the program refuses, and the README's table of it: each reason begins as one of its rows does.
 
-When a message changes, `PYTHONPATH=. python tests/test_refusals.py` prints the table anew.
+A row writes DATASET, HOST, N and the like for what differs from case to case, and ` / ` between several beginnings.
+`PYTHONPATH=. python tests/test_refusals.py` prints what the program says, for whoever writes a row.
 """
 
 from __future__ import annotations
@@ -8,9 +9,9 @@ from __future__ import annotations
 import ast
 import fcntl
 import os
-import sys
+import re
 import time
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -215,14 +216,75 @@ def refusals(scratch: Path) -> Iterator[tuple[str, str]]:
         yield failure.what, failure.hint
 
 
-def table(scratch: Path) -> str:
-    return "".join(f"| {what} | {hint} |\n" for what, hint in refusals(scratch))
+PLACEHOLDERS = {
+    "DATASET": r"[\w.:/-]+",
+    "SNAPSHOT": r"[\w.:/-]+@\S+",
+    "NAME": r"\S+",
+    "TAG": r"\S+",
+    "HOST": r"\S+",
+    "TYPE": "(?:filesystem|volume)",
+    "DATE": r"[\d-]+ [\d:]+",
+    "N": r"[\d,]+",
+}
+PLACEHOLDER_WORDS = re.compile(rf"\b(?:{'|'.join(PLACEHOLDERS)})\b")
 
 
-def test_the_readme_has_a_row_for_each_reason_in_the_words_of_the_program(tmp_path: Path) -> None:
+@dataclass(frozen=True)
+class Row:
+    """A row of the README: how messages begin, what happened, what to do."""
+
+    beginnings: tuple[str, ...]
+    cause: str
+    remedy: str
+
+    def fits(self, message: str) -> bool:
+        return any(pattern_of(beginning).match(message) for beginning in self.beginnings)
+
+
+def pattern_of(beginning: str) -> re.Pattern[str]:
+    return re.compile(PLACEHOLDER_WORDS.sub(lambda word: PLACEHOLDERS[word[0]], re.escape(beginning)))
+
+
+def readme_rows() -> list[Row]:
     readme = (Path(zfs_replicate.__file__).parent / "README.md").read_text(encoding="utf-8")
-    rows = readme.partition("| it says | and the way out |\n|---|---|\n")[2].partition("\n\n")[0]
-    assert rows + "\n" == table(tmp_path)
+    head = "message begins with | what happened | what to do\n---|---|---\n"
+    rows = [line.split(" | ") for line in readme.partition(head)[2].partition("\n\n")[0].splitlines()]
+    return [Row(tuple(first.split(" / ")), cause, remedy) for first, cause, remedy in rows]
+
+
+def written_messages() -> list[str]:
+    """All texts that are written in the program, with an X for each value that is put in."""
+    tree = ast.parse(Path(zfs_replicate.__file__).read_text(encoding="utf-8"))
+    return [
+        "".join(str(part.value) if isinstance(part, ast.Constant) else "X" for part in node.values)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.JoinedStr)
+    ]
+
+
+def test_the_readme_has_a_row_for_each_reason_that_begins_as_it_does(tmp_path: Path) -> None:
+    rows = readme_rows()
+    for what, _ in refusals(tmp_path):
+        fitting = [row.beginnings for row in rows if row.fits(what)]
+        assert len(fitting) == 1, (what, fitting)
+
+
+def test_no_row_of_the_readme_is_about_what_the_program_does_not_say(tmp_path: Path) -> None:
+    reasons = [what for what, _ in refusals(tmp_path)]
+    written = written_messages()
+    for beginning in (it for row in readme_rows() for it in row.beginnings):
+        is_said = any(pattern_of(beginning).match(what) for what in reasons)
+        is_written = any(text.startswith(PLACEHOLDER_WORDS.sub("X", beginning)) for text in written)
+        assert is_said or is_written, beginning
+
+
+def test_a_row_offers_no_option_that_the_program_does_not_and_rollback_where_it_does(tmp_path: Path) -> None:
+    reasons = list(refusals(tmp_path))
+    for row in readme_rows():
+        hints = " ".join(hint for what, hint in reasons if row.fits(what))
+        offered = set(re.findall("--[a-z-]+", row.remedy))
+        assert offered <= {*re.findall("--[a-z-]+", hints)}, row
+        assert ("--rollback" in offered) == ("--rollback" in hints), row
 
 
 def test_no_reason_is_missing_from_the_table() -> None:
@@ -338,4 +400,5 @@ if __name__ == "__main__":
     import tempfile
 
     with tempfile.TemporaryDirectory() as scratch_directory:
-        sys.stdout.write(table(Path(scratch_directory)))
+        for said, way_out in refusals(Path(scratch_directory)):
+            print(f"{said}\n    {way_out}")

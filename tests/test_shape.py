@@ -205,37 +205,56 @@ def readme() -> str:
     return README.read_text(encoding="utf-8")
 
 
-def rows() -> list[tuple[list[str], str]]:
-    """The code in the first cell of each row of the table of options, and the row: | `-k`, `--keep-days` `DAYS` | ... |."""
-    lines = [line for line in readme().splitlines() if line.startswith("| `-")]
-    return [(re.findall("`([^`]+)`", line.split("|")[1]), line) for line in lines]
+def groups() -> list[tuple[str, list[tuple[list[str], str]]]]:
+    """The groups of the table of options: title, and of each row the code in the first cell and the default."""
+    table = readme().partition("\noption | meaning | default\n---|---|---\n")[2].partition("\n\n")[0]
+    found: list[tuple[str, list[tuple[list[str], str]]]] = []
+    for line in table.splitlines():
+        title = re.fullmatch(r"\*\*(.+)\*\* \|", line)
+        if title:
+            found.append((title[1], []))
+        else:
+            words, _, default = (line + " | " * (line.count(" | ") == 1)).split(" | ")
+            found[-1][1].append((re.findall("`([^`]+)`", words), default))
+    return found
 
 
-def test_the_table_of_the_readme_is_that_of_the_parser() -> None:
+def test_the_table_of_the_readme_is_that_of_the_help() -> None:
+    """The same options, in the same groups and order: -h, -r, -l, -t and -k first."""
     expected = [
-        [*action.option_strings, *([str(action.metavar)] if action.metavar else [])]
-        for action in dict.fromkeys(options().values())
+        (
+            group.title,
+            [[*it.option_strings, *([str(it.metavar)] if it.metavar else [])] for it in group._group_actions],
+        )
+        for group in zfs_replicate.parser()._action_groups
+        if group._group_actions
     ]
-    assert [words for words, _ in rows()] == expected
+    assert [(title, [words for words, _ in rows]) for title, rows in groups()] == expected
+    assert [words[0] for words, _ in groups()[0][1]] == ["-h", "-r", "-l", "-t", "-k"]
+    assert len(expected) == 6
+
+
+def test_every_option_is_in_one_group() -> None:
+    grouped = [option for _, rows in groups() for words, _ in rows for option in words if option.startswith("-")]
+    assert sorted(grouped) == sorted(options())
 
 
 def test_the_table_of_the_readme_names_defaults_and_what_is_required() -> None:
-    for words, row in rows():
+    for words, default in (row for _, rows in groups() for row in rows):
         action = options()[words[0]]
-        default = row.rsplit("|", 2)[1]
-        assert action.required == (default == " required "), row
+        assert action.required == (default == "required"), words
         if isinstance(action.default, str) and action.default != argparse.SUPPRESS:
-            assert action.default in default, row
+            assert action.default in default, words
 
 
 def test_the_readme_speaks_of_no_option_that_is_not() -> None:
     """Whatever it writes as `--option` in code of its own, or on a command line of ours."""
     before, heading, rest = readme().partition("## Coming from another tool")
     others, end, after = rest.partition("\n## ")
-    ours = re.sub(r"^\|.*\|(.*)\|$", r"\1", others, flags=re.MULTILINE)  # of the table, our column
+    ours = re.sub(r"^.* \| .* \| .* \| (.*)$", r"\1", others, flags=re.MULTILINE)  # of the table, our column
     text = re.sub("^    pipx run argparse-manpage .*", "", before + heading + ours + end + after, flags=re.MULTILINE)
     spans = re.findall(r"(?<!`)`(--[a-z][a-z-]*)", text)
-    lines = re.findall(r"\bzfs_replicate(?:\.py)?( -[^|\n]*)", text)
+    lines = re.findall(r"\b(?:zfs_replicate(?:\.py)?|job)( -[^|\n]*)", text)
     words = [word for line in lines for word in re.findall(r"(?<=\s)--?[A-Za-z][a-z-]*", line)]
     assert [word for word in spans + words if word not in options()] == []
 
