@@ -984,6 +984,26 @@ def count_objects(text: str) -> int:
     return sum(number(row[0], "objused") for row in fields(text, 1) if row[0] not in ("-", "none"))
 
 
+HINTS = (
+    ("", "I/O is currently suspended", "see zpool status; when its disks are back: zpool clear"),
+    ("", "cannot unmount '([^'\n]*)': pool or dataset is busy", "see who uses it: fuser -vm {}"),
+    ("send", "dataset key must be loaded", "load it at the source (zfs load-key), or mirror raw, to another place"),
+    ("receive", "inherited key must be loaded", "load the key of the local parent (zfs load-key)"),
+    ("receive", "out of space|quota exceeded", "make space; what arrived is kept, and the next run goes on from there"),
+)
+"""What a person can do where zfs says so: any command, or one end of a stream. What is wrong here the receiver alone
+can say: the sender is another host, and may say what it likes."""
+
+
+def hint_for(said: str, end: str = "") -> str:
+    """The way out of what zfs has said, at that end of a stream; "" if none is known."""
+    for where, pattern, hint in HINTS:
+        found = re.search(pattern, said) if where == end else None
+        if found:
+            return hint.format(*map(shlex.quote, found.groups()))
+    return ""
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Room 4: Plan
 # ---------------------------------------------------------------------------------------------------------------------
@@ -2586,7 +2606,7 @@ def output(host: Host, command: Command, answer: Answer) -> str:
         )
     if answer.status != 0:
         said = answer.stderr.strip() or f"exit status {answer.status} and no message"
-        hint = hint_if_suspended(said) or hint_if_busy(said)
+        hint = hint_for(said)
         hint = allow_hint(host, command, said) or (hint and f"on {host.label}: {hint}")
         raise CommandFailed(f"{' '.join(command[:2])} failed on {host.label}: {said}", hint)
     return answer.stdout
@@ -2595,17 +2615,6 @@ def output(host: Host, command: Command, answer: Answer) -> str:
 def allow_hint(host: Host, command: Command, said: str) -> str:
     """The way out where zfs says that our account lacks a right; "" where it says something else."""
     return allow_command(command, host.account) if host.account and "permission denied" in said else ""
-
-
-def hint_if_suspended(said: str) -> str:
-    """The way out where zfs says that a pool has lost its disks; "" where it says something else."""
-    return "see zpool status; when its disks are back: zpool clear" if "I/O is currently suspended" in said else ""
-
-
-def hint_if_busy(said: str) -> str:
-    """The way out where zfs cannot unmount what somebody uses; "" where it says something else."""
-    found = re.search("cannot unmount '([^'\n]*)': pool or dataset is busy", said)
-    return f"see who uses it: fuser -vm {shlex.quote(found[1])}" if found else ""
 
 
 def stuck(host: Host, command: Command, stall_timeout: float) -> Stuck:
@@ -3723,14 +3732,6 @@ def stalled(stall_timeout: float, moved: int, running: Sequence[str], few: int =
 
 SSH_FAILED = 255
 
-SEND_HINTS = {
-    "dataset key must be loaded": "load it at the source (zfs load-key), or mirror raw, to another place",
-}
-RECEIVE_HINTS = {
-    "inherited key must be loaded": "load the key of the local parent (zfs load-key)",
-}
-"""What to do when zfs send or zfs recv says so."""
-
 
 def raise_for_status(upstream: Sequence[ExitedProcess], receivers: Sequence[ExitedProcess]) -> None:
     """Raise for the stages that failed: what those say that say something. The first of the upstream is the sender."""
@@ -3745,11 +3746,9 @@ def raise_for_status(upstream: Sequence[ExitedProcess], receivers: Sequence[Exit
     what = "; ".join([f"{program}: {text}" for program, text in causes or spoken] or silent)
     sender_said = "".join(text for _, status, text in upstream[:1] if status != 0)
     receiver_said = "".join(text for _, status, text in receivers if status != 0)
-    remedies = ((sender_said, SEND_HINTS), (receiver_said, RECEIVE_HINTS))
-    hint = next((remedy for said, table in remedies for words, remedy in table.items() if words in said), "")
     raise StreamFailed(
         f"the stream failed: {what}",
-        hint,
+        hint_for(sender_said, "send") or hint_for(receiver_said, "receive"),
         # ssh ends with 255 if the link broke, or if a signal ended the command there; else with its own status.
         link_held=ended[0][1] != SSH_FAILED,
         sender_said=sender_said,
@@ -3810,8 +3809,6 @@ def with_hint(failure: StreamFailed, source: Host, sending: Command, target: Hos
     ):
         denied = re.search(f"cannot {verb}[^;]{{0,{MAX_EXCERPT}}}: permission denied", said)
         failure.hint = failure.hint or (allow_hint(host, command, said) if denied else "")
-    if re.search("out of space|quota exceeded", failure.receiver_said):
-        failure.hint = "make space; what arrived is kept, and the next run goes on from there"
     return failure
 
 
@@ -4359,7 +4356,7 @@ class Lister:
         existing = [row[0] for row in fields(answer.stdout, 1)]
         for name in asked:
             if name not in existing and (name == names[0] or not says_absent(answer, name)):
-                hint = hint_if_suspended(answer.stderr) or f"is the pool imported? zpool import {names[0]}"
+                hint = hint_for(answer.stderr) or f"is the pool imported? zpool import {names[0]}"
                 raise Failure(f"cannot list {name} on {self.target_host.label}: {answer.stderr.strip()}", hint)
         failing = root in existing and bool(self.target_host.ask(get_failing(root)).stdout)
         places = [name for name in (root, aside) if name in existing]

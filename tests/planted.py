@@ -284,11 +284,7 @@ BUGS: dict[str, tuple[Plant, ...]] = {
         ),
     ),
     "a hint from what another host says": (
-        Plant(
-            "with_hint",
-            "re.search('out of space|quota exceeded', failure.receiver_said)",
-            "re.search('out of space|quota exceeded', failure.what)",
-        ),
+        Plant("raise_for_status", "hint_for(receiver_said, 'receive')", "hint_for(what, 'receive')"),
     ),
     # The plan
     "plain increments onto a raw mirror": (

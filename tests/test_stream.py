@@ -553,8 +553,8 @@ def test_blame_names_those_with_something_to_say() -> None:
 
 def test_blame_passes_over_what_is_but_a_consequence() -> None:
     noise = ("mbuffer", 1, "mbuffer: error: outputThread: error writing to <stdout>: Broken pipe")
-    with pytest.raises(StreamFailed, match=r"^the stream failed: zfs: cannot receive: out of space$"):
-        raise_for_status([("ssh", 0, ""), noise], [("zfs", 1, "cannot receive: out of space")])
+    with pytest.raises(StreamFailed, match=r"^the stream failed: zfs: cannot receive: dataset is busy$"):
+        raise_for_status([("ssh", 0, ""), noise], [("zfs", 1, "cannot receive: dataset is busy")])
     with pytest.raises(StreamFailed, match=r"^the stream failed: mbuffer: mbuffer: error"):
         raise_for_status([("ssh", 0, ""), noise], [("zfs", -9, "")])
 
