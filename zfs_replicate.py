@@ -1335,12 +1335,13 @@ def strangers(source: Dataset, local: Dataset, policy: Policy) -> Blocked:
 
 
 def blocked_by_promotion(source: Dataset, local: Dataset, common: CommonPoint) -> Blocked | None:
-    """Refuse what zfs recv does: to go on from an origin, it takes the stream for that of a new dataset."""
+    """Refuse an increment from an inherited snapshot: zfs recv takes such a stream for that of a new clone."""
     if common.source not in source.inherited:
         return None
     return Blocked(
-        f"{source.name} is a clone of its former clone by now: the newest snapshot of its that {local.name} has is "
-        f"{common.source.name}, and zfs receives no increment from there ({newest_of(source, local)})",
+        f"{source.name} and its clone have swapped roles (zfs promote): the newest common snapshot, "
+        f"{common.source.name}, belongs to the clone by now, and {local.name} can receive no increment from it "
+        f"({newest_of(source, local)})",
         "destroy neither before a fresh copy is here, which will be a clone as well",
         (Quarantine(),),
     )
@@ -1354,14 +1355,14 @@ def blocked_by_encryption_mode(source: Dataset, local: Dataset, common: CommonPo
     is_raw = common.source.ivset == common.local.ivset
     if is_raw and not policy.raw(source):
         return Blocked(
-            f"{local.name} mirrors {source.name} as it is stored, encrypted, and decrypted streams do not go with that "
+            f"{local.name} was received raw (encrypted) from {source.name}, and cannot take decrypted streams "
             f"({newest_of(source, local)})",
             "leave --decrypt out, to go on as it began",
             (Quarantine(),),
         )
     if policy.raw(source) and not is_raw:
         return Blocked(
-            f"{local.name} mirrors {source.name} decrypted, and streams of what is stored do not go with that "
+            f"{local.name} was received decrypted from {source.name}, and cannot take raw (encrypted) streams "
             f"({newest_of(source, local)})",
             "add --decrypt, to go on as it began",
             (Quarantine(),),
@@ -1728,7 +1729,7 @@ class TreePlan:
         elif key and parent in self.elsewhere and not self.is_mirrored(key):
             self.elsewhere.add(key)
             if isinstance(plan, Transfer):
-                what = f"skipped, for what {self.local_name(parent)} is here is no mirror of the source's"
+                what = f"skipped: its parent {self.local_name(parent)} here is no mirror of the source's dataset"
                 self.fail(key, Failure(what, PARENT_FIRST))
         elif isinstance(plan, UpToDate):
             self.entries.append((key, plan))
@@ -1773,7 +1774,7 @@ class TreePlan:
         first = next((step for step in steps if isinstance(step, Receive)), None)
         if is_first and first and source.origin and not first.origin and not first.token:
             if source.inherited and source.inherited[-1].guid in self.late:
-                raise Failure(f"skipped, for its origin {source.origin} is not wholly here", ORIGIN_FIRST)
+                raise Failure(f"skipped: its origin {source.origin} has not been received completely", ORIGIN_FIRST)
             steps[steps.index(first)] = replace(first, lost_origin=source.origin)
         if key in self.given_up:
             self.late.update(snapshot.guid for snapshot in plan.targets)
@@ -1845,8 +1846,8 @@ def allowed_override(plan: Plan, policy: Policy) -> Override | None:
     return next((way for way in ways if allowed[type(way)]), None)
 
 
-PARENT_FIRST = "it follows when its parent's failure is mended"
-ORIGIN_FIRST = "it follows, as a clone, when the failure of its origin's dataset is mended"
+PARENT_FIRST = "it will be pulled once the parent's problem is fixed"
+ORIGIN_FIRST = "it will be pulled, as a clone, once the problem of its origin's dataset is fixed"
 
 
 def missing_parents(key: str, source: Tree, target: Tree, existing: Container[str], policy: Policy) -> list[str]:
@@ -1858,12 +1859,12 @@ def missing_parents(key: str, source: Tree, target: Tree, existing: Container[st
     here = target.get(parent)
     if here and here.partial and not here.snapshots:
         # Should its rest never come it must be given up, and zfs gives up no dataset that has children.
-        raise Failure(f"skipped, for its parent {here.name} is not wholly here", PARENT_FIRST)
+        raise Failure(f"skipped: its parent {here.name} has not been received completely", PARENT_FIRST)
     if here:
         return []
     name = policy.target_root + parent
     if policy.selection.of_snapshots(source[parent].snapshots):
-        raise Failure(f"skipped, for its parent {name} is not here", PARENT_FIRST)
+        raise Failure(f"skipped: its parent {name} is not here", PARENT_FIRST)
     return [*missing_parents(parent, source, target, existing, policy), name]
 
 
@@ -3721,10 +3722,10 @@ def await_news(pids: Iterable[int], stages: Iterable[Stage], seconds: float) -> 
 
 def stalled(stall_timeout: float, moved: int, running: Sequence[str], few: int = 0) -> StreamFailed:
     """What to say of a stream that stands still after `moved` bytes, or nearly: a `few` of them have come lately."""
-    lately = f"no more than {few:,} bytes of the stream have come in" if few else "no byte of the stream has moved for"
+    came = f"only {few:,} bytes came" if few else "no data came"
     return StreamFailed(
-        f"{lately} {format_timeout(stall_timeout)}: it stands after some {moved:,} bytes, "
-        f"with {', '.join(running)} still at work",
+        f"the stream stalled: {came} for {format_timeout(stall_timeout)}, after about {moved:,} bytes "
+        f"(still running: {', '.join(running)})",
         "what arrived is kept, and the next run goes on from there; if it happens again, look at zpool status on "
         "both sides, or be more patient: --stall-timeout",
     )
@@ -3826,7 +3827,7 @@ def unset_properties(target: Host, receiving: Command, refused: dict[str, str]) 
     reason = refused[unset[0].partition("=")[0]]
     rights = allow_hint(target, receiving, reason)
     once = f"for this once, as root: {shlex.join(('zfs', 'set', *unset, receiving[-1].partition('@')[0]))}"
-    return StreamFailed(f"it has arrived, but without {', '.join(unset)}: {reason}", join_hints(rights, once))
+    return StreamFailed(f"received, but {', '.join(unset)} could not be set: {reason}", join_hints(rights, once))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -4030,7 +4031,7 @@ ONE_AT_A_TIME = "trees that overlap are worked on one at a time: give the lines 
 
 def left_behind(found: Holder, path: str) -> Failure:
     return Failure(
-        f"an earlier run ({found}) has ended, but the zfs recv that it left behind is at work",
+        f"the zfs recv of an earlier run ({found}) is still running",
         f"when that has ended the next run goes on from there; to see it: fuser -v {shlex.quote(path)}",
     )
 
@@ -4421,7 +4422,7 @@ class Lister:
         answer = self.target_host.ask(command)
         if answer.status != 0:
             rights = allow_hint(self.target_host, command, answer.stderr)
-            self.report.failure(name, Failure(f"cannot tell whether it is empty: {answer.stderr.strip()}", rights))
+            self.report.failure(name, Failure(f"cannot determine whether it is empty: {answer.stderr.strip()}", rights))
             return None
         return count_objects(answer.stdout) == 1
 
@@ -4829,7 +4830,10 @@ class Executor:
                 if missing_here:
                     rights = allow_hint(host, hold(tag, missing_here), "".join({*missing_here.values()}))
                     what = f"cannot hold {refusals(missing_here)}"
-                    hint = join_hints("nothing was sent that may vanish meanwhile", rights)
+                    hint = join_hints(
+                        "nothing was sent, because a snapshot without a hold could be destroyed during the transfer",
+                        rights,
+                    )
                     self.give_up(key, Failure(what, hint))
                     continue
             self.report.holds("hold", tag, names)
@@ -5254,10 +5258,10 @@ class Run:
         for key, local in self.trees.target.items():
             source = self.trees.source.get(key)
             if source is None and PLACEHOLDER not in key:
-                self.report.event("gone", local.name, f"{local.name}: not at the source (any more); left as it is")
+                self.report.event("gone", local.name, f"{local.name}: no longer exists at the source; kept")
             expiry = expire(source, local, self.policy, now)
             for snapshot, why in expiry.kept:
-                line = f"{snapshot.name}: past its time, but kept: {why}"
+                line = f"{snapshot.name}: older than --keep-days, but kept: {why}"
                 self.report.event("keep", local.name, line, snapshot=snapshot.short, why=why)
             yield expiry
 
@@ -5503,7 +5507,7 @@ class Doctor:
         """All findings. One that cannot be made does not keep the others from being made; but without both trees
         there is nothing to say of them."""
         there = run(self.run.source_host, clock_time())
-        yield Finding(f"{self.run.source_host.label}: reached, recognised, logged in")
+        yield Finding(f"{self.run.source_host.label}: connection, host key and login OK")
         for look in (self.programs, lambda: self.clocks(there)):
             yield from self.tried(look)
         self.run.begin(int(time.time()), in_full=True)
@@ -5516,7 +5520,7 @@ class Doctor:
         except (LinkLost, Stuck):
             raise
         except Failure as failure:
-            yield Finding(failure.what, failure.hint or "see what it says")
+            yield Finding(failure.what, failure.hint or "no known remedy; see the message")
 
     def programs(self) -> Iterator[Finding]:
         for host in (self.run.source_host, self.run.target_host):
@@ -5826,7 +5830,9 @@ def nagios_result(
     """
     fails = f"runs fail since {clock(failing)}" if failing else ""
     if not found:
-        return 3, "; ".join(filter(None, ("ZFS_REPLICATE UNKNOWN - nothing here was ever in step", fails)))
+        return 3, "; ".join(
+            filter(None, ("ZFS_REPLICATE UNKNOWN - no dataset of this mirror has completed a run yet", fails))
+        )
     ages = {it.name: now - min(it.common.creation, it.received or now, now) for it in found if it.common}
     late = [name for name, age in ages.items() if age > max_age]
     worst = max(ages, key=lambda name: ages[name])
@@ -6132,7 +6138,7 @@ def parser() -> argparse.ArgumentParser:  # noqa: PLR0915 -- a statement for eac
     add("--snapshots", type=name_glob, action="append", metavar="GLOB",
         help="only these snapshots are pulled, and only these expire (default: all)")  # fmt: skip
     add("--exclude-snapshots", type=name_glob, action="append", default=[], metavar="GLOB",
-        help="these are not")  # fmt: skip
+        help="but not these snapshots")  # fmt: skip
     add("--set", type=property_value, action="append", default=[], metavar="PROPERTY=VALUE",
         help="what datasets have of their own here, set when they are first received")  # fmt: skip
     add("--ignore", type=property_name, action="append", default=[], metavar="PROPERTY",
@@ -6320,7 +6326,7 @@ def run_doctor(options: argparse.Namespace, report: Report) -> int:
                 report.finding(finding)
                 findings.append(finding)
     except Failure as failure:
-        findings.append(Finding(failure.what, failure.hint or "see what it says"))
+        findings.append(Finding(failure.what, failure.hint or "no known remedy; see the message"))
         report.finding(findings[-1])
     return 1 if any(finding.remedy for finding in findings) else 0
 
@@ -6342,7 +6348,7 @@ def show_status(options: argparse.Namespace, report: Report) -> int:
             found = list(all_statuses(it))
     except Failure as failure:
         report.failure(options.local_fs, failure)
-        report.say("zfs_replicate: so what follows is what is known here alone")
+        report.say("zfs_replicate: showing local information only")
         found = list(local_statuses(ReadOnly(here(options)), policy_of(options)))
     if options.json:
         report.events = [status_data(it) for it in found]

@@ -1183,7 +1183,7 @@ def test_an_increment_moves_holds_and_expires(job: Job) -> None:
         f"{LOCAL}@c: hold {RECEIVED}",
         f"{SOURCE}@b: release {TAG}",
         f"{LOCAL}@b: release {RECEIVED}",
-        f"{LOCAL}@old: past its time, but kept: held by keep",
+        f"{LOCAL}@old: older than --keep-days, but kept: held by keep",
         f"{LOCAL}@b: expires",
     ]
     assert job.here() == f"old!keep c!{RECEIVED}"
@@ -1457,7 +1457,7 @@ def test_while_a_late_parent_does_not_come_nothing_of_its_children_is_released(j
     job.replicate()
     job.snapshot("b", "", "/www", "/www/logs")
     said = job.replicate(status=1, at=refusing("^zfs send .*machines@b"))
-    assert f"{LOCAL}/www/logs: skipped, for its parent" in said
+    assert f"{LOCAL}/www/logs: skipped: its parent" in said
     assert TAG in job.there("/www/logs").split()[0]
     job.replicate()
     assert [job.here(key) for key in ("", "/www", "/www/logs")] == [f"b!{RECEIVED}", f"b!{RECEIVED}", f"a b!{RECEIVED}"]

@@ -60,7 +60,7 @@ def test_tree_plan_leaves_out_what_is_given_up_and_skips_its_children() -> None:
     parent = f"{LOCAL}/a"
     assert told(tree, {}, POLICY, "/a") == [
         "(root): Receive full @a",
-        f"/a/b: failed, skipped, for its parent {parent} is not here",
+        f"/a/b: failed, skipped: its parent {parent} is not here",
         "/c: Receive full @a",
     ]
 
@@ -102,12 +102,12 @@ def test_tree_plan_brings_no_clone_in_full_whose_origin_is_late() -> None:
         "/x": replace(source("@x,4", f"{SOURCE}/x"), origin=f"{SOURCE}/golden@v1"),
     }
     assert told(tree, here(_="@r,9"), POLICY, "/golden") == [
-        f"/x: failed, skipped, for its origin {SOURCE}/golden@v1 is not wholly here"
+        f"/x: failed, skipped: its origin {SOURCE}/golden@v1 has not been received completely"
     ]
     skipped = there(_="@r,9", p="@p,3", p_golden="@v0,1 @v1,2")
     skipped["/x"] = replace(source("@x,4", f"{SOURCE}/x"), origin=f"{SOURCE}/p/golden@v1")
     assert told(skipped, here(_="@r,9"), POLICY, "/p")[-1] == (
-        f"/x: failed, skipped, for its origin {SOURCE}/p/golden@v1 is not wholly here"
+        f"/x: failed, skipped: its origin {SOURCE}/p/golden@v1 has not been received completely"
     )
 
 
@@ -141,7 +141,9 @@ def test_tree_plan_puts_nothing_into_a_parent_that_is_half_received_unless_its_r
     tree = there(_="@r,9", a="@a,1", a_b="@c,3")
     mirror = {**here(_="@r,9"), "/a": local("", partial(1), f"{LOCAL}/a")}
     assert told(tree, mirror) == ["/a: Receive rest of @a", "/a/b: Receive full @c"]
-    assert told(tree, mirror, POLICY, "/a") == [f"/a/b: failed, skipped, for its parent {LOCAL}/a is not wholly here"]
+    assert told(tree, mirror, POLICY, "/a") == [
+        f"/a/b: failed, skipped: its parent {LOCAL}/a has not been received completely"
+    ]
 
 
 def test_tree_plan_lets_children_return_when_the_dataset_itself_is_here() -> None:
@@ -158,5 +160,5 @@ def test_tree_plan_leaves_alone_what_may_be_of_another_line() -> None:
     plan = planned(tree, {**here(_="@r,9"), "/a": unread})
     assert plan.left_alone == {"/a"}
     assert [word(entry) for key, entry in plan.entries if key != ""] == [
-        f"failed, skipped, for what {LOCAL}/a is here is no mirror of the source's"
+        f"failed, skipped: its parent {LOCAL}/a here is no mirror of the source's dataset"
     ]

@@ -56,7 +56,7 @@ def test_held_ones_stay_and_say_by_which_tag(aged: Site) -> None:
     aged.backup.run(f"zfs hold keepsake {MIRROR}/www@monday")
     aged.source.run(f"zfs hold {TAG} {TREE}/www@tuesday && zfs hold other {TREE}/www@wednesday")
     done = aged.replicate("-v", "-k", "30")
-    assert f"{MIRROR}/www@monday: past its time, but kept: held by keepsake" in done.stderr
+    assert f"{MIRROR}/www@monday: older than --keep-days, but kept: held by keepsake" in done.stderr
     assert names(aged.backup, f"{MIRROR}/www") == ["monday", "now"]
     aged.assert_in_step()
 

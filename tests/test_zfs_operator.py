@@ -109,7 +109,7 @@ def test_what_a_run_would_do_is_what_it_does(site: Site) -> None:
     site.backup.run(f"zfs hold keep {MIRROR}/mail@monday")
     plan = looking_on(site, "--dry-run", "-k", "30")
     document: dict[str, Any] = json.loads(looking_on(site, "--dry-run", "--json", "-k", "30"))
-    assert f"{MIRROR}/mail@monday: past its time, but kept: held by keep\n" in plan
+    assert f"{MIRROR}/mail@monday: older than --keep-days, but kept: held by keep\n" in plan
     assert f"{MIRROR}/www@monday: expires\n" in plan
     assert f"{TREE}/www@monday: release {TAG}\n" in plan
     told = {(event["event"], event["dataset"], event.get("snapshot")) for event in document["events"]}
