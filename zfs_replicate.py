@@ -187,7 +187,7 @@ class LinkLost(Failure):
 
 
 class Stuck(Failure):
-    """A command does not end, as all of ZFS does on a suspended pool: whoever asks more of that host waits again."""
+    """A command did not finish in time. On a suspended pool every zfs command hangs: ask that host no more."""
 
 
 class StreamFailed(Failure):
@@ -306,7 +306,7 @@ class Dataset:
         return self.inherited + self.snapshots
 
     def twin(self, snapshot: Snapshot) -> Snapshot | None:
-        """What a snapshot of the other side is here, be it by inheritance."""
+        """Our copy of a snapshot of the other side (same guid); inherited snapshots count too."""
         return next((own for own in self.history if own.guid == snapshot.guid), None)
 
 
@@ -322,7 +322,7 @@ def with_ancestors(name: str) -> list[str]:
 
 @dataclass(frozen=True)
 class Selection:
-    """Which datasets of the tree, and which snapshots, are meant; all, where nothing is said.
+    """Which datasets and snapshots to replicate. The default is all of them.
 
     Globs are as in fnmatch, and `*` takes `/` too. Those of datasets are matched against the name below the root of
     the tree, those of snapshots against what follows the `@`. A child of an excluded dataset is excluded.
@@ -355,8 +355,8 @@ def matches(name: str, globs: Iterable[str]) -> bool:
 
 @dataclass(frozen=True)
 class Properties:
-    """What the mirror has of its own: `values`, as `NAME=VALUE`, from the first receive on; and names `ignored`, which
-    are neither taken over from the source nor set."""
+    """Properties that differ from the source. `values` (`NAME=VALUE`) are set at the first receive; those in `ignored`
+    are neither copied nor set."""
 
     values: tuple[str, ...] = ()
     ignored: tuple[str, ...] = ()
@@ -1012,8 +1012,8 @@ DAY = 24 * 60 * 60
 
 
 def newest_common(source: Dataset, local: Dataset) -> CommonPoint | None:
-    """The newest point of the source whose guid the local dataset also has; a snapshot before its bookmark, and that
-    before an inherited snapshot, which it may be since a clone was promoted and got the snapshots of its origin."""
+    """The newest point of the source whose guid the local dataset also has. A snapshot wins over its bookmark, and that
+    over an inherited snapshot (one that a promoted clone took over from this dataset)."""
     ours = {snapshot.guid: snapshot for snapshot in local.snapshots}
     known = [point for point in source.snapshots + source.bookmarks + source.inherited if point.guid in ours]
     if not known:
@@ -1023,7 +1023,7 @@ def newest_common(source: Dataset, local: Dataset) -> CommonPoint | None:
 
 
 def newest_common_snapshot(source: Dataset, local: Dataset) -> CommonPoint | None:
-    """The newest mutual point that still is a snapshot on the source: a bookmark cannot be held."""
+    """The newest common point that still is a snapshot on the source: a bookmark cannot be held."""
     return newest_common(replace(source, bookmarks=()), local)
 
 
@@ -1140,7 +1140,7 @@ def wanted_snapshots(later: Sequence[Snapshot], policy: Policy) -> Sequence[Snap
 def plan_first(
     source: Dataset, local: Dataset | None, policy: Policy, local_name: str, origin: Snapshot | None
 ) -> Plan:
-    """A stream of the first snapshot that is to come, in full or on its origin; then of those that follow."""
+    """First receive: the oldest wanted snapshot, in full or as a clone; then increments to the newest."""
     blocked = blocked_by_place(source, local, policy) if local is not None else None
     if blocked:
         return blocked
@@ -1196,7 +1196,7 @@ def blocked_by_place(source: Dataset, local: Dataset, policy: Policy) -> Blocked
 
 
 def plan_next(source: Dataset, local: Dataset, policy: Policy) -> Plan:
-    """What is newer than the newest mutual point, unless something local stands in the way."""
+    """Increments from the newest common point to what is newer, unless something local stands in the way."""
     common = newest_common(source, local)
     if common is None:
         return strangers(source, local, policy)
@@ -1303,7 +1303,8 @@ def moved_mirrors(source: Tree, target: Tree, policy: Policy) -> Moved:
 
 
 def former_key(source: Dataset, key: str, moved: Moved) -> str | None:
-    """As what the mirror of a dataset is here that is missing under its own name, for it was renamed at the source."""
+    """Find the local dataset that was renamed at the source to `key`: the only one that no other dataset claims, and
+    that shares our newest held snapshot with it."""
     found = {
         moved[snapshot.guid][0]: moved[snapshot.guid][1] for snapshot in source.snapshots if snapshot.guid in moved
     }
@@ -1318,7 +1319,7 @@ def newest_of(source: Dataset, local: Dataset) -> str:
 
 
 def strangers(source: Dataset, local: Dataset, policy: Policy) -> Blocked:
-    """Two histories without a common point. Our hold on a local snapshot proves that there was one once."""
+    """Refuse two histories without a common point. Our hold on a local snapshot proves that there was one once."""
     if any(snapshot.tags is None or policy.received_tag in snapshot.tags for snapshot in local.snapshots):
         return Blocked(
             f"the common base of {local.name} is gone: {source.name} has none of the snapshots that are here "
@@ -1348,7 +1349,7 @@ def blocked_by_promotion(source: Dataset, local: Dataset, common: CommonPoint) -
 
 
 def blocked_by_encryption_mode(source: Dataset, local: Dataset, common: CommonPoint, policy: Policy) -> Blocked | None:
-    """Refuse to change between raw and plain streams of an encrypted dataset: they do not mix, though guids match
+    """Refuse to change between raw and plain streams of an encrypted dataset. They do not mix, though guids match
     (https://github.com/openzfs/zfs/issues/8758)."""
     if not common.source.ivset:
         return None
@@ -1371,7 +1372,7 @@ def blocked_by_encryption_mode(source: Dataset, local: Dataset, common: CommonPo
 
 
 def blocked_by_divergence(source: Dataset, local: Dataset, common: CommonPoint, policy: Policy) -> Blocked | None:
-    """Refuse to pull onto what was made here: newer snapshots, or changes that are in none."""
+    """Refuse to pull onto what was made here: newer snapshots, or changes since the newest one."""
     ahead = [snapshot for snapshot in local.snapshots if snapshot.createtxg > common.local.createtxg]
     where = f"the newest common one, {common.local.short} ({newest_of(source, local)})"
     protected = [f"{it.short} ({why})" for it in ahead for why in why_not_rolled_back(it, source, policy)]
@@ -1390,7 +1391,7 @@ def blocked_by_divergence(source: Dataset, local: Dataset, common: CommonPoint, 
 
 
 def why_not_rolled_back(snapshot: Snapshot, source: Dataset, policy: Policy) -> Iterator[str]:
-    """What speaks against destroying a local snapshot that was made here: holds, but not our own of an earlier run."""
+    """Why a local snapshot must not be rolled back: holds on it, except those that an earlier run of ours left."""
     twin = source.twin(snapshot)
     if snapshot.tags is None or (twin and twin.tags is None):
         yield "its holds could not be read"
@@ -1401,8 +1402,11 @@ def why_not_rolled_back(snapshot: Snapshot, source: Dataset, policy: Policy) -> 
 
 
 def incremental_receives(base: Snapshot, arrivals: Sequence[Snapshot]) -> tuple[Receive, ...]:
-    """From `base` by all `arrivals`, each in a stream of its own. One of -I would bring several, but then zfs recv
-    cannot be told the name of the snapshot to take, and without that it takes whatever package of datasets comes."""
+    """One increment for each of `arrivals`: `base` -> first, first -> second, and so on.
+
+    A single stream of `zfs send -I` would bring them all. But then zfs recv cannot be told the name of the snapshot to
+    take, and without a name it takes whatever package of datasets the source chooses to send.
+    """
     return tuple(Receive(arrival, before) for before, arrival in zip([base, *arrivals], arrivals))
 
 
@@ -1443,13 +1447,15 @@ def blocked_by_depth(local_name: str) -> Blocked | None:
 def hold_changes(
     source: Dataset, local: Dataset | None, policy: Policy, promoted_clones: Iterable[int] = ()
 ) -> HoldChanges:
-    """What brings our holds to where they belong: on the newest mutual snapshot, and on the target of a live token;
-    also on those guids of the source that its `promoted_clones` have inherited and need. What is newer here and held
-    stays so: it was common once, and may be the last copy; by its hold --rollback knows that.
+    """The changes that put our holds where they belong: on the newest common snapshot, on the snapshot that an
+    interrupted receive waits for, and on the snapshots that `promoted_clones` still need as their base.
+
+    A local snapshot that is newer than the common one and held stays held: the source had it once and has lost it, so
+    it may be the last copy. By its hold --rollback knows that.
 
     A local dataset whose history has nothing in common with the source is left alone, holds and all: the hold may be
-    the last thing that lets it be repaired. So is one that another line holds. Tags that could not be read are not
-    released, and with a token that cannot be decoded nothing is released on the source.
+    the last thing that lets it be repaired. So is one that another line holds. Unknown tags are never released, and
+    while a token cannot be decoded nothing is released on the source.
     """
     common = newest_common(source, local) if local else None
     if local and local.snapshots and (common is None or others_tags(local, policy)):
@@ -1470,7 +1476,7 @@ def hold_changes(
 
 
 def bases_of_promoted_clones(source: Tree, target: Tree) -> dict[str, set[int]]:
-    """By dataset of the source, which of its snapshots are the newest mutual ones of clones that inherited them."""
+    """By dataset of the source, which of its snapshots are the newest common ones of clones that inherited them."""
     found: dict[str, set[int]] = {}
     for key, dataset in source.items():
         local = target.get(key)
@@ -1481,8 +1487,8 @@ def bases_of_promoted_clones(source: Tree, target: Tree) -> dict[str, set[int]]:
 
 
 def bookmark_changes(source: Dataset, local: Dataset | None, policy: Policy) -> BookmarkChanges:
-    """What brings our own bookmark to the newest mutual snapshot, and to it alone. None goes without that one there:
-    without a common point, or with another's bookmark as the only one, ours may be the last that is left."""
+    """What moves our bookmark to the newest common snapshot. Old bookmarks are destroyed only once the new one exists.
+    If there is no common snapshot, they stay: they may be the last link."""
     common = newest_common(source, local) if local else None
     if common is None or common.source in source.inherited:  # of another dataset's snapshot we make none
         return BookmarkChanges()
@@ -1542,11 +1548,11 @@ def held_after(dataset: Dataset, tag: str, place: Container[str], release: Conta
 
 
 def expire(source: Dataset | None, local: Dataset, policy: Policy, now: int) -> Expiry:
-    """Local snapshots older than keep-days, counted back from the newest mutual one or `now`, whichever is earlier.
+    """Local snapshots older than keep-days, counted back from the newest common one or from `now`, whichever is
+    earlier: so a source that stopped making snapshots, or is gone, empties nothing.
 
-    A source that stopped making snapshots, or is gone, thus empties nothing. Kept in any case: the newest mutual
-    snapshot, the base of an interrupted receive, what anybody holds here, and what our tag holds, or might hold, on
-    the source. And all of a dataset that is no mirror of ours: see `why_all_kept`.
+    Kept in any case: the newest common snapshot, the base of an interrupted receive, what anybody holds here, what our
+    tag holds, or might hold, on the source; and all of a dataset that is no mirror of ours (`why_all_kept`).
     """
     common = newest_common(source, local) if source else None
     if policy.keep_days is None or source is None or common is None:
@@ -1580,8 +1586,7 @@ def why_all_kept(local: Dataset, common: CommonPoint, policy: Policy) -> str | N
 
 
 def may_expire(source: Dataset | None, local: Dataset, policy: Policy, now: int) -> set[int]:
-    """The guids of what is due to be destroyed of a local dataset, if no hold stands at the source that we know nothing
-    of."""
+    """Guids of local snapshots that would expire if every hold on the source that we do not know were absent."""
     if policy.keep_days is None or source is None:
         return set()
 
@@ -1965,9 +1970,8 @@ def joined_by_and(commands: Sequence[Command]) -> str:
 
 
 def remote_line(*commands: Command, then: Command = (), look_for: Iterable[str] = ()) -> str:
-    """`commands`, to be run in turn, as a line for the login shell of the other side, which may be csh or fish: these
-    agree with sh on single quotes if there is neither a newline nor `!` nor a backslash within, and we let no such name
-    in.
+    """One line for the remote login shell that runs `commands` one after another. The shell may be csh or fish, so
+    everything is single-quoted; names with a newline, `!` or a backslash are refused earlier.
 
     With `then`, what they print goes through that one as well; the line's exit status is that of the first that failed,
     which a pipe of sh would not tell. Where programs to `look_for` are told on stderr, one by line, before it begins.
@@ -2038,8 +2042,8 @@ def list_usage(root: str) -> Command:
 def list_tree(
     *names: str, alone: bool = False, kinds: str = LIST_KINDS, columns: tuple[str, ...] = LIST_COLUMNS
 ) -> Command:
-    """Those datasets, all below them, and the points of all; `alone`: of what is below them no more than the children,
-    without their points. Exits 1 if one does not exist."""
+    """List these datasets and everything below. With `alone`: these datasets with their snapshots, and the bare rows of
+    their children, which zfs cannot leave out. Exits 1 if one does not exist."""
     depth = ("-d", "1") if alone else ("-r",)
     return ("zfs", "list", "-Hp", *depth, "-t", kinds, "-o", ",".join(columns), *names)
 
@@ -2193,10 +2197,10 @@ OF_VOLUMES = "volblocksize volsize volthreading"
 
 
 def first_receive_options(source: Dataset, parent: Dataset | None, step: Receive, policy: Policy) -> Command:
-    """What a dataset gets at its first receive alone, with `parent` above it at the source: its origin, and encryption.
+    """Options for the first receive only, of a dataset with `parent` above it at the source: origin and encryption.
 
-    A plain stream says "encryption=off", which would undo what a local parent gives its children. But below one that
-    we mirror raw, whose key is not here, that is right.
+    A plain stream carries encryption=off. Drop it (-x), so that the dataset inherits from its local parent; unless that
+    parent is a raw mirror, whose key we do not have.
     """
     origin = ("-o", f"origin={step.origin}") if step.origin else ()
     if source.encrypted:
@@ -2580,7 +2584,7 @@ class Host(Protocol):
         none."""
 
     def has(self, program: str) -> bool:
-        """Whether one of the COMPRESSORS is installed there; to be asked after some command was."""
+        """Whether one of the COMPRESSORS is installed there. Valid only after the first command."""
 
     def stream_command(self, *commands: Command, then: Command = ()) -> Command:
         """The local command whose standard input and output are those of `commands` in turn on this host; `then` what
@@ -3127,7 +3131,8 @@ class SshHost:
         return channel
 
     def open_channel(self, transport: Any) -> Any:
-        """Open a channel, be it later: a host with MaxSessions 1 takes a moment to see that the last one is closed."""
+        """Open a channel, retrying for a while: with MaxSessions 1 the server needs a moment to notice that the last
+        one was closed."""
         import paramiko
 
         until = time.monotonic() + CONNECT_SECONDS
@@ -3363,7 +3368,7 @@ class Stage:
         return waiting > 0
 
     def has_ended(self) -> bool:
-        """Without laying it to rest: what it has read can still be asked."""
+        """Does not reap the process, so its /proc/PID/io stays readable."""
         look = os.WEXITED | os.WNOHANG | os.WNOWAIT
         return self.process.returncode is not None or os.waitid(os.P_PID, self.process.pid, look) is not None
 
@@ -3835,7 +3840,7 @@ def unset_properties(target: Host, receiving: Command, refused: dict[str, str]) 
 # ---------------------------------------------------------------------------------------------------------------------
 
 MAX_STEPS = 6
-"""Steps that one dataset may need in one run beyond those of its first plan: ways out, what is found only meanwhile."""
+"""How often a dataset may be worked on in one run without getting any further, before we give it up."""
 
 Send = Callable[[StreamBatch], BatchResult]
 """Carries a batch of streams from the source to here; see `pull`."""
@@ -3897,9 +3902,9 @@ class Lock:
     open, here or in the `zfs recv` that inherits them. So what a killed run leaves behind keeps the next one out until
     it has ended. The kernel drops it with the last of them.
 
-    Its own file says who took it last, when and for which job; its time of change is when something last moved. So of a
-    lock that is taken can be told: by a live run; by what a run left behind that has ended; by one that has not said so
-    yet (empty); by the run of another job.
+    Its own file says who took it last, when and for which job; its time of change is when something last moved. So we
+    can tell who holds the lock: a live run, a `zfs recv` left over from a run that was killed, a run that has only just
+    started (the file is empty), or a run of another job.
     """
 
     def __init__(self, own: LockFile, above: Sequence[LockFile], job: str) -> None:
@@ -4245,8 +4250,8 @@ def both_at_once(first: Callable[[], Any], second: Callable[[], Any]) -> tuple[A
 
 @contextlib.contextmanager
 def ignoring_failures() -> Iterator[None]:
-    """Pass over what fails, for what comes after it will fail as well, and be told; but not over a host that does not
-    answer."""
+    """Ignore expected failures here: the next step will meet and report them. Lost links and hung hosts still
+    propagate."""
     try:
         yield
     except (LinkLost, Stuck):
@@ -6259,7 +6264,7 @@ def job_of(options: argparse.Namespace) -> str:
 
 
 def retry_delays(retries: int, draw: Callable[[float, float], float] = random.uniform) -> Iterator[float]:
-    """Seconds to wait before each retry: growing, and jittered lest many hosts come back at one moment."""
+    """Seconds to wait before each retry: increasing, with jitter so that many hosts do not retry at once."""
     for number in range(retries):
         yield min(5.0 * 3**number, 300) * draw(0.5, 1.5)
 
