@@ -1259,7 +1259,8 @@ class Case:
             common_of = getattr(hop, "common" if hasattr(hop, "common") else "mutual")
             common, holdable = common_of(key, bookmarks=True), common_of(key, bookmarks=False)
             # What was common once, and is newer here, may be the last copy: it stays held.
-            newer = hop.ours(key).since(common) if common is not None else set()
+            mirror = hop.ours(key)
+            newer = mirror.since(common) if common is not None and hasattr(mirror, "since") else set()
             if common is not None and (here - newer != {common} or not {holdable} - {None} <= there):
                 self.accuse("after", f"holds of {key!r}")
 
