@@ -288,7 +288,7 @@ def chunks(output: IO[bytes]) -> Iterator[bytes]:
 
 
 def pump(output: IO[bytes], write: Callable[[bytes], object]) -> None:
-    with output, contextlib.suppress(OSError):
+    with output, contextlib.suppress(OSError, EOFError):  # the client has gone
         for data in chunks(output):
             write(data)
 
