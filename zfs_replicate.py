@@ -3847,7 +3847,7 @@ Send = Callable[[StreamBatch], BatchResult]
 
 
 class LockFile:
-    """A file that is locked: a regular one of this account alone. Raises Failure if it cannot be that."""
+    """A lock file: a regular file that belongs to this account alone. Raises Failure if there cannot be one."""
 
     def __init__(self, path: str) -> None:
         self.path = path
@@ -3866,7 +3866,8 @@ class LockFile:
         os.close(self.descriptor)
 
     def take(self, how: int) -> bool:
-        """Lock the file, fcntl.LOCK_EX for us alone or LOCK_SH together with others, unless somebody else has it."""
+        """Lock the file: exclusively (fcntl.LOCK_EX) or shared (fcntl.LOCK_SH). Returns False if somebody else holds
+        it."""
         try:
             fcntl.flock(self.descriptor, how | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -3876,7 +3877,7 @@ class LockFile:
         return True
 
     def holder(self) -> Holder | None:
-        """Who took it last for himself alone; None if he does not say, or not yet."""
+        """Who locked it exclusively last. None if the file does not say, or not yet."""
         text = os.pread(self.descriptor, MAX_EXCERPT * 2, 0).decode("ascii", errors="replace")
         found = re.fullmatch("([1-9][0-9]{0,6}) ([0-9]{1,11}) ([ -~]+)\n", text)
         return Holder(int(found[1]), int(found[2]), found[3]) if found else None
@@ -3887,7 +3888,7 @@ class LockFile:
 
 @dataclass(frozen=True)
 class Holder:
-    """Who has taken a lock, when, and for which job: the words of the command line that make it one."""
+    """Who holds a lock, since when, and for which job (the words of the command line that identify it)."""
 
     pid: int
     since: int
@@ -3925,7 +3926,8 @@ ROOTS_LOCKS = "/run"
 
 
 def lock_directory() -> str:
-    """Where the locks of this account are, and nobody else may write. Raises Failure if it has no such place."""
+    """The directory for this account's locks, where nobody else may write. Raises Failure if the account has no
+    home."""
     account = os.geteuid()
     if account == 0:
         return ROOTS_LOCKS
@@ -3956,7 +3958,7 @@ def make_lock_directory(path: str) -> None:
 
 
 def strange(found: os.stat_result, owner: int) -> str:
-    """Why a file is no lock file of that user; "" if it may be one."""
+    """Why a file is not a lock file of that user; "" if it may be one."""
     if not stat.S_ISREG(found.st_mode):
         return "it is no regular file"
     if found.st_uid != owner:
@@ -3988,11 +3990,11 @@ def last_activity(tree: str, now: float) -> float | None:
 
 @contextlib.contextmanager
 def lock(tree: str, job: str, stall_timeout: float) -> Iterator[Lock | None]:
-    """Hold the lock of a local tree; yields None if another run of this very job has it, and something has moved there
+    """Hold the lock of a local tree. Yields None if another run of this very job holds it and has moved something
     lately.
 
-    Raises Failure if nothing has for longer than `stall_timeout` seconds allow, if that run has ended and its receive
-    lives on, or if another job is at work on this tree, one that it lies in, or one within it.
+    Raises Failure if that run has moved nothing for too long (`stall_timeout`); if it has ended and its `zfs recv`
+    lives on; or if another job is at work on this tree, on a tree around it, or on one within it.
     """
     directory = lock_directory()
     if directory != ROOTS_LOCKS:
@@ -4042,7 +4044,7 @@ def left_behind(found: Holder, path: str) -> Failure:
 
 
 def taken_above(found: Holder | None, name: str, tree: str, path: str) -> Failure:
-    """Why there is no share in the lock of `name`, in which the tree lies."""
+    """Why the lock of `name`, a tree around ours, cannot be shared."""
     if found and not is_alive(found.pid):
         return left_behind(found, path)
     whose = f": {found.job} ({found})" if found else ""
@@ -4050,7 +4052,7 @@ def taken_above(found: Holder | None, name: str, tree: str, path: str) -> Failur
 
 
 def judge_holder(file: LockFile, tree: str, job: str, stall_timeout: float) -> None:
-    """Raise Failure unless the run that holds the lock is one of this job, is alive, and has moved something lately."""
+    """Raise Failure unless the lock is held by a live run of this job that has moved something lately."""
     found, moved = file.holder(), file.moved()
     is_still = time.time() - moved >= stall_timeout * LAST_BYTES_FACTOR
     if found is None and is_still:
@@ -4086,7 +4088,7 @@ def is_alive(pid: int) -> bool:
 
 
 def clock(moment: float) -> str:
-    """A moment in local time; as the number that it is, where no calendar goes so far."""
+    """A moment in local time; as a plain number if no calendar goes so far."""
     try:
         return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(moment))
     except (OverflowError, OSError, ValueError):
@@ -4103,8 +4105,8 @@ Reading = tuple[Tree, Union[Failure, None]]
 
 
 def believed(host: Host, look: Callable[[], Reading]) -> Reading:
-    """What a look at a host tells. Where zfs cannot have printed that, look once more: a dataset may come, go or change
-    its name meanwhile. Raises NotBelieved if it is the same then."""
+    """Take a look at a host; take a second one if the first is not believed, because a dataset may come, go or be
+    renamed during the first. Raises NotBelieved if the second is not believed either."""
     with contextlib.suppress(NotBelieved):
         return look()
     try:
@@ -4119,8 +4121,8 @@ def believed(host: Host, look: Callable[[], Reading]) -> Reading:
 def read_tree(
     host: Host, root: str, selection: Selection, only: Sequence[str] = (), places: Sequence[str] = ()
 ) -> Reading:
-    """What is selected of a tree, of datasets `only` those, if any is named. `places` are where it is, if not at its
-    root alone (see `MakeWay`). Raises Failure if it cannot be listed, or not be believed."""
+    """List what is selected of a tree; of its datasets `only` those that are named, if any. `places` are where the
+    tree is, if not at its root alone (see `MakeWay`). Raises Failure if it cannot be listed, or is not believed."""
     roots = [*places] or [root]
 
     def look() -> Reading:
@@ -4144,8 +4146,8 @@ def read_tree(
 
 
 def read_tags(host: Host, held: dict[str, int]) -> dict[str, frozenset[str]]:
-    """The tags of snapshots that have so many holds each. Raises Failure if there are more or fewer: a tag with a
-    newline can look like the hold of another snapshot."""
+    """The tags of snapshots, given how many holds each has (userrefs). Raises Failure if the numbers differ: a tag
+    with a newline can look like the hold of another snapshot."""
     tags: dict[str, frozenset[str]] = {}
     for batch in batches(held):
         tags.update(parse_holds(run(host, list_holds(batch)), held))
@@ -4157,7 +4159,8 @@ def read_tags(host: Host, held: dict[str, int]) -> dict[str, frozenset[str]]:
 
 
 def read_tree_fast(host: Host, root: str, selection: Selection, only: Sequence[str] = ()) -> Reading:
-    """As `read_tree`, and with a long history several times as fast: of snapshots only their names, guids and order."""
+    """The fast listing: like `read_tree`, but of snapshots only their names, guids and order. Several times as fast
+    where the history is long."""
 
     def look() -> Reading:
         text = run(host, *list_fast(*(only or [root]), alone=bool(only) or not selection.recursive))
@@ -4170,17 +4173,18 @@ def read_tree_fast(host: Host, root: str, selection: Selection, only: Sequence[s
 
 
 def without_others(tree: Tree, only: Sequence[str]) -> Tree:
-    """Those datasets alone, without the children that were listed with them; all, if none is named."""
+    """Only these datasets, without the children that were listed with them; all of them, if none is named."""
     return {key: dataset for key, dataset in tree.items() if dataset.name in only} if only else tree
 
 
 def says_absent(answer: Answer, name: str) -> bool:
-    """Whether zfs says so itself: a mirror taken for absent upon any other error would lose the hold on its base."""
+    """Whether zfs itself says that a dataset does not exist. Any other error must not count: a mirror that we take
+    for absent would lose the hold on its base."""
     return answer.status != 0 and f"'{name}': dataset does not exist" in answer.stderr
 
 
 def place_holds(host: Host, tag: str, names: Iterable[str]) -> dict[str, str]:
-    """Place `tag` on each snapshot. Returns those that are not known to carry it now, with what zfs said."""
+    """Hold each snapshot. Returns those that are not known to be held now, with what zfs said."""
     missing = {}
     for batch in batches(names):
         answer = host.ask(hold(tag, batch))
@@ -4203,8 +4207,8 @@ def refusals(missing: dict[str, str]) -> str:
 def read_holds_and_ivsets(
     host: Host, names: Iterable[str], encrypted: set[str]
 ) -> tuple[dict[str, frozenset[str]], dict[str, int]]:
-    """The tags of these snapshots, and the numbers of the encrypted ones among them (see `Snapshot.ivset`). Raises
-    Failure if one is not there."""
+    """Read the tags of these snapshots, and the ivset numbers of the encrypted ones among them (`Snapshot.ivset`).
+    Raises Failure if a snapshot does not exist."""
     tags: dict[str, frozenset[str]] = {}
     ivsets: dict[str, int] = {}
     for batch in batches(names, BATCH_BYTES // 2 if encrypted else BATCH_BYTES):  # those are named twice
@@ -4218,8 +4222,8 @@ def read_holds_and_ivsets(
 
 
 def also_to_read(names: Sequence[str], others: Iterable[str], now: int) -> list[str]:
-    """Of other snapshots as many as still fit into the request that asks for the holds on `names`: some each day, so
-    that the turn of each comes. A hold of ours that should not be there, whoever left it, is found by that."""
+    """Choose other snapshots whose holds are read as well: as many as still fit into the request for `names`, a
+    different part each day. This is how a hold of ours that should not be there is found, whoever left it."""
     *_, last = [[], *batches(names)]
     room = BATCH_BYTES - sum(len(name) + NAME_COST for name in last)
     turns = list(batches(others, room)) if room > NAME_LIMIT else []
@@ -4238,7 +4242,7 @@ def both_in_turn(first: Callable[[], Any], second: Callable[[], Any]) -> tuple[A
 
 
 def both_at_once(first: Callable[[], Any], second: Callable[[], Any]) -> tuple[Any, Any]:
-    """The first in the background. If both fail, its failure counts."""
+    """Call both at once, the first in the background. If both fail, the first failure counts."""
     answer = in_background(first)
     try:
         found = second()
@@ -4261,10 +4265,10 @@ def ignoring_failures() -> Iterator[None]:
 
 
 class Lister:
-    """Lists both trees, and finds out what only further commands can tell.
+    """Lists both trees, and asks for what no listing tells.
 
-    It remembers for the whole run in which local datasets we held something when the run began (`held_before`), and
-    which we have `received`: no listing tells that.
+    For the whole run it remembers in which local datasets we held something when the run began (`held_before`), and
+    which datasets we have `received`.
     """
 
     def __init__(self, policy: Policy, source: Host, target: FencedHost, report: Report, both: Both) -> None:
@@ -4277,16 +4281,16 @@ class Lister:
         self.received: set[str] = set()
 
     def list_both(self, now: int, *, in_full: bool = False) -> Trees:
-        """List both trees, at the same time, and read the holds that matter; `in_full`: all of the source. Raises
-        Failure if either cannot be listed."""
+        """List both trees at the same time, and read the holds that a run must know; `in_full`: all holds of the
+        source. Raises Failure if a tree cannot be listed."""
         read = read_tree if in_full else read_tree_fast
         there, trees = self.both(lambda: self.list_source(read), self.list_target)
         trees = self.inspect(replace(trees, source=self.told(self.source_host, there)))
         return trees if in_full else self.read_holds(trees, trees.source, now)
 
     def list_again(self, trees: Trees, keys: Iterable[str], now: int) -> Trees:
-        """List anew the datasets of the source that we had to do with, and their mirrors; all, where these are most, or
-        one of them is gone or has another name by now."""
+        """List these datasets of the source again, and their mirrors. Lists everything if these are most of the
+        tree, or if one of them is gone or renamed by now."""
         mirrors = mirrors_of(trees, self.policy)
         keys = [key for key in keys if key in trees.source]
         there = [trees.source[key].name for key in keys]
@@ -4308,7 +4312,7 @@ class Lister:
         return self.inspect(replace(self.list_target(), source=trees.source))
 
     def list_some_again(self, trees: Trees, keys: Iterable[str]) -> Trees:
-        """List some local datasets anew. Raises CommandFailed if of one it is not known whether it is there."""
+        """List some local datasets again. Raises CommandFailed if it is not known whether one exists."""
         keys = [*dict.fromkeys(keys)]
         target = {key: local for key, local in trees.target.items() if key not in keys}
         for names in batches(self.policy.target_root + key for key in keys):
@@ -4322,8 +4326,8 @@ class Lister:
         return self.inspect(replace(trees, target=target), keys)
 
     def list_received(self, trees: Trees, streams: Sequence[Stream]) -> tuple[Trees, list[str]]:
-        """List of each dataset what is said to have arrived last, and no more of a history that may be long: what was
-        to come before that has come as well. Returns also where it is not there, and all is to be listed."""
+        """Verify what is said to have arrived: of each dataset list the last snapshot alone, because its history may
+        be long. If that one is there, those before it have arrived too. Returns also the datasets where it is not."""
         steps: dict[str, list[Receive]] = {}
         for stream in streams:
             steps.setdefault(stream.key, []).append(stream.step)
@@ -4382,11 +4386,11 @@ class Lister:
 
     @property
     def places(self) -> tuple[str, str]:
-        """Where the local tree is; the second, while its root is a placeholder that has made way."""
+        """Where the local tree is: its root, and the name that this has while it makes way."""
         return self.policy.target_root, self.policy.target_root + PLACEHOLDER
 
     def told(self, host: Host, reading: Reading) -> Tree:
-        """A tree that was read; what could not be read of it is reported."""
+        """The tree of a reading. What could not be read of it is reported."""
         tree, failure = reading
         if failure:
             self.report.failure(f"holds on {host.label}", failure)
@@ -4395,7 +4399,8 @@ class Lister:
     # what only further commands can tell
 
     def inspect(self, trees: Trees, keys: Iterable[str] | None = None) -> Trees:
-        """Find out of local datasets whose rest a token waits for, whether a place is empty, and what is ours."""
+        """Ask for what no listing tells of local datasets: what a resume token waits for, whether a place is empty,
+        which datasets are ours."""
         target = dict(trees.target)
         for key in [*target] if keys is None else keys:
             if key in target:
@@ -4421,7 +4426,7 @@ class Lister:
         return replace(local, empty=self.is_empty(local.name), parent=bool(below), strangers=tuple(strangers))
 
     def is_empty(self, name: str) -> bool | None:
-        """Whether a filesystem holds no file; None if that cannot be told."""
+        """Whether a filesystem contains no files; None if that cannot be determined."""
         self.target_host.ask(sync_pool(with_ancestors(name)[0]))
         command = count_files(name)
         answer = self.target_host.ask(command)
@@ -4432,8 +4437,8 @@ class Lister:
         return count_objects(answer.stdout) == 1
 
     def may_be_below(self, name: str, local: Dataset, among: Tree, source: Tree) -> bool:
-        """Whether what is below a dataset, which is to be received there, may be there: a mirror of ours, what we set
-        aside, or an empty parent of such."""
+        """Whether a dataset may exist below a place that we are going to receive into: a mirror of ours, something
+        that we set aside, or an empty parent of these."""
         key = name[len(self.policy.target_root) :]
         there = source.get(key)
         if not self.policy.selection.has_dataset(key) or others_tags(local, self.policy):
@@ -4446,8 +4451,9 @@ class Lister:
         return (there is not None or has_children or name.endswith(PLACEHOLDER)) and self.is_empty(name) is True
 
     def recognise(self, trees: Trees, keys: Iterable[str]) -> set[str]:
-        """Which datasets we have received in a run that did not get as far as to hold them: nobody else sets all the
-        properties that we set. We ourselves set them also before we pull into what others made, and note so."""
+        """Which datasets an earlier run received but died before it could hold them. They have all the properties
+        that we set, and nobody else sets them all. We set them too before the first pull into another tool's mirror;
+        then `TAKEN_OVER` tells whether anything has arrived since."""
         target, found = trees.target, set()
         doubtful = [key for key in keys if key in target and key in trees.source]
         doubtful = [key for key in doubtful if not is_ours(trees.source[key], target[key])]
@@ -4464,11 +4470,11 @@ class Lister:
         return found
 
     def read_holds(self, trees: Trees, keys: Iterable[str], now: int) -> Trees:
-        """Learn what an outline leaves out of snapshots at the source: the holds that a run must know, and of encrypted
-        ones that both sides know whether they came raw.
+        """Add to a fast listing the holds that a run must know, and whether encrypted snapshots that both sides have
+        were sent raw.
 
-        All is listed in full where these are most of a long list, or one is gone by now, or an encrypted one is a
-        bookmark.
+        Falls back to a full listing if it would ask for most of a long list, if a snapshot is gone by now, or if the
+        base of an encrypted dataset is a bookmark.
         """
         source, target = trees.source, trees.target
         wanted = (it for key in keys for it in holds_to_read(source[key], target.get(key), self.policy, now))
@@ -4490,7 +4496,7 @@ class Lister:
 
 @dataclass(frozen=True)
 class Stream:
-    """A step of one dataset, by its key, with what sends and what receives its stream."""
+    """A step of one dataset, with the commands that send and receive it."""
 
     key: str
     step: Receive
@@ -4507,7 +4513,7 @@ class LocalSteps:
         self.report = report
 
     def take(self, trees: Trees, key: str, step: LocalStep, now: int, parents: Iterable[str]) -> None:
-        """Take one. `parents` are the placeholders that a rename needs. Raises Failure."""
+        """Take one step. `parents` are the placeholders to be created before a rename. Raises Failure."""
         name = self.local_name(key)
         if isinstance(step, Rename):
             for parent in parents:
@@ -4528,7 +4534,7 @@ class LocalSteps:
         return self.policy.target_root + key
 
     def move(self, old: str, key: str) -> None:
-        """Rename a local dataset, with all below it. Nothing is lost by that."""
+        """Rename a local dataset and all below it. Nothing is lost."""
         name, as_there = self.local_name(key), ""
         if PLACEHOLDER not in old + key:
             self.check_below(old)
@@ -4539,7 +4545,7 @@ class LocalSteps:
         self.lister.held_before = before | {rekeyed(it, old, key) for it in before}
 
     def make_way(self, trees: Trees, key: str) -> None:
-        """Rename a placeholder, for the dataset itself to take its place."""
+        """Rename a placeholder, so that the dataset itself can take its place."""
         name, away = self.local_name(key), self.local_name(key + PLACEHOLDER)
         if key + PLACEHOLDER in trees.target:
             raise Failure(
@@ -4550,7 +4556,7 @@ class LocalSteps:
         self.move(key, key + PLACEHOLDER)
 
     def check_below(self, key: str) -> None:
-        """See to it that nothing of another line is renamed with a dataset, be it selected or not."""
+        """Raise Failure if another line's mirror is below a dataset that is to be renamed, selected or not."""
         tree, failure = read_tree(self.host, self.local_name(key), Selection())
         if failure:
             raise failure
@@ -4585,10 +4591,10 @@ class LocalSteps:
 
 
 class InertMirror:
-    """Keeps what we pull into inert, whoever made it: read-only, not mounted, not shared.
+    """Makes what we pull into inert, whoever made it: read-only, not mounted, not shared.
 
-    `own_values` are, by dataset, what is set there and would be lost with the first properties to come (see `receive`);
-    `refused` are the datasets that could not be made inert, and are not ours yet.
+    `own_values` are, by dataset, the values that are set there and would be lost with the first properties to arrive
+    (see `receive`). `refused` are datasets that could not be made inert and are not ours yet.
     """
 
     def __init__(self, policy: Policy, host: FencedHost, report: Report) -> None:
@@ -4599,7 +4605,7 @@ class InertMirror:
         self.refused: set[str] = set()
 
     def exposures(self, trees: Trees, keys: Sequence[str]) -> Iterator[Exposure]:
-        """How far each local dataset that is to be pulled into is from being inert."""
+        """What each local dataset that we are going to pull into lacks to be inert."""
         host = self.host
         for batch in batches(trees.target[key].name for key in keys):
             sources = parse_sources(run(host, list_sources(batch)), batch)
@@ -4609,11 +4615,12 @@ class InertMirror:
                 yield exposure(key, trees.target[key], sources[name], self.policy.properties, name in mounted)
 
     def make_inert(self, trees: Trees, keys: Iterable[str]) -> tuple[Trees, set[str]]:
-        """See to it that what is to be pulled into is as inert as what we receive ourselves, before that: what another
-        tool made, and what an earlier version of this program did. What is set here stays as it is set.
+        """Make what we are going to pull into as inert as what we receive ourselves, before the first stream: the
+        mirrors of other tools, and those of an earlier version of this program. What is set here stays set.
 
-        Returns where that failed for a dataset which is not ours yet: it is to be left alone, for it might be mounted
-        or shared. What turns out to be changed is so in the trees.
+        A dataset that turns out to be modified is marked so in the trees, and nothing is set there. Returns the
+        datasets where it failed and that are not ours yet: they are left alone, because they might be mounted or
+        shared.
         """
         target = dict(trees.target)
         # Children first: to unmount a dataset unmounts what is mounted below it.
@@ -4634,7 +4641,8 @@ class InertMirror:
         return replace(trees, target=target), self.refused
 
     def expose_no_more(self, name: str, it: Exposure) -> dict[str, str]:
-        """Unmount it, and set what is missing. Returns what is set here: zfs would undo that with the first stream."""
+        """Unmount a dataset, and set what is missing. Returns the values that are set here, which zfs would drop
+        with the first stream."""
         host = self.host
         self.report.exposure(name, it)
         if it.is_mounted:  # first, for each `zfs set` of how it is mounted does that anew
@@ -4649,13 +4657,13 @@ class InertMirror:
     def put_back(
         self, trees: Trees, raw: Sequence[str], keys_before: Mapping[str, str], arrived: Sequence[Stream]
     ) -> None:
-        """Undo what streams have said of a place, and zfs recv lets nobody leave out.
+        """Undo what streams have set here and zfs recv cannot be told to leave out.
 
-        What has just come raw has its key from who is asked for it; what was here before keeps where it had it from.
+        `keylocation`: what has just arrived raw gets `prompt`; what was here before gets back what it had.
 
-        Up to OpenZFS 2.3.8 and 2.4.3, what was here before takes over the source's mountpoint, -x or not, if one is set
-        above it (https://github.com/openzfs/zfs/commit/66a45b8269). Once said, it is inherited for good. Nothing is
-        mounted by that, for canmount was set with it.
+        The mountpoint: up to OpenZFS 2.3.8 and 2.4.3, a dataset that was here before takes over the source's mountpoint
+        in spite of -x, if one is set above it (https://github.com/openzfs/zfs/commit/66a45b8269). Once inherited, it
+        stays so. Nothing is mounted meanwhile, because canmount was set with the stream.
         """
         host, root = self.host, self.policy.target_root
         here = [name for name in raw if name[len(root) :] in trees.target]
@@ -4681,10 +4689,10 @@ def is_written(host: Host, name: str) -> bool:
 
 
 def key_places(host: Host, names: Iterable[str]) -> dict[str, str]:
-    """Where the key of each encryption root among local datasets is.
+    """The `keylocation` of each encryption root among local datasets.
 
-    A raw stream with properties sets `keylocation` to what the source says, each time, and zfs recv lets nobody leave
-    it out: a file of this host, or the address of another (recv_fix_encryption_hierarchy in libzfs).
+    A raw stream with properties sets it to what the source says, each time, and zfs recv cannot be told otherwise: to a
+    file of this host, or an address of another (recv_fix_encryption_hierarchy in libzfs).
     """
     found: dict[str, str] = {}
     for batch in batches(names):
@@ -4695,7 +4703,7 @@ def key_places(host: Host, names: Iterable[str]) -> dict[str, str]:
 
 
 def values_of(host: Host, key: str, names: Sequence[str]) -> dict[str, str]:
-    """A property of local datasets: of all at once, and where a value has newlines, one by one."""
+    """A property of local datasets: one command for all of them, or one for each if a value contains newlines."""
     with contextlib.suppress(NotBelieved):
         rows = [*fields(run(host, get_values(names, key)), 2)]
         if sorted(row[0] for row in rows) == sorted(names):
@@ -4705,9 +4713,10 @@ def values_of(host: Host, key: str, names: Sequence[str]) -> dict[str, str]:
 
 class Executor:
     """Carries out the plan of a tree, in rounds (see `Run.transfer`): names and overrides first, then streams, in as
-    few batches as can be. It lists again what it has touched.
+    few batches as possible. Lists again what it has touched.
 
-    A dataset that fails is reported and `given_up`; the others go on. A lost link ends it all, and is noted in `lost`.
+    A dataset that fails is reported and `given_up`; the others go on. A lost link ends the transfer, and is noted in
+    `lost`.
     """
 
     def __init__(self, policy: Policy, lister: Lister, send: Send, report: Report) -> None:
@@ -4731,7 +4740,7 @@ class Executor:
                 self.report.in_step(self.local_name(key), what)
 
     def give_up_failed(self, plan: TreePlan) -> None:
-        """Tell why there is no step for a dataset that is blocked, or follows one that failed."""
+        """Report the datasets that the plan has no step for because they are blocked, or follow one that failed."""
         for key, entry in plan.entries:
             if isinstance(entry, Failure):
                 self.give_up(key, entry)
@@ -4744,7 +4753,7 @@ class Executor:
         self.report.failure(self.local_name(key), failure)
 
     def is_stuck(self, key: str, left: int) -> bool:
-        """Give up a dataset that was worked on too often without getting any further."""
+        """Give up a dataset that we have worked on too often without getting any further."""
         count, before = self.tries.get(key, (0, None))
         count += before is not None and left >= before
         self.tries[key] = (count, None)
@@ -4760,7 +4769,8 @@ class Executor:
     # names and overrides
 
     def change_names(self, trees: Trees, plan: TreePlan, now: int) -> tuple[Trees, bool]:
-        """Take the steps that need no stream, but for those that follow one. Returns whether there was any."""
+        """Take all steps that need no stream, except those that have to wait for one. Returns whether there were
+        any."""
         coming: set[str] = set()  # what a stream has still to bring
         moved: set[str] = set()  # what is not where it was listed
         parents: dict[str, list[str]] = {}
@@ -4791,8 +4801,8 @@ class Executor:
     # streams
 
     def prepare(self, trees: Trees, plan: TreePlan) -> tuple[Trees, list[Stream] | None]:
-        """Hold what is to be sent, and make room for it. Returns the batch that can be sent now; an empty one where
-        another plan is due first; None where nothing is left to be sent."""
+        """Hold what will be sent, and prepare the places for it. Returns the batch that can be sent now. It is empty
+        if another plan is due first, and None if nothing is left to send."""
         receives: dict[str, list[Receive]] = {}
         parents: dict[str, list[str]] = {}
         late: set[str] = set()  # what a step that follows a stream has still to name
@@ -4822,7 +4832,8 @@ class Executor:
         return trees, batch
 
     def hold(self, trees: Trees, receives: Mapping[str, Sequence[Receive]]) -> Trees:
-        """Hold all that is to be sent, in one command; and where that fails, what is of one dataset by itself."""
+        """Hold all that will be sent, in one command. If that fails, try dataset by dataset, and give up those that
+        cannot be held."""
         tag, host, source = self.policy.tag, self.lister.source_host, dict(trees.source)
         wanted = {
             key: [it.snapshot.name for it in steps if tag not in (it.snapshot.tags or ())]
@@ -4848,8 +4859,8 @@ class Executor:
     def make_places(
         self, trees: Trees, receives: Mapping[str, Sequence[Receive]], parents: Mapping[str, Sequence[str]]
     ) -> tuple[Trees, bool]:
-        """See to it that each stream finds its place: placeholders above it, or an empty filesystem. Returns False if
-        one is not free any more."""
+        """Create the placeholders above what will be received, and make empty filesystems that will be replaced
+        read-only. Returns False if one of these is not empty any more."""
         host, root = self.lister.target_host, self.policy.target_root
         existing, target = [*trees.existing], dict(trees.target)
         known = {*existing, *(local.name for local in target.values())}
@@ -4881,8 +4892,8 @@ class Executor:
         return trees, all((local := trees.target.get(key)) and local.empty for key in empty)
 
     def next_batch(self, trees: Trees, receives: Mapping[str, Sequence[Receive]]) -> list[Stream]:
-        """The streams that go together now, with what of each dataset can go along: through one compressor, and not too
-        many. A child may follow its parent, and a clone its origin."""
+        """The streams that can be sent together now: through one compressor, at most MAX_PER_REQUEST. A child may
+        follow its parent in the batch, and a clone its origin."""
         batch: list[Stream] = []
         coming: set[str] = set()  # datasets, and names of snapshots, that this batch brings
         for key, some in receives.items():
@@ -4903,7 +4914,7 @@ class Executor:
     def has_place(
         self, trees: Trees, key: str, receives: Mapping[str, Sequence[Receive]], coming: Container[str]
     ) -> bool:
-        """Whether the parent and the origin of a dataset are here, or come before it."""
+        """Whether a dataset's parent and origin are here, or come before it in this batch."""
         if key in trees.target:
             return True
         first = receives[key][0]
@@ -4921,7 +4932,7 @@ class Executor:
         return has_origin and all(name in trees.existing for name in above)
 
     def ends(self, source: Tree, key: str, step: Receive, local: Dataset | None) -> tuple[Command, Command]:
-        """The commands at both ends of the stream of a step, into a dataset that is like `local` then."""
+        """The commands at both ends of a stream. `local` is what the dataset will be like by then."""
         policy, parent = self.policy, source.get(key.rpartition("/")[0]) if key else None
         name = self.local_name(key) + step.snapshot.short
         born = first_receive_options(source[key], parent, step, policy)
@@ -4930,7 +4941,7 @@ class Executor:
         return send(source[key], step, policy.raw(source[key]), self.flags()), receiving
 
     def compressible(self, source: Dataset) -> bool:
-        """Whether a stream has in full what a compressor could make less of."""
+        """Whether compressing a stream would make it smaller: not if it is sent raw, or compressed as stored."""
         as_stored = source.compressed and "-c" in self.flags()
         return not as_stored and not self.policy.raw(source)
 
@@ -4943,8 +4954,8 @@ class Executor:
         return stream_flags(self.features)
 
     def send_batch(self, trees: Trees, batch: Sequence[Stream]) -> Trees:
-        """Carry the streams; a listing proves what has arrived. One fails at most: what was to follow it is still to be
-        done."""
+        """Send a batch, and verify with a listing what has arrived. At most one stream of a batch fails; those
+        behind it are planned again."""
         for stream in batch:
             self.report.stream(self.local_name(stream.key), stream.step)
         raw = sorted({self.local_name(it.key) for it in batch if self.policy.raw(trees.source[it.key])})
@@ -4966,7 +4977,7 @@ class Executor:
         return self.judge(trees, [*lost, *batch[-1:]][0], result.failure) if result.failure else trees
 
     def tell_arrived(self, trees: Trees, arrived: Sequence[Stream], arrivals: Sequence[ReceivedStream]) -> None:
-        """Tell of what has arrived, and give up what is not as it should be."""
+        """Report what has arrived, and give up datasets where something is wrong with it."""
         last = {it.key: it.step for it in arrived}
         for stream, arrival in zip(arrived, arrivals):
             name = self.local_name(stream.key)
@@ -4981,8 +4992,8 @@ class Executor:
                 self.report.pulled(name, stream.step, arrival)
 
     def judge(self, trees: Trees, stream: Stream, failure: Failure) -> Trees:
-        """Give up a dataset whose stream failed, with the hint that the listing after it suggests; or, where ZFS found
-        what no listing shows, note that in the tree: the next plan says what it means."""
+        """Decide about a dataset whose stream failed. Usually it is given up, with a hint from the listing. If ZFS
+        found it modified, note that in the tree: the next plan will say what to do."""
         if isinstance(failure, LinkLost):
             self.lost = self.lost or (self.local_name(stream.key), failure)  # the others would wait for the same link
             return trees
@@ -5010,7 +5021,7 @@ class Executor:
 
 
 def must_wait(key: str, step: LocalStep, coming: set[str], moved: set[str]) -> bool:
-    """Whether a step has to wait for a stream, or for a listing under the name that a dataset has just got."""
+    """Whether a step must wait: for a stream, or for a listing under the name that a dataset has just got."""
     if isinstance(step, Rename):
         return not coming.isdisjoint([*with_ancestors(key), *with_ancestors(step.old)])
     return not (coming | moved).isdisjoint(with_ancestors(key))
@@ -5034,7 +5045,7 @@ def in_step(source: Dataset, local: Dataset | None, policy: Policy) -> str:
 
 
 def not_arrived(local: Dataset | None, name: str, step: Receive) -> StreamFailed | None:
-    """What is wrong if a dataset does not end in the snapshot that is said to have arrived."""
+    """What is wrong if a dataset does not end in the snapshot that zfs recv says has arrived."""
     if local and local.snapshots and local.snapshots[-1].guid == step.snapshot.guid:
         return None
     return StreamFailed(
@@ -5080,7 +5091,7 @@ class Holds:
         self.release_old(*target, (it for key in clean for it in changes[key].release_local))
 
     def place_new(self, host: Host, tag: str, names: Iterable[str]) -> set[str]:
-        """Returns those that are not known to be held now."""
+        """Place holds. Returns the snapshots that are not known to be held now."""
         names = [*names]
         missing = place_holds(host, tag, names)
         self.report.holds("hold", tag, [name for name in names if name not in missing])
@@ -5088,7 +5099,7 @@ class Holds:
         return {*missing}
 
     def release_old(self, host: Host, tag: str, names: Iterable[str]) -> set[str]:
-        """Returns those that may be held as before. What is left after all the listing tells that follows."""
+        """Release holds. Returns the snapshots that may still be held. The listing that follows tells."""
         left: set[str] = set()
         for batch in batches(names):
             answer = host.ask(release(tag, batch))
@@ -5100,7 +5111,7 @@ class Holds:
         return left
 
     def problems(self, changes: Mapping[str, HoldChanges]) -> Iterator[tuple[str, Failure]]:
-        """By dataset, what is wrong with the changes that are still to be made."""
+        """By dataset, what to report of changes that could not be made."""
         rights = [*dict.fromkeys(filter(None, (allow_hint(*refused) for refused in self.refused)))]
         hint = "; ".join(["the next run tries again", *(rights or ["see who may hold and release"])])
         for key, it in changes.items():
@@ -5110,7 +5121,8 @@ class Holds:
             yield self.policy.target_root + key, Failure("; ".join(what), hint)
 
     def bookmark_commands(self, trees: Trees) -> dict[str, list[Command]]:
-        """What is to be done about our bookmarks, by dataset of the source: a new one is placed before old ones go."""
+        """The commands that move our bookmarks, by dataset of the source. A new bookmark is placed before old ones
+        go."""
         commands: dict[str, list[Command]] = {}
         for key, source in trees.source.items():
             marks = bookmark_changes(source, trees.target.get(key), self.policy)
@@ -5120,7 +5132,7 @@ class Holds:
 
 
 class Run:
-    """One run over a tree: lists, brings up to date, moves the holds, expires. `trees` is what is known by now."""
+    """One run over a tree: list, bring up to date, move the holds, expire. `trees` is what is known by now."""
 
     def __init__(
         self,
@@ -5162,8 +5174,8 @@ class Run:
         self.trees = self.lister.list_both(now, in_full=in_full)
 
     def execute(self, now: int) -> None:
-        """All that follows the first listing. What fails on the way is reported, and the rest goes on; a lost link is
-        only noted in `lost`, for it may be worth another try."""
+        """Everything after the first listing. Failures are reported, and the rest goes on. A lost link is only noted
+        in `lost`: it may be worth another try."""
         try:
             plan = TreePlan(self.trees, self.policy)
             self.tell_of_holds(plan)
@@ -5180,21 +5192,21 @@ class Run:
             self.report.failure(self.policy.target_root, failure)
 
     def tell_of_holds(self, plan: TreePlan) -> None:
-        """Tell what nobody may miss of holds at the source, before any of them moves."""
+        """Report what nobody should miss about holds at the source, before any of them moves."""
         for name, line in lost_holds(self.trees, self.policy, plan.left_alone):
             self.report.notice("hold lost", name, line)
         for name, line in holds_of_others(self.trees, self.policy, plan):
             self.report.notice("others hold", name, line)
 
     def finish_streams(self) -> None:
-        """What came in a run that died before it held it may lack what is to be done after a stream: see
-        `InertMirror.put_back`."""
+        """Finish what a run that died before it could hold anything left undone after its streams
+        (`InertMirror.put_back`)."""
         received = [key for key, local in self.trees.target.items() if local.recognised and not local.held_before]
         self.trees, _ = self.executor.inert.make_inert(self.trees, received)
 
     def transfer(self, plan: TreePlan, now: int) -> TreePlan:
-        """Bring the mirror up to date, in rounds: do of the plan what can be done at once, list again, plan anew, until
-        no step is left. Returns that last plan."""
+        """Bring the mirror up to date, in rounds: do what the plan allows at once, list again, plan again, until no
+        step is left. Returns the last plan."""
         executor = self.executor
         executor.tell_in_step(self.trees, plan)
         is_done = False
@@ -5218,8 +5230,8 @@ class Run:
         return self.executor.lost
 
     def update_holds(self, left_alone: Container[str], now: int) -> None:
-        """Move the holds, and list again what was touched, until there is nothing left to move: what was not known yet,
-        or was renamed at the source meanwhile, is found by the listing."""
+        """Move the holds, and list again what was touched, until nothing is left to move. The listing may show holds
+        that were not known before, and datasets that were renamed meanwhile."""
         holds = Holds(self.policy, self.source_host, self.target_host, self.report)
         touched = {*self.executor.touched}
         if touched:  # hours may have gone by: what is to be destroyed is looked at anew as well
@@ -5240,8 +5252,8 @@ class Run:
             self.report.failure(name, failure)
 
     def update_bookmarks(self, now: int) -> None:
-        """Place our bookmarks, each before its older ones go: all together, and where that fails one by one. One that
-        fails is reported, and the next run repairs."""
+        """Place our bookmarks, each before its older ones go: all in one request, or one by one if that fails. A
+        failure is reported, and the next run tries again."""
         holds = Holds(self.policy, self.source_host, self.target_host, self.report)
         together = [command for commands in holds.bookmark_commands(self.trees).values() for command in commands]
         if all(self.source_host.ask(*some).status == 0 for some in batches_by_count(together, MAX_PER_REQUEST)):
@@ -5259,7 +5271,7 @@ class Run:
             self.destroy_all({snapshot.name: snapshot for snapshot in expiry.destroy})
 
     def expiries(self, now: int) -> Iterator[Expiry]:
-        """What is due to be destroyed, by dataset; why the rest stays is told."""
+        """What expires, by dataset. Reports why the rest is kept."""
         for key, local in self.trees.target.items():
             source = self.trees.source.get(key)
             if source is None and PLACEHOLDER not in key:
@@ -5271,7 +5283,7 @@ class Run:
             yield expiry
 
     def destroy_all(self, snapshots: dict[str, Snapshot]) -> None:
-        """Destroy in few commands; but zfs destroys none of a list if it cannot destroy one: then one by one."""
+        """Destroy in few commands. zfs destroys none of a list if it cannot destroy one of them: then one by one."""
         for batch in batches(snapshots):
             together = [snapshots[name] for name in batch]
             done = self.target_host.ask(destroy(together)).status == 0
@@ -5298,7 +5310,7 @@ def facts(step: Receive) -> dict[str, Any]:
 
 
 def mark_failing(target: Host, root: str, now: int) -> int:
-    """Remember at the local root that its runs fail. Returns since when they do."""
+    """Note at the local root that its runs fail. Returns since when they do."""
     answer = target.ask(get_failing(root))
     since = parse_failing(answer.stdout, root, now)
     if since is None and answer.status == 0:
