@@ -232,7 +232,7 @@ class Snapshot:
     cloned: bool = False
 
     def may_be_held_by(self, tag: str) -> bool:
-        """Whether the tag is on it, or is not known not to be."""
+        """Whether the tag holds it, or might: unknown tags count."""
         return self.tags is None or tag in self.tags
 
     @property
@@ -249,9 +249,8 @@ class Snapshot:
 class Partial:
     """An interrupted receive that waits for its rest.
 
-    `to_guid` is the snapshot it was receiving, `from_guid` that one's base; both None if the token was not decoded,
-    and `corrupt` if zfs says that it never will be. `raw` says that the stream was an encrypted one as it is stored.
-    `bytes` of it are here.
+    It was receiving the snapshot `to_guid`, from the base `from_guid`; both are None if the token was not decoded, and
+    `corrupt` if zfs says that it never can be. `raw` says that the stream was sent raw. `bytes` of it have arrived.
     """
 
     token: str
@@ -264,15 +263,16 @@ class Partial:
 
 @dataclass(frozen=True)
 class Dataset:
-    """A filesystem or volume and its history. Snapshots and bookmarks are kept oldest first, however they came in.
+    """A filesystem or volume and its history. Snapshots and bookmarks are kept oldest first.
 
-    `compressed` says that what is written is stored so. `origin` names the snapshot of which it is a clone. `inherited`
-    are the snapshots of other datasets of its tree that are part of its history: its origin, and what came before that.
-    `empty` says of a local filesystem without snapshots whether it holds no file, so that a first receive may take its
-    place, if nothing is below it; None: nobody knows. `parent` says that something is below it, and `strangers` are
-    those that are neither ours nor the source's. `changed` says of a local dataset that zfs found it changed since its
-    newest snapshot; `held_before` that we held a snapshot of it when the run began; `recognised` that its properties
-    are those of what we receive.
+    `compressed`: its data are stored compressed. `origin` names the snapshot that it is a clone of. `inherited` are the
+    snapshots of other datasets of the tree that belong to its history: its origin, and what came before that.
+
+    Of a local dataset: `empty` says of a filesystem without snapshots whether it contains no files, so that a first
+    receive may replace it; None if nobody knows. `parent`: something is below it, and `strangers` are those datasets
+    below it that are neither ours nor the source's. `changed`: zfs found it modified since its newest snapshot.
+    `held_before`: we held a snapshot of it when the run began. `recognised`: its properties are those of what we
+    receive.
     """
 
     name: str
@@ -297,7 +297,7 @@ class Dataset:
             object.__setattr__(self, field, ordered)
 
     def find(self, guid: int | None) -> Snapshot | None:
-        """The snapshot with this guid, bookmarks left out."""
+        """The snapshot with this guid; bookmarks do not count."""
         return next((snapshot for snapshot in self.snapshots if snapshot.guid == guid), None)
 
     @property
@@ -368,7 +368,8 @@ RECEIVED = ":received"
 
 @dataclass(frozen=True)
 class Policy:
-    """What the user asked for. `keep_days` None expires nothing; the `keep_min` newest of what is local never do."""
+    """What the user asked for. With `keep_days` None nothing expires; the `keep_min` newest local snapshots never
+    do."""
 
     source_root: str
     target_root: str
@@ -385,15 +386,16 @@ class Policy:
 
     @property
     def received_tag(self) -> str:
-        """The tag of our holds on the local side; it differs from `tag` so that A -> B -> C can share one tag."""
+        """The tag of our local holds. It differs from `tag` so that a chain A -> B -> C can use one tag."""
         return self.tag + RECEIVED
 
     def raw(self, source: Dataset) -> bool:
-        """Whether a dataset is sent as it is stored, encrypted, so that its key is needed nowhere."""
+        """Whether a dataset is sent raw: as it is stored, encrypted, so that its key is needed nowhere."""
         return source.encrypted and not self.decrypt
 
     def mark(self, guid: int) -> str:
-        """The name of our own bookmark of a snapshot. The guid is in it so that mirrors of one source do not clash."""
+        """The name of our bookmark of a snapshot. It contains the guid, so that several mirrors of one source do not
+        clash."""
         return f"#{re.sub('[^A-Za-z0-9_.:-]', '_', self.tag)}-{guid}"
 
 
@@ -402,11 +404,11 @@ class Policy:
 
 @dataclass(frozen=True)
 class Receive:
-    """Receive `snapshot`: in full, or from `base` (a snapshot or bookmark of the source) up to it.
+    """Receive `snapshot`: in full, or as an increment from `base` (a snapshot or bookmark of the source).
 
-    `token` goes on with an interrupted receive instead. With an `origin`, the name of a local snapshot, the dataset is
-    new here, and becomes a clone of that one, as it is one of `base` there. `lost_origin` names the snapshot that it
-    should be a clone of, and cannot, for that is not in this mirror.
+    With a `token`, an interrupted receive is resumed instead. With an `origin` (a local snapshot), the dataset is
+    created as a clone of it, as the source dataset is a clone of `base`. `lost_origin` names the snapshot that it
+    should be a clone of, but that is not in this mirror.
     """
 
     snapshot: Snapshot
@@ -427,7 +429,7 @@ class Receive:
 
 @dataclass(frozen=True)
 class AbortReceive:
-    """Give up an interrupted receive whose rest the source can no longer send."""
+    """Abort an interrupted receive whose rest the source can no longer send (zfs recv -A)."""
 
     partial: Partial
 
@@ -437,8 +439,8 @@ class AbortReceive:
 
 @dataclass(frozen=True)
 class MakeWay:
-    """Rename a placeholder, with all that is below it, for the dataset itself to be received in its place. Once that is
-    here, its children return. So no stream is ever received over what has children."""
+    """Rename a placeholder with all that is below it, so that the dataset itself can be received in its place. Its
+    children return when that has arrived. So no stream is ever received over a dataset that has children."""
 
     def __str__(self) -> str:
         return "rename the placeholder here out of the way; its children return when the dataset itself is here"
@@ -460,15 +462,15 @@ class Transfer:
 
     @property
     def targets(self) -> tuple[Snapshot, ...]:
-        """The source snapshots that must stay alive until the steps are done: cut after any of these, the mirror ends
-        there, and needs it as its base."""
+        """The source snapshots that must stay alive until the steps are done. If we are cut off after any of them,
+        the mirror ends there, and needs it as its base."""
         return tuple(step.snapshot for step in self.steps if isinstance(step, Receive))
 
 
 @dataclass(frozen=True)
 class Rollback:
-    """A way out: take the local dataset back to its snapshot `to`, with newer snapshots and unsaved changes lost. Of
-    these `received` were in common with the source once, which has them no more: they may be the last copies."""
+    """An override: roll the local dataset back to its snapshot `to`. Newer snapshots and changes are lost. Of those,
+    the source once had `received` and has them no more: they may be the last copies."""
 
     to: Snapshot
     newer: tuple[Snapshot, ...] = ()
@@ -485,7 +487,7 @@ class Rollback:
 
 @dataclass(frozen=True)
 class Quarantine:
-    """A way out: rename the local dataset aside, children and all, and start afresh."""
+    """An override: rename the local dataset aside with its children, and start afresh."""
 
 
 Override = Union[Rollback, Quarantine]
@@ -493,10 +495,10 @@ Override = Union[Rollback, Quarantine]
 
 @dataclass(frozen=True)
 class Blocked:
-    """The dataset cannot be brought up to date without losing local data: why, and what a person can do.
+    """The dataset cannot be brought up to date without losing local data: the reason, and what a person can do.
 
-    `ways` are those that we take ourselves if the command line says so; the hint names them last. `elsewhere` says that
-    what is here never was a mirror of the source's dataset: then it is the wrong place for its children too.
+    `ways` are the overrides that would help; the hint names them last. `elsewhere`: what is here never was a mirror of
+    the source's dataset, so it is the wrong place for its children too.
     """
 
     reason: str
@@ -525,7 +527,7 @@ class Create:
 
 @dataclass(frozen=True)
 class Rename:
-    """Rename the local dataset with the key `old`, with all below it, to the name that it has at the source by now."""
+    """Rename the local dataset `old` (its key) and all below it to the name that its source has by now."""
 
     old: str
 
@@ -540,8 +542,8 @@ Entry = Union[UpToDate, Failure, Step, Create, Rename, Override]
 
 @dataclass(frozen=True)
 class Trees:
-    """What is known of both sides, as listed last. `existing` are the local root and those of its ancestors that exist;
-    `failing` says that the local root tells of runs that failed before this one."""
+    """What is known of both sides, as listed last. `existing` are the local root and its ancestors, as far as they
+    exist. `failing`: the local root is marked as failing by earlier runs."""
 
     source: Tree
     target: Tree
@@ -551,7 +553,7 @@ class Trees:
 
 @dataclass(frozen=True)
 class CommonPoint:
-    """One point that both sides know, as each side names it. The source may know it by a bookmark alone."""
+    """A point that both sides have, as each side names it. On the source it may be a bookmark."""
 
     source: Snapshot
     local: Snapshot
@@ -559,7 +561,7 @@ class CommonPoint:
 
 @dataclass(frozen=True)
 class HoldChanges:
-    """Names of snapshots on which to place and release our tags, for one dataset or many."""
+    """Names of snapshots to hold and to release, for one dataset or many."""
 
     place_source: tuple[str, ...] = ()
     place_local: tuple[str, ...] = ()
@@ -580,7 +582,7 @@ class HoldChanges:
 
 @dataclass(frozen=True)
 class BookmarkChanges:
-    """The source snapshot that our bookmark is to be made of, and the bookmarks of ours to destroy thereafter."""
+    """The source snapshot to bookmark, and our old bookmarks to destroy afterwards."""
 
     place: Snapshot | None = None
     remove: tuple[str, ...] = ()
@@ -588,7 +590,7 @@ class BookmarkChanges:
 
 @dataclass(frozen=True)
 class Expiry:
-    """Which local snapshots are due to be destroyed, and which of those past their time stay, and why."""
+    """Which local snapshots expire, and which are older than keep-days but kept, and why."""
 
     destroy: tuple[Snapshot, ...] = ()
     kept: tuple[tuple[Snapshot, str], ...] = ()
@@ -596,12 +598,12 @@ class Expiry:
 
 @dataclass(frozen=True)
 class MirrorStatus:
-    """How far a mirror has come: its newest common snapshot, and what it lacks.
+    """How far a mirror has come.
 
-    `source` "" says that there is nothing at the source (any more), None that the source was not asked: then `common`
-    is what we hold here, and of the rest nothing is known. `behind` snapshots are newer there, of `lacking` bytes.
-    `pinned` are the bytes at the source that only the common snapshot needs, `partial` those here of an interrupted
-    receive. `received` says by our own clock when the common snapshot came, where that was asked for.
+    `source` is "" if the dataset no longer exists there, and None if we did not ask; then `common` is what we hold
+    here, and the rest is unknown. The source has `behind` newer snapshots, of `lacking` bytes. `pinned` bytes at the
+    source are needed by the common snapshot alone; `partial` bytes of an interrupted receive are here. `received` is
+    when the common snapshot arrived, by our own clock, if that was asked for.
     """
 
     name: str
@@ -643,9 +645,9 @@ NO_TAGS: frozenset[str] = frozenset()
 
 
 def fields(text: str, *widths: int) -> Iterator[list[str]]:
-    """The rows of `zfs ... -H`, split on TAB alone: names may hold spaces, also at their end.
+    """The rows of `zfs ... -H`, split on TAB alone: names may contain spaces, even at their end.
 
-    Raises NotBelieved on a row of another width: guessing here could end in destroying the wrong thing.
+    Raises NotBelieved for a row with another number of columns: guessing here could end in destroying the wrong thing.
     """
     # Not splitlines(): it also cuts at characters that a hold tag of somebody else's may contain.
     if text and not text.endswith("\n"):
@@ -665,8 +667,8 @@ NUMBER_DIGITS = 20
 
 
 def number(text: str, what: str) -> int:
-    """A whole number of 64 bits, as zfs prints it. Raises NotBelieved for anything else, naming `what` it should be:
-    also before int() would take a time that grows with the square of the digits."""
+    """A whole number of 64 bits, as zfs prints it. Raises NotBelieved for anything else; `what` names it in the
+    message. Long texts are refused before int(), whose time grows with the square of the digits."""
     found = int(text) if len(text) <= NUMBER_DIGITS and text.isascii() and text.isdigit() else 2**64
     if found >= 2**64:
         raise NotBelieved(
@@ -691,7 +693,7 @@ TOKEN = re.compile("[0-9]+(?:-[0-9a-f]+){3}")
 
 
 def number_if_any(text: str, what: str) -> int:
-    """As `number`; 0 where the dataset has no such property."""
+    """As `number`; 0 if the dataset has no such property."""
     return 0 if text == "-" else number(text, what)
 
 
@@ -703,7 +705,7 @@ def is_name(name: str, form: re.Pattern[str]) -> bool:
 
 
 def is_below(name: str, root: str) -> bool:
-    """Whether a dataset is that root, or below it. `backuppool/vm2` is not below `backuppool/vm`."""
+    """Whether a dataset is `root` or below it. `backuppool/vm2` is not below `backuppool/vm`."""
     return name == root or name.startswith(f"{root}/")
 
 
@@ -767,7 +769,7 @@ class Listing:
         )
 
     def take_point(self, owner: str, name: str, guid: str, createtxg: str, *slow: str) -> None:
-        """A snapshot or bookmark; in outline without a time of creation, and then its holds are unknown."""
+        """Take a snapshot or bookmark. A row of the fast listing has no creation time, and its holds are unknown."""
         creation, userrefs, ivset = slow or ("", "-", "-")
         if len(name) > NAME_LIMIT or not POINT_NAME.fullmatch(name, len(owner)):
             raise NotBelieved("no snapshot or bookmark can have that name")
@@ -820,7 +822,7 @@ def parse_tree(text: str, *roots: str) -> tuple[Tree, dict[str, int]]:
 
 
 def whole_tree(tree: Tree, *roots: str) -> Tree:
-    """The tree. Raises NotBelieved unless those roots are in it, by their keys, and each dataset's parent."""
+    """The tree, if it is complete. Raises NotBelieved unless its roots and each dataset's parent are in it."""
     missing = [root for root in roots if root not in tree]
     missing += [key.rpartition("/")[0] for key in tree.keys() - {*roots} if key.rpartition("/")[0] not in tree]
     if missing:
@@ -829,7 +831,7 @@ def whole_tree(tree: Tree, *roots: str) -> Tree:
 
 
 def parse_sources(text: str, asked: Iterable[str]) -> dict[str, dict[str, str]]:
-    """By dataset which of its properties are `local`, or `received`, from `zfs get -H -o name,property,source`."""
+    """By dataset, which of its properties are `local` or `received`, from `zfs get -H -o name,property,source`."""
     found: dict[str, dict[str, str]] = {name: {} for name in asked}
     for name, key, source in fields(text, 3):
         if name not in found:
@@ -839,15 +841,14 @@ def parse_sources(text: str, asked: Iterable[str]) -> dict[str, dict[str, str]]:
 
 
 def parse_hold_dates(text: str, tag: str) -> dict[str, str]:
-    """By snapshot name since when `tag` is on it, as `zfs holds -H` says. A line that says something else is passed
-    over."""
+    """By snapshot, since when `tag` holds it, from `zfs holds -H`. Other lines are ignored."""
     rows = (line.split("\t") for line in text.split("\n"))
     return {row[0]: row[2] for row in rows if len(row) == 3 and row[1] == tag}
 
 
 def parse_holds(text: str, asked: Container[str]) -> dict[str, frozenset[str]]:
-    """Tags by snapshot name from `zfs holds -H` of the snapshots `asked` for. Raises NotBelieved if they cannot be told
-    apart (a tag with a TAB), or are of others (a tag with a newline)."""
+    """The tags by snapshot, from `zfs holds -H` of the snapshots `asked` for. Raises NotBelieved if they cannot be
+    told apart (a tag with a TAB), or belong to others (a tag with a newline)."""
     tags: dict[str, set[str]] = {}
     for name, tag, _date in fields(text, 3):
         if name not in asked:
@@ -857,8 +858,8 @@ def parse_holds(text: str, asked: Container[str]) -> dict[str, frozenset[str]]:
 
 
 def parse_holds_and_ivsets(text: str, asked: Container[str]) -> tuple[dict[str, frozenset[str]], dict[str, int]]:
-    """By snapshot name the tags from `zfs holds -H`, and, from `zfs list -Hp -o name,ivsetguid` in the same text, the
-    number of each encrypted one. Raises NotBelieved as `parse_holds` does."""
+    """The tags by snapshot, from `zfs holds -H`; and the ivset numbers of encrypted ones, from `zfs list -Hp -o
+    name,ivsetguid` in the same text. Raises NotBelieved as `parse_holds` does."""
     tags: list[str] = []
     ivsets = {}
     for row in fields(text, 2, 3):
@@ -872,8 +873,7 @@ def parse_holds_and_ivsets(text: str, asked: Container[str]) -> tuple[dict[str, 
 
 
 def with_tags(tree: Tree, tags: dict[str, frozenset[str]], ivsets: dict[str, int] | None = None) -> Tree:
-    """The tree with the tags of some of its snapshots filled in, and the numbers of the encrypted ones among these;
-    what is not in `tags` stays unknown."""
+    """The tree with the tags, and ivset numbers, of some snapshots filled in. The tags of others stay unknown."""
     numbers = ivsets or {}
 
     def fill(snapshot: Snapshot) -> Snapshot:
@@ -888,8 +888,8 @@ MAX_INHERITED = 2_000_000
 
 
 def with_clones(tree: Tree) -> Tree:
-    """The tree with what its clones and their origins are to each other; an origin outside the tree is not known.
-    Raises NotBelieved for clones of themselves, and for chains of clones that are too long."""
+    """The tree with clones and origins linked. Origins outside the tree are unknown. Raises NotBelieved for circles,
+    and for chains of clones that are too long."""
     owners = {dataset.name: dataset for dataset in tree.values()}
     origins = {dataset.origin for dataset in tree.values()}
     # Where each origin is in its own dataset's history. Looked for once: a thousand clones may have the same one.
@@ -924,7 +924,7 @@ def with_clones(tree: Tree) -> Tree:
 
 
 def parse_token(token: str, text: str) -> Partial:
-    """A resume token from what `zfs send -nvt TOKEN` says of it, on either stream and whatever its exit status."""
+    """Decode a resume token from what `zfs send -nvt TOKEN` says, on either stream and whatever its exit status."""
 
     def bits(key: str) -> int | None:
         found = re.search(rf"^[ \t]*{key} = 0x([0-9a-f]{{1,16}})$", text, re.MULTILINE)
@@ -940,8 +940,8 @@ MAX_ESTIMATES = 10_000
 
 
 def parse_estimates(text: str) -> list[tuple[int, int]]:
-    """Of each stream in turn, the bytes that `zfs send -nP` foresees, and those that came of it before. What is no
-    number of 64 bits is passed over."""
+    """For each stream in turn: the bytes that `zfs send -nP` estimates, and those that have arrived before. Lines
+    that are no number of 64 bits are ignored."""
     found = []
     before = 0
     # Line by line, each looked at once: the source may say much that is neither.
@@ -957,7 +957,8 @@ def parse_estimates(text: str) -> list[tuple[int, int]]:
 
 
 def parse_usage(text: str) -> dict[str, tuple[int, int]]:
-    """By snapshot, bytes that only it needs and bytes written until it, from `zfs list -Hp -o name,used,written`."""
+    """By snapshot: the bytes that only it needs, and those written before it, from `zfs list -Hp -o
+    name,used,written`."""
     rows = itertools.islice(fields(text, 3), MAX_ROWS)
     return {
         name: (number(used, f"used of {name}"), number(written, f"written of {name}")) for name, used, written in rows
@@ -973,8 +974,8 @@ def parse_space(text: str) -> tuple[int, int]:
 
 
 def parse_failing(text: str, root: str, now: float) -> int | None:
-    """Since when the runs of a tree fail, from what was set as our property at its local root; None if it says nothing
-    of that: it names another root, is no time, or one that is still to come."""
+    """Since when the runs of a tree fail, from our property at its local root. None if the value names another root,
+    or is not a time, or one in the future."""
     found = re.fullmatch(r"([1-9][0-9]{0,10}) (.*)\n", text)
     return int(found[1]) if found and found[2] == root and int(found[1]) <= now + MAX_CLOCK_SKEW else None
 
@@ -1030,10 +1031,8 @@ def newest_common_snapshot(source: Dataset, local: Dataset) -> CommonPoint | Non
 def plan_dataset(
     source: Dataset, local: Dataset | None, policy: Policy, local_name: str, origin: Snapshot | None = None
 ) -> Plan:
-    """Decide how `local` (None: not there yet), to be called `local_name`, gets in step with `source`.
-
-    `origin` is the local snapshot that is to it what its origin is to the source, if there is one.
-    """
+    """Decide how `local` (None if it does not exist yet), which is or will be called `local_name`, gets in step with
+    `source`. `origin` is our copy of the snapshot that the source dataset was cloned from, if we have it."""
     if local is not None and others_tags(local, policy):
         return blocked_by_another_line(local, policy)
     if local is not None and not local.held_before and not local.recognised and is_reversed(source, local):
@@ -1060,14 +1059,14 @@ def plan_dataset(
 
 
 def is_reversed(source: Dataset, local: Dataset) -> bool:
-    """Whether the source received from here what is in common: its snapshot carries `TAG:received`, ours that TAG."""
+    """Whether the source is the mirror, and we are its source: its common snapshot carries `TAG:received`, ours TAG."""
     twins = ((it, source.twin(it)) for it in local.snapshots if it.tags)
     pairs = ((it.tags or NO_TAGS, twin.tags or NO_TAGS) for it, twin in twins if twin)
     return any(tag + RECEIVED in theirs and tag + RECEIVED not in ours for ours, theirs in pairs for tag in ours)
 
 
 def blocked_by_another_line(local: Dataset, policy: Policy) -> Blocked:
-    """Refuse to touch the mirror of another line of the crontab: each would move what the other one relies on."""
+    """Refuse to touch the mirror of another crontab line: each would move what the other relies on."""
     tags = others_tags(local, policy)
     lines = " and ".join(tag[: -len(RECEIVED)] for tag in tags)
     return Blocked(
@@ -1079,11 +1078,13 @@ def blocked_by_another_line(local: Dataset, policy: Policy) -> Blocked:
 
 
 def plan_partial(source: Dataset, local: Dataset, partial: Partial, policy: Policy, origin: Snapshot | None) -> Plan:
-    """An interrupted receive goes on if its base still is the newest local snapshot (or the origin of what is to become
-    a clone), the source still owns both ends of it, and sends it in the same way, raw or plain; else it is given up,
-    and planned anew. What is to follow is part of the plan: it must be held as well.
+    """Resume an interrupted receive, or abort it and plan anew.
 
-    Giving up a first receive destroys the local dataset (that was all there is of it), so plan as if it were absent.
+    It is resumed if its base still is the newest local snapshot (or our copy of the origin, for a clone), if the source
+    still has both ends, and if it is sent in the same way, raw or plain. What follows it is part of the plan, because
+    it must be held as well.
+
+    Aborting a first receive destroys the local dataset (that was all there is of it), so plan as if it did not exist.
     """
     if partial.to_guid is None and not partial.corrupt:
         return Blocked(
@@ -1106,7 +1107,7 @@ def plan_partial(source: Dataset, local: Dataset, partial: Partial, policy: Poli
 
 
 def after_transfer(source: Dataset, local: Dataset | None, local_name: str, plan: Transfer) -> Dataset:
-    """What the local dataset will be once the plan is carried out."""
+    """What the local dataset will be like after the transfer."""
     here = local or Dataset(local_name, source.kind)
     last = here.snapshots[-1].createtxg if here.snapshots else 0
     arrived = [
@@ -1133,7 +1134,7 @@ def steps_of(plan: Plan) -> tuple[Step, ...]:
 
 
 def wanted_snapshots(later: Sequence[Snapshot], policy: Policy) -> Sequence[Snapshot]:
-    """Of the snapshots that we lack, those that will be ours: the newest, those that have clones, or all."""
+    """Of the snapshots that we lack, those that we want: the newest, those that have clones, or all."""
     return [it for it in later if policy.intermediates or it.cloned or it is later[-1]]
 
 
@@ -1215,8 +1216,8 @@ def plan_next(source: Dataset, local: Dataset, policy: Policy) -> Plan:
 
 
 def in_order(tree: Tree) -> list[str]:
-    """The datasets of a tree, parents before their children, and origins before their clones where both can be: of a
-    circle (of a filesystem that is a clone of a promoted child) one goes before its origin."""
+    """The datasets of a tree: parents before children, and origins before clones where both is possible. In a circle
+    (a filesystem that is a clone of its promoted child) one clone comes before its origin."""
     keys = {dataset.name: key for key, dataset in tree.items()}
     origins = {key: keys.get(dataset.origin.partition("@")[0]) for key, dataset in tree.items()}
     followers: dict[str | None, list[str]] = {}
@@ -1253,23 +1254,23 @@ PLACEHOLDER = ".made-way-for-mirror"
 
 
 def others_tags(local: Dataset, policy: Policy) -> list[str]:
-    """The tags of other lines of some crontab that hold their newest common snapshot in this dataset."""
+    """The received tags of other crontab lines in this dataset."""
     tags = {tag for snapshot in local.snapshots for tag in snapshot.tags or () if tag.endswith(RECEIVED)}
     return sorted(tags - {policy.received_tag})
 
 
 def newest_received(local: Dataset, policy: Policy) -> Snapshot | None:
-    """The newest snapshot that we hold here: the newest common one when a run last got that far."""
+    """The newest snapshot that we hold here: it was the newest common one when a run last got that far."""
     return next((it for it in reversed(local.snapshots) if policy.received_tag in (it.tags or ())), None)
 
 
 def is_set_aside(key: str) -> bool:
-    """Whether it, or what it is in, was renamed aside: then it is nobody's mirror any more."""
+    """Whether a dataset, or one above it, was set aside: then it is nobody's mirror any more."""
     return ASIDE in key
 
 
 def is_passing(key: str) -> bool:
-    """Whether the source, which may be a mirror itself, has it under that name for a while only."""
+    """Whether the source, which may be a mirror itself, has this name only for a while."""
     return is_set_aside(key) or PLACEHOLDER in key
 
 
@@ -1278,11 +1279,11 @@ Moved = dict[int, tuple[str, Dataset]]
 
 
 def moved_mirrors(source: Tree, target: Tree, policy: Policy) -> Moved:
-    """Local datasets that mirror nothing of their own name, and without doubt one dataset of the source.
+    """Local datasets that mirror nothing under their own name, and clearly one other dataset of the source.
 
-    The newest common snapshot tells, and no older one: copies that were made by `send | recv`, `clone` or `promote`
-    share the older ones. It must be in one dataset of the source alone, and be held by us in one dataset here. What was
-    set aside stays where it is, and so does what another line holds, or has below it.
+    Only the newest snapshot that we hold counts: copies made by `send | recv`, `clone` or `promote` share older ones.
+    It must be in exactly one dataset of the source, and be held by us in exactly one here. What was set aside stays
+    where it is, and so does what another line holds, or has below it.
     """
     owners: dict[int, int] = {}
     for dataset in source.values():
@@ -1476,7 +1477,8 @@ def hold_changes(
 
 
 def bases_of_promoted_clones(source: Tree, target: Tree) -> dict[str, set[int]]:
-    """By dataset of the source, which of its snapshots are the newest common ones of clones that inherited them."""
+    """By dataset of the source, the guids of its snapshots that promoted clones inherited and still need as their
+    base."""
     found: dict[str, set[int]] = {}
     for key, dataset in source.items():
         local = target.get(key)
@@ -1501,7 +1503,7 @@ def bookmark_changes(source: Dataset, local: Dataset | None, policy: Policy) -> 
 
 
 def moves(dataset: Dataset | None, tag: str, wanted: set[int]) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Names on which to place and from which to release `tag`, so that it stands on exactly the guids `wanted`."""
+    """Names of snapshots to hold and to release, so that `tag` is on exactly the guids `wanted`."""
     snapshots = dataset.snapshots if dataset else ()
     place = tuple(s.name for s in snapshots if s.guid in wanted and (s.tags is None or tag not in s.tags))
     release = tuple(s.name for s in snapshots if s.guid not in wanted and s.tags and tag in s.tags)
@@ -1509,7 +1511,7 @@ def moves(dataset: Dataset | None, tag: str, wanted: set[int]) -> tuple[tuple[st
 
 
 def mirror_status(source: Dataset, local: Dataset | None, name: str, policy: Policy, usage: Usage) -> MirrorStatus:
-    """Where the local dataset `name` stands beside its source."""
+    """The status of the local dataset `name` compared to its source."""
     common = newest_common(source, local) if local else None
     later = [it for it in source.snapshots if common is None or it.createtxg > common.source.createtxg]
     newer = policy.selection.of_snapshots(later)
@@ -1527,7 +1529,8 @@ def mirror_status(source: Dataset, local: Dataset | None, name: str, policy: Pol
 
 
 def local_status(local: Dataset, policy: Policy, source: str | None = None) -> MirrorStatus:
-    """Where a local dataset stands by what is here: what we hold is what both sides had when a run last got there."""
+    """The status of a local dataset by what is here alone: what we hold is what both sides had in the last complete
+    run."""
     held = [snapshot for snapshot in local.snapshots if policy.received_tag in (snapshot.tags or ())]
     partial = local.partial.bytes if local.partial else None
     return MirrorStatus(local.name, source, held[-1] if held else None, held_here=bool(held), partial=partial)
@@ -1538,7 +1541,7 @@ Usage = dict[str, tuple[int, int]]
 
 
 def held_after(dataset: Dataset, tag: str, place: Container[str], release: Container[str] = ()) -> Dataset:
-    """The dataset once `tag` was placed on those of its snapshots, and released from these."""
+    """The dataset after `tag` was placed on some snapshots and released from others."""
 
     def hold(snapshot: Snapshot) -> Snapshot:
         tags = (snapshot.tags or NO_TAGS) | {tag} if snapshot.name in place else snapshot.tags
@@ -1574,8 +1577,8 @@ def expire(source: Dataset | None, local: Dataset, policy: Policy, now: int) -> 
 
 
 def why_all_kept(local: Dataset, common: CommonPoint, policy: Policy) -> str | None:
-    """Why nothing of a local dataset expires; None if it may. A line that is run on the wrong host finds datasets that
-    have all that the other side has, and more, and that no run ever received."""
+    """Why nothing in a local dataset expires; None if it may. On the wrong host, a line finds datasets that have all
+    that the other side has, and more, and that no run ever received."""
     if not local.held_before:
         return "this line held nothing here when the run began, so it is its first one"
     if local.snapshots[-1].guid != common.local.guid:
@@ -1600,8 +1603,7 @@ def may_expire(source: Dataset | None, local: Dataset, policy: Policy, now: int)
 def why_kept(
     snapshot: Snapshot, twin: Snapshot | None, local: Dataset, common: CommonPoint, policy: Policy
 ) -> str | None:
-    """Why a local snapshot, whose `twin` is at the source, must not be expired however old it is; None if nothing
-    speaks for it."""
+    """Why a local snapshot must not expire, however old it is; None if it may. `twin` is its twin at the source."""
     if snapshot.guid == common.local.guid:
         return "the newest common snapshot"
     if local.partial and local.partial.from_guid in (snapshot.guid, None) and local.snapshots:
@@ -1620,14 +1622,14 @@ def why_kept(
 
 
 class TreePlan:
-    """What is to be done to the whole tree: `entries`, in order, each the key of a dataset and a step; or UpToDate; or
-    the Failure why there is no step.
+    """The plan of the whole tree: `entries`, in order, of a dataset's key and a step; or UpToDate; or a Failure that
+    says why there is no step.
 
-    Every step is planned on what the steps before it will leave, which is `target` in the end. --dry-run prints this
-    plan; a run carries out what it can of it at once, lists again, and plans anew until no step is left: see
+    Every step is planned on the state that the steps before it will leave; `target` is that state in the end. --dry-run
+    prints this plan. A run carries out what it can at once, lists again, and plans anew until no step is left: see
     `Run.transfer`.
 
-    Datasets that are `given_up` have failed in this run, and get no step. `left_alone` are those of which we touch
+    Datasets that are `given_up` have failed in this run, and get no step. `left_alone` are datasets of which we touch
     nothing, not even a hold.
     """
 
@@ -1677,7 +1679,7 @@ class TreePlan:
         return local.find(guid) if local else None
 
     def follow_rename(self, key: str) -> None:
-        """Rename the mirror of a dataset that was renamed at the source, once its new parent is here."""
+        """Follow a rename at the source, if the new parent is here."""
         old = former_name(self.source[key], key, self.target, self.moved)
         if old is None or key in self.given_up:
             return
@@ -1703,7 +1705,7 @@ class TreePlan:
         self.copies = {guid: it if it is None else rekeyed(it, old, key) for guid, it in self.copies.items()}
 
     def return_children(self, key: str) -> None:
-        """Rename back what was below a placeholder that has made way, once the dataset itself is here."""
+        """Rename the children of a placeholder that has made way back, once the dataset itself is here."""
         away, here = key + PLACEHOLDER, self.target.get(key)
         if not here or not here.snapshots or away not in self.target or away in self.source:
             return
@@ -1755,7 +1757,8 @@ class TreePlan:
         return plan_dataset(source, self.target.get(key), self.policy, self.local_name(key), self.origin_of(source))
 
     def override(self, key: str, override: Override) -> Plan:
-        """The plan for what an override leaves. Where that would be blocked as well, it is not taken."""
+        """Plan on what an override would leave. If that is blocked as well, the override is not taken: nothing is
+        destroyed for nothing."""
         before = dict(self.target)
         if isinstance(override, Quarantine):
             self.target = {it: local for it, local in before.items() if not is_below(it, key)}
@@ -1769,7 +1772,7 @@ class TreePlan:
         return plan
 
     def add_steps(self, key: str, source: Dataset, plan: Transfer) -> None:
-        """Raises Failure if a parent or an origin should be here, and is not."""
+        """Add the steps of one dataset. Raises Failure if its parent or origin should be here, and is not."""
         steps = list(plan.steps)
         local = self.target.get(key)
         is_first = local is None or any(isinstance(step, MakeWay) for step in steps)
@@ -1793,12 +1796,12 @@ class TreePlan:
 
 
 def rekeyed(key: str, old: str, new: str) -> str:
-    """The key of a dataset once `old` is renamed to `new`, with all below it."""
+    """The key of a dataset after `old` was renamed to `new`, with all below it."""
     return new + key[len(old) :] if is_below(key, old) else key
 
 
 def tree_after_rename(target: Tree, old: str, new: str, policy: Policy) -> Tree:
-    """The local tree once a dataset is renamed, with all below it."""
+    """The local tree after a dataset was renamed, with all below it."""
     found = {}
     for key, local in target.items():
         now = rekeyed(key, old, new)
@@ -1807,8 +1810,8 @@ def tree_after_rename(target: Tree, old: str, new: str, policy: Policy) -> Tree:
 
 
 def former_name(source: Dataset, key: str, target: Tree, moved: Moved) -> str | None:
-    """Under which key the mirror of a dataset is still here that has another name at the source by now, or whose
-    parent had to make way; None if it is here under its own name, or not at all."""
+    """The key of a local dataset whose source was renamed, or whose parent has made way. None if it is here under
+    its own name, or not at all."""
     if key in target:
         return None
     made_way = (above + PLACEHOLDER + key[len(above) :] for above in with_ancestors(key)[:-1])
@@ -1816,8 +1819,7 @@ def former_name(source: Dataset, key: str, target: Tree, moved: Moved) -> str | 
 
 
 def mirrors_of(trees: Trees, policy: Policy) -> Tree:
-    """What is here of each dataset of the source; be it, where a rename could not be followed (yet), under its former
-    name."""
+    """The local copy of each dataset of the source; under its old name if the rename has not been followed yet."""
     moved = moved_mirrors(trees.source, trees.target, policy)
     found = {}
     for key, source in trees.source.items():
@@ -1829,23 +1831,25 @@ def mirrors_of(trees: Trees, policy: Policy) -> Tree:
 
 
 def may_be_of_another_line(local: Dataset | None) -> bool:
-    """Whether another line may hold a dataset: its holds could not be read, and nothing else says that it is ours."""
+    """Whether another line may hold a dataset: its holds could not be read, and nothing else shows that it is ours."""
     if local is None or local.held_before or local.recognised:
         return False
     return any(snapshot.tags is None for snapshot in local.snapshots)
 
 
 def is_ours(source: Dataset, local: Dataset | None) -> bool:
-    """Whether we hold something of a local dataset, or have received it. Not so with what was here before, be it the
-    mirror of another tool, or the original itself where a line is run on the wrong host. That we take over when the
-    source is ahead of it, and we pull."""
+    """Whether a local dataset is ours: we hold a snapshot of it, or have received it.
+
+    What was here before is not, be it another tool's mirror, or the original itself if the line is run on the wrong
+    host. We take it over when the source is ahead of it, and we pull.
+    """
     if local is None or local.held_before or local.recognised:
         return True
     return newest_common(source, local) is None
 
 
 def allowed_override(plan: Plan, policy: Policy) -> Override | None:
-    """What the user has allowed us to do where nothing else helps."""
+    """The override that would help, if the user allows it."""
     allowed = {Rollback: policy.rollback, Quarantine: policy.quarantine}
     ways = plan.ways if isinstance(plan, Blocked) else ()
     return next((way for way in ways if allowed[type(way)]), None)
@@ -1856,8 +1860,8 @@ ORIGIN_FIRST = "it will be pulled, as a clone, once the problem of its origin's 
 
 
 def missing_parents(key: str, source: Tree, target: Tree, existing: Container[str], policy: Policy) -> list[str]:
-    """What is to be created above a local dataset: ancestors of the root, and parents without a snapshot. Raises
-    Failure if what should be there by now is not."""
+    """The placeholders that are missing above a local dataset: ancestors of the root, and parents that have no
+    snapshot at the source. Raises Failure if a parent should be here by now, and is not."""
     if key == "":
         return [name for name in with_ancestors(policy.target_root)[:-1] if name not in existing]
     parent = key.rpartition("/")[0]
@@ -1874,8 +1878,8 @@ def missing_parents(key: str, source: Tree, target: Tree, existing: Container[st
 
 
 def all_hold_changes(trees: Trees, policy: Policy, left_alone: Container[str] = ()) -> dict[str, HoldChanges]:
-    """By dataset of the source, the changes that bring our holds to where they belong; nothing of those that are left
-    alone, or are not ours."""
+    """By dataset of the source, the changes that put our holds where they belong. Datasets that are left alone, or
+    are not ours, get none."""
     mirrors = mirrors_of(trees, policy)
     needed = bases_of_promoted_clones(trees.source, mirrors)
     found = {
@@ -1887,8 +1891,8 @@ def all_hold_changes(trees: Trees, policy: Policy, left_alone: Container[str] = 
 
 
 def lost_holds(trees: Trees, policy: Policy, left_alone: Container[str]) -> Iterator[tuple[str, str]]:
-    """By local dataset, what to tell of a hold at the source that somebody has released, or another backup host with
-    the same tag has moved: the next time the base itself may be gone."""
+    """By local dataset, what to report of holds at the source that are gone: somebody has released them, or another
+    backup host with the same tag has moved them. Next time the base itself may be gone."""
     for key, local in mirrors_of(trees, policy).items():
         if not local.held_before or key in left_alone:
             continue
@@ -1905,8 +1909,8 @@ def lost_holds(trees: Trees, policy: Policy, left_alone: Container[str]) -> Iter
 
 
 def holds_of_others(trees: Trees, policy: Policy, plan: TreePlan) -> Iterator[tuple[str, str]]:
-    """By local dataset, what to tell, before its first run releases them, of holds at the source that bear our tag, and
-    are not where an earlier run of this line would have got to: somebody else may count on them."""
+    """By local dataset, what to report before its first run releases holds at the source that carry our tag, but
+    that no earlier run of this line can have placed: somebody else may count on them."""
     coming: dict[str, set[int]] = {}
     for key, step in ((key, step) for key, step in plan.entries if key in trees.source):
         coming.setdefault(key, set()).update({step.snapshot.guid} if isinstance(step, Receive) else ())
@@ -1928,16 +1932,16 @@ def holds_of_others(trees: Trees, policy: Policy, plan: TreePlan) -> Iterator[tu
 
 
 def is_foreign(source: Dataset, local: Dataset) -> bool:
-    """Whether there are snapshots here, none of which the source has."""
+    """Whether there are local snapshots, but none that the source has."""
     return bool(local.snapshots) and newest_common(source, local) is None
 
 
 def holds_to_read(source: Dataset, local: Dataset | None, policy: Policy, now: int) -> list[Snapshot]:
-    """The snapshots in the history of a source dataset whose holds a run must know.
+    """The snapshots of a source dataset's history whose holds a run must know.
 
-    Our tag can be on none that is older than the oldest one that we hold here, because that hold is always released
-    last (see `Holds.move_all`); on any, if we hold none here, or one that is no snapshot there any more. And before a
-    local snapshot expires, the holds on its twin.
+    Our tag can be on none that is older than the oldest one we hold here, because that hold is always released last
+    (see `Holds.move_all`). It can be on any if we hold none here, or one that is no snapshot there any more. And before
+    a local snapshot expires, the holds on its twin must be known.
     """
     times = {snapshot.guid: snapshot.createtxg for snapshot in source.history}
     ours = [it.guid for it in local.snapshots if it.may_be_held_by(policy.received_tag)] if local else []
