@@ -1114,7 +1114,7 @@ def after_transfer(source: Dataset, local: Dataset | None, local_name: str, plan
         replace(snapshot, name=local_name + snapshot.short, createtxg=last + number, tags=NO_TAGS, cloned=False)
         for number, snapshot in enumerate(plan.targets, 1)
     ]
-    return replace(here, partial=None, snapshots=(*here.snapshots, *arrived))
+    return replace(here, partial=None, empty=False, snapshots=(*here.snapshots, *arrived))
 
 
 def after_rollback(local: Dataset, way: Rollback) -> Dataset:
@@ -2455,7 +2455,7 @@ def receive(
     options += [word for key in left_out if key not in values for word in ("-x", key)]
     if local is None:
         options += born
-    force = ("-F",) if local and local.empty and not local.parent else ()
+    force = ("-F",) if local and local.empty and not local.snapshots and not local.parent else ()
     return ("zfs", "recv", "-s", "-u", "-h", *force, *options, snapshot)
 
 

@@ -381,7 +381,19 @@ BUGS: dict[str, tuple[Plant, ...]] = {
             "('zfs', 'recv', '-s', '-u', *force, *options, snapshot)",
         ),
     ),
-    "-F onto data": (Plant("receive", "local and local.empty and not local.parent", "local"),),
+    "-F onto data": (Plant("receive", "local and local.empty and not local.snapshots and not local.parent", "local"),),
+    "-F onto what has just come": (
+        Plant(
+            "receive",
+            "local and local.empty and not local.snapshots and not local.parent",
+            "local and local.empty and not local.parent",
+        ),
+        Plant(
+            "after_transfer",
+            "replace(here, partial=None, empty=False, snapshots=(*here.snapshots, *arrived))",
+            "replace(here, partial=None, snapshots=(*here.snapshots, *arrived))",
+        ),
+    ),
     # Expiry
     "expiry before the holds have moved": (
         Plant(

@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from histories import SOURCE, local, source
+from histories import LOCAL, SOURCE, local, source
 from hypothesis import given, settings, strategies as st
 
 import zfs_replicate
@@ -23,7 +23,9 @@ from zfs_replicate import (
     Properties,
     Receive,
     Snapshot,
+    Transfer,
     abandon,
+    after_transfer,
     allow_command,
     batches,
     bookmark,
@@ -342,6 +344,15 @@ def test_nothing_is_forced_where_data_may_be(mine: Dataset | None) -> None:
 
 def test_a_vacant_filesystem_is_overwritten() -> None:
     assert "-F" in receive(source("@a,1"), local("", empty=True), "t/a@a")
+
+
+def test_nothing_is_forced_onto_what_has_come_before_in_the_same_batch() -> None:
+    there = source("@a,1 @b,2")
+    assert "-F" not in receive(there, replace(local("@a,1"), empty=True), "t/a@b")
+    plan = Transfer((Receive(there.snapshots[0]),))
+    after = after_transfer(there, local("", empty=True), LOCAL, plan)
+    assert not after.empty
+    assert "-F" not in receive(there, after, "t/a@b")
 
 
 def test_nothing_is_forced_over_what_has_children() -> None:
