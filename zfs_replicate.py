@@ -1019,7 +1019,8 @@ def newest_common(source: Dataset, local: Dataset) -> CommonPoint | None:
     known = [point for point in source.snapshots + source.bookmarks + source.inherited if point.guid in ours]
     if not known:
         return None
-    newest = max(known, key=lambda point: point.createtxg)
+    # No zfs makes two snapshots of a dataset in one transaction group. Should a source say so, ours tell their order.
+    newest = max(known, key=lambda point: (point.createtxg, ours[point.guid].createtxg))
     return CommonPoint(newest, ours[newest.guid])
 
 
@@ -4322,12 +4323,24 @@ class Lister:
         for names in batches(self.policy.target_root + key for key in keys):
             command = list_tree(*names, alone=True)
             answer = self.target_host.ask(command)
-            found = parse_tree(answer.stdout, *self.places)[0]
+            found, held = parse_tree(answer.stdout, *self.places)
             asked = {name[len(self.policy.target_root) :]: name for name in names}
             if not all(key in found or says_absent(answer, name) for key, name in asked.items()):
                 output(self.target_host, command, answer)  # what is not listed need not be absent: this raises
+            found = with_tags(found, self.tags_again(trees, asked, held))
             target.update((key, found[key]) for key in asked if key in found)
         return self.inspect(replace(trees, target=target), keys)
+
+    def tags_again(self, trees: Trees, keys: Iterable[str], held: dict[str, int]) -> dict[str, frozenset[str]]:
+        """The tags of local snapshots that were listed again: those that were known before, if their number is the
+        same, and what is read anew of the others."""
+        known = {
+            it.name: it.tags or NO_TAGS for key in keys if key in trees.target for it in trees.target[key].snapshots
+        }
+        tags = {name: known[name] for name, count in held.items() if len(known.get(name, ())) == count}
+        with ignoring_failures():
+            tags.update(read_tags(self.target_host, {name: n for name, n in held.items() if name not in tags}))
+        return tags
 
     def list_received(self, trees: Trees, streams: Sequence[Stream]) -> tuple[Trees, list[str]]:
         """Verify what is said to have arrived: of each dataset list the last snapshot alone, because its history may
@@ -4545,8 +4558,8 @@ class LocalSteps:
             as_there = ", as at the source"
         self.report.event("rename", name, f"{self.local_name(old)}: now called {name}{as_there}")
         run(self.host, rename(self.local_name(old), name))
-        before = self.lister.held_before or set()
-        self.lister.held_before = before | {rekeyed(it, old, key) for it in before}
+        self.lister.held_before = {rekeyed(it, old, key) for it in self.lister.held_before or ()}
+        self.lister.received = {rekeyed(it, old, key) for it in self.lister.received}
 
     def make_way(self, trees: Trees, key: str) -> None:
         """Rename a placeholder, so that the dataset itself can take its place."""

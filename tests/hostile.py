@@ -1012,7 +1012,9 @@ class Case:
         last = max(ours, key=lambda point: point.createtxg)
         if last.guid not in self.claims.get(SOURCE + self.key(new), ()):
             self.accuse("rename", f"what we hold is no snapshot of that: {words}")
-        if {point.guid for point in store.snapshots.values()} & self.claims.get(SOURCE + self.key(name), set()):
+        # What is said in a listing that was not believed is among the claims too.
+        said = set() if self.is_noisy() else self.claims.get(SOURCE + self.key(name), set())
+        if {point.guid for point in store.snapshots.values()} & said:
             self.accuse("rename", f"it is still at the source: {words}")
 
     def is_noisy(self) -> bool:
@@ -1261,6 +1263,8 @@ class Case:
             # What was common once, and is newer here, may be the last copy: it stays held.
             mirror = hop.ours(key)
             newer = mirror.since(common) if common is not None and hasattr(mirror, "since") else set()
+            if not mirror.values and not here:
+                continue  # nothing shows that it is ours: it is taken over when there is something to pull
             if common is not None and (here - newer != {common} or not {holdable} - {None} <= there):
                 self.accuse("after", f"holds of {key!r}")
 

@@ -1051,6 +1051,37 @@ def test_a_place_of_which_nobody_knows_whether_it_is_empty_stays_as_it_is(job: J
     assert job.backup.datasets[f"{LOCAL}/www"].files
 
 
+def test_a_first_run_of_a_new_dataset_under_an_old_name_expires_nothing(aged: Job) -> None:
+    """/www is called /web by now, and there is another /www: that one was not held when the run began (I8)."""
+    aged.replicate()
+    aged.source.rename_dataset(f"{SOURCE}/www", f"{SOURCE}/web")
+    aged.source.create(f"{SOURCE}/www")
+    for name in ("old", "older", "new"):
+        aged.source.snapshot(f"{SOURCE}/www@{name}")
+        aged.source.world.now += days(9)
+    aged.replicate(keep=1, every=True)
+    assert aged.here("/web").startswith("e")
+    assert aged.here("/www") == f"old older new!{RECEIVED}"
+    aged.replicate(keep=1, every=True)
+    assert aged.here("/www") == f"new!{RECEIVED}"
+
+
+def test_what_was_listed_again_is_known_to_be_held(mirrored: Job) -> None:
+    """A stream failed here: then its mirror is still known for ours, whatever the source says that it is by now."""
+    wire = mirrored.wire
+    run = Run(
+        Policy(SOURCE, LOCAL, TAG), Near(wire, mirrored.source), Near(wire, mirrored.backup), wire.carry, Report()
+    )
+    run.begin(mirrored.source.world.now)
+    before = [(it.name, it.tags) for local in run.trees.target.values() for it in local.snapshots]
+    trees = run.lister.list_some_again(run.trees, [*run.trees.target])
+    assert [(it.name, it.tags) for local in trees.target.values() for it in local.snapshots] == before
+    assert {tags for _, tags in before} == {frozenset([RECEIVED])}
+    mirrored.backup.hold("somebody", f"{LOCAL}/www@a")
+    trees = run.lister.list_some_again(run.trees, ["/www"])
+    assert [it.tags for it in trees.target["/www"].snapshots] == [frozenset([RECEIVED, "somebody"])]
+
+
 def events_of(job: Job, **options: Any) -> list[tuple[str, str]]:
     """What a run notes for --json: what happened, and to what."""
     report, wire = Report(), job.wire
