@@ -41,8 +41,9 @@ OF_OUR_OWN = {
 }  # fmt: skip
 FIXED = ("type", "volblocksize", "volsize", "normalization", "utf8only", "casesensitivity")
 
-UNLIMITED = str(2**64 - 1)
-"""As -p prints that there is no limit."""
+UNLIMITED = "none"
+FORMERLY = str(2**64 - 1)
+"""As -p prints that there is no limit: so since OpenZFS 2.4, and as a number before."""
 
 Values = dict[str, dict[str, str]]
 """The values of properties by name, of datasets by their name below the tree."""
@@ -54,7 +55,7 @@ def values(machine: Machine, tree: str, *options: str) -> Values:
     for line in machine.run(command).stdout.splitlines():
         name, key, value = line.split("\t")
         if key not in ("filesystem_count", "snapshot_count"):
-            found.setdefault(name[len(tree) :], {})[key] = value
+            found.setdefault(name[len(tree) :], {})[key] = UNLIMITED if value == FORMERLY else value
     return found
 
 
