@@ -320,6 +320,10 @@ def with_ancestors(name: str) -> list[str]:
     return ["/".join(parts[: count + 1]) for count in range(len(parts))]
 
 
+PLACEHOLDER = ".made-way-for-mirror"
+"""At the end of the name of a placeholder that has made way for the dataset itself."""
+
+
 @dataclass(frozen=True)
 class Selection:
     """Which datasets and snapshots to replicate. The default is all of them.
@@ -334,6 +338,7 @@ class Selection:
     exclude_snapshots: tuple[str, ...] = ()
 
     def has_dataset(self, key: str) -> bool:
+        key = key.replace(PLACEHOLDER, "")  # a name for a while says nothing
         if not key:
             return True
         return self.recursive and not any(matches(name, self.exclude) for name in with_ancestors(key[1:]))
@@ -1250,9 +1255,6 @@ def in_order(tree: Tree) -> list[str]:
 ASIDE = ".quarantine-"
 """In the name of what was renamed aside; the date follows."""
 
-PLACEHOLDER = ".made-way-for-mirror"
-"""At the end of the name of a placeholder that has made way for the dataset itself."""
-
 
 def others_tags(local: Dataset, policy: Policy) -> list[str]:
     """The received tags of other crontab lines in this dataset."""
@@ -1655,9 +1657,9 @@ class TreePlan:
             self.return_children(key[: -len(PLACEHOLDER)])
         # Names first: what has got a new name at the source may have left its old one to another dataset.
         order = in_order(self.source)
-        for key in order:
-            self.follow_rename(key)
-        for key in order:
+        while sum(map(self.follow_rename, order)):
+            pass  # each that is renamed may have freed a name for another
+        for key in sorted(order, key=self.under_names_of_others(order).__contains__):
             self.plan_one(key)
 
     def local_name(self, key: str) -> str:
@@ -1679,17 +1681,38 @@ class TreePlan:
         local = self.target.get(key) if key is not None else None
         return local.find(guid) if local else None
 
-    def follow_rename(self, key: str) -> None:
+    def under_names_of_others(self, order: Sequence[str]) -> set[str]:
+        """Datasets whose name here still belongs to a mirror that has to be renamed first, with their children and
+        clones. They are planned last."""
+        moved = {key for key, _ in self.moved.values()}
+        owners = {dataset.name: key for key, dataset in self.source.items()}
+        found: set[str] = set()
+        for key in order:
+            origin = owners.get(self.source[key].origin.partition("@")[0])
+            if (
+                (key in moved and not self.is_mirrored(key))
+                or (key and key.rpartition("/")[0] in found)
+                or origin in found
+            ):
+                found.add(key)
+        return found
+
+    def follow_rename(self, key: str) -> bool:
         """Follow a rename at the source, if the new parent is here."""
         old = former_name(self.source[key], key, self.target, self.moved)
-        if old is None or key in self.given_up:
-            return
+        if old is None or old not in self.target or key in self.given_up:
+            return False
+        parent = key.rpartition("/")[0]
+        above = self.decide(parent) if parent in self.target and parent in self.source else None
+        if isinstance(above, Blocked) and above.elsewhere:
+            return False  # nothing of ours goes below what is no mirror of the source's
         try:
             parents = missing_parents(key, self.source, self.target, self.existing, self.policy)
         except Failure:
-            return  # its parent may be here when its own turn comes
+            return False  # its parent may be here when its own turn comes
         self.create(key, parents)
         self.move(old, key)
+        return True
 
     def create(self, key: str, names: Iterable[str]) -> None:
         for name in names:
@@ -1869,6 +1892,9 @@ def missing_parents(key: str, source: Tree, target: Tree, existing: Container[st
     here = target.get(parent)
     if here and here.partial and not here.snapshots:
         # Should its rest never come it must be given up, and zfs gives up no dataset that has children.
+        raise Failure(f"skipped: its parent {here.name} has not been received completely", PARENT_FIRST)
+    if here and not here.snapshots and "/" not in here.name and policy.selection.of_snapshots(source[parent].snapshots):
+        # With something below it a pool's root could not make way for itself any more.
         raise Failure(f"skipped: its parent {here.name} has not been received completely", PARENT_FIRST)
     if here:
         return []
@@ -2224,13 +2250,14 @@ def kinds_values(kind: str, properties: Properties) -> dict[str, str]:
 class Exposure:
     """What a local dataset lacks to be inert: values that are `missing`, it `is_mounted`, its `mountpoint_came` from
     the source. `own` are the properties that are set here, and would be lost with the first ones to come (see
-    `receive`)."""
+    `receive`). It `is_marked` as one that is being taken over (`TAKEN_OVER`)."""
 
     key: str
     missing: dict[str, str]
     own: tuple[str, ...]
     is_mounted: bool
     mountpoint_came: bool
+    is_marked: bool = False
 
     def __str__(self) -> str:
         return "set " + ", ".join(f"{key}={value}" for key, value in self.missing.items())
@@ -2243,12 +2270,14 @@ def exposure(
     missing = {it: value for it, value in kinds_values(local.kind, properties).items() if sources.get(it) != "local"}
     own = tuple(it for it, source in sources.items() if source == "local" and it not in NEVER_SET_AGAIN)
     is_marked = sources.get(TAKEN_OVER) == "local"
-    is_first = "received" not in sources.values() and (is_marked or not (local.held_before or local.recognised))
-    marked = {TAKEN_OVER: str(local.snapshots[-1].guid)} if is_first and not is_marked else {}
+    is_new = not (local.held_before or local.recognised)
+    is_first = "received" not in sources.values() and (is_marked or is_new)
+    marked = {TAKEN_OVER: str(local.snapshots[-1].guid)} if is_new and not is_marked else {}
     came = sources.get("mountpoint") == "received"
     # An administrator may have mounted a mirror of ours, to look into it.
     shows = is_mounted and not local.held_before
-    return Exposure(key, {**missing, **marked}, (*own, *missing) if is_first else (), shows, came)
+    own = (*own, *missing) if is_first else ()
+    return Exposure(key, {**missing, **marked}, own, shows, came, is_marked or bool(marked))
 
 
 LIMITS = ("quota", "refquota", "reservation", "refreservation", "snapshot_limit", "filesystem_limit")
@@ -4338,8 +4367,12 @@ class Lister:
             it.name: it.tags or NO_TAGS for key in keys if key in trees.target for it in trees.target[key].snapshots
         }
         tags = {name: known[name] for name, count in held.items() if len(known.get(name, ())) == count}
-        with ignoring_failures():
+        try:
             tags.update(read_tags(self.target_host, {name: n for name, n in held.items() if name not in tags}))
+        except (LinkLost, Stuck):
+            raise
+        except Failure as failure:
+            self.report.failure(f"holds on {self.target_host.label}", failure)
         return tags
 
     def list_received(self, trees: Trees, streams: Sequence[Stream]) -> tuple[Trees, list[str]]:
@@ -4620,6 +4653,7 @@ class InertMirror:
         self.report = report
         self.own_values: dict[str, dict[str, str]] = {}
         self.refused: set[str] = set()
+        self.marked: set[str] = set()  # where `TAKEN_OVER` is set
 
     def exposures(self, trees: Trees, keys: Sequence[str]) -> Iterator[Exposure]:
         """What each local dataset that we are going to pull into lacks to be inert."""
@@ -4651,6 +4685,7 @@ class InertMirror:
                     target[it.key] = replace(local, changed=True)
                 else:
                     self.own_values[it.key] = self.expose_no_more(local.name, it)
+                    self.marked |= {it.key} if it.is_marked else set()
             except CommandFailed as failure:
                 self.report.failure(local.name, failure)
                 self.own_values[it.key] = {}
@@ -4692,7 +4727,7 @@ class InertMirror:
                 except CommandFailed as failure:
                     self.report.failure(name, failure)
         taken = sorted({root + it.key for it in arrived if self.own_values.get(it.key)})
-        for name in sorted({root + it.key for it in arrived if self.own_values.get(it.key) and not it.step.token}):
+        for name in sorted({root + it.key for it in arrived if it.key in self.marked and not it.step.token}):
             host.ask(inherit(name, TAKEN_OVER))  # it came with properties; what is left of that is no harm
         for batch in batches(name for name in taken if name[len(root) :] in trees.target):
             for (name,) in fields(run(host, list_foreign_mountpoints(batch)), 1):
@@ -4744,6 +4779,7 @@ class Executor:
         self.send = send
         self.report = report
         self.given_up: set[str] = set()
+        self.placed: dict[str, set[str]] = {}  # what was held at the source to be sent
         self.touched: set[str] = set()  # the datasets of which anything may have changed on either side
         self.tries: dict[str, tuple[int, int | None]] = {}  # how often a dataset got no further; steps left at the last
         self.features: list[str] | None = None  # of the local pool
@@ -4790,30 +4826,43 @@ class Executor:
         any."""
         coming: set[str] = set()  # what a stream has still to bring
         moved: set[str] = set()  # what is not where it was listed
-        parents: dict[str, list[str]] = {}
+        parents: list[str] = []  # placeholders that are still to be made
         is_done = False
         for key, step in plan.entries:
             if isinstance(step, Create):
-                parents.setdefault(key, []).append(step.name)
+                parents.append(step.name)
             elif isinstance(step, Receive):
                 coming.add(key)
             elif isinstance(step, LOCAL_STEPS):
+                names = {key, step.old} if isinstance(step, Rename) else {key}
                 if must_wait(key, step, coming, moved):
-                    coming.add(key)
+                    coming |= names  # nor may anything come to what has still to leave that name
                     continue
-                moved |= {key} if isinstance(step, Rename) else set()
                 is_done = True
-                self.touched.add(key)
-                self.note_try(key, 0)
-                try:
-                    if not self.is_stuck(key, 0):
-                        self.local_steps.take(trees, key, step, now, parents.pop(key, ()))
-                except (LinkLost, Stuck):
-                    raise
-                except Failure as failure:
-                    self.give_up(key, failure)
-                    coming.add(key)
+                moved |= {key} if isinstance(step, Rename) else set()
+                above = [name for name in parents if is_below(self.local_name(key), name)]
+                parents = [name for name in parents if name not in above]
+                coming |= set() if self.change_name(trees, key, step, now, above) else names
         return (self.lister.list_target_again(trees) if is_done else trees), is_done
+
+    def change_name(self, trees: Trees, key: str, step: LocalStep, now: int, parents: Sequence[str]) -> bool:
+        """Take one such step. Returns whether it succeeded."""
+        self.touched.add(key)
+        self.note_try(key, 0)
+        if self.is_stuck(key, 0):
+            return False
+        try:
+            self.local_steps.take(trees, key, step, now, parents)
+        except (LinkLost, Stuck):
+            raise
+        except Failure as failure:
+            self.give_up(key, failure)
+            return False
+        if isinstance(step, Rename):
+            self.inert.own_values = {rekeyed(it, step.old, key): own for it, own in self.inert.own_values.items()}
+        elif isinstance(step, (Quarantine, MakeWay)):
+            self.inert.own_values = {it: own for it, own in self.inert.own_values.items() if not is_below(it, key)}
+        return True
 
     # streams
 
@@ -4829,7 +4878,7 @@ class Executor:
             elif isinstance(step, Create):
                 parents.setdefault(key, []).append(step.name)
             elif isinstance(step, LOCAL_STEPS):
-                late.add(key)
+                late |= {key, step.old} if isinstance(step, Rename) else {key}
         receives = {key: steps for key, steps in receives.items() if not self.is_stuck(key, len(steps))}
         if not receives:
             return trees, None
@@ -4870,6 +4919,7 @@ class Executor:
                     self.give_up(key, Failure(what, hint))
                     continue
             self.report.holds("hold", tag, names)
+            self.placed.setdefault(key, set()).update(names)
             source[key] = held_after(source[key], tag, {*names})
         return replace(trees, source=source)
 
@@ -4904,8 +4954,12 @@ class Executor:
         for key in empty:
             # Hours may have gone since the listing, and hours may go until the stream is whole: what anybody writes
             # meanwhile -F would overwrite.
-            run(host, make_read_only(self.local_name(key)))
+            try:
+                run(host, make_read_only(self.local_name(key)))
+            except CommandFailed as failure:
+                self.give_up(key, failure)
         trees = self.lister.list_some_again(trees, [*created, *empty])
+        empty = [key for key in empty if key not in self.given_up]
         return trees, all((local := trees.target.get(key)) and local.empty for key in empty)
 
     def next_batch(self, trees: Trees, receives: Mapping[str, Sequence[Receive]]) -> list[Stream]:
@@ -5250,6 +5304,16 @@ class Run:
         """Move the holds, and list again what was touched, until nothing is left to move. The listing may show holds
         that were not known before, and datasets that were renamed meanwhile."""
         holds = Holds(self.policy, self.source_host, self.target_host, self.report)
+        # What was to be taken over, and did not come: our hold there, which no run looks for, goes again.
+        mirrors = mirrors_of(self.trees, self.policy)
+        for key, names in self.executor.placed.items():
+            local = mirrors.get(key)
+            if (
+                key in self.trees.source
+                and not is_ours(self.trees.source[key], local)
+                and not (local and local.partial)
+            ):
+                holds.release_old(self.source_host, self.policy.tag, names)
         touched = {*self.executor.touched}
         if touched:  # hours may have gone by: what is to be destroyed is looked at anew as well
             touched |= {
@@ -5392,6 +5456,8 @@ def retire(source: Host, target: Host, policy: Policy, report: Report) -> None:
             else:
                 report.event("unmark", mark.name.partition("#")[0], f"{mark.name}: destroyed", bookmark=mark.short)
     release_all(target, policy.target_root, policy.received_tag, report)
+    if target.ask(list_existing([policy.target_root + PLACEHOLDER])).status == 0:  # a run was killed meanwhile
+        release_all(target, policy.target_root + PLACEHOLDER, policy.received_tag, report)
     target.ask(clear_failing(policy.target_root))
 
 

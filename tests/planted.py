@@ -175,9 +175,9 @@ BUGS: dict[str, tuple[Plant, ...]] = {
     ),
     "what is rolled back is not made inert": (
         Plant(
-            "Executor.change_names",
-            "self.local_steps.take(trees, key, step, now, parents.pop(key, ()))",
-            "self.local_steps.take(trees, key, step, now, parents.pop(key, ()))\n"
+            "Executor.change_name",
+            "self.local_steps.take(trees, key, step, now, parents)",
+            "self.local_steps.take(trees, key, step, now, parents)\n"
             "if isinstance(step, Rollback):\n"
             "    self.inert.own_values.setdefault(key, {})",
         ),
@@ -333,7 +333,7 @@ BUGS: dict[str, tuple[Plant, ...]] = {
     ),
     "a dataset that failed gets steps again": (Plant("TreePlan.add_steps", "key in self.given_up", "False"),),
     "a placeholder in place of a parent that failed": (
-        Plant("missing_parents", "policy.selection.of_snapshots(source[parent].snapshots)", "()"),
+        Plant("missing_parents", "if policy.selection.of_snapshots(source[parent].snapshots):", "if False:"),
     ),
     # Carrying it out
     "what was in step stays behind when its parent is set aside": (
