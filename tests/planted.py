@@ -367,9 +367,6 @@ BUGS: dict[str, tuple[Plant, ...]] = {
             "self.lister.list_some_again(trees, created)",
         ),
     ),
-    "what is written while the first stream comes is lost": (
-        Plant("Executor.make_places", "run(host, make_read_only(self.local_name(key)))", ""),
-    ),
     "what is blocked goes without a word": (Plant("Executor.give_up_failed", "self.give_up(key, entry)", ""),),
     "a stream without a name": (
         Plant("Executor.ends", "self.local_name(key) + step.snapshot.short", "self.local_name(key)"),
