@@ -525,8 +525,8 @@ def intermediates(release: str = "bookworm", snapshots: str = "1000") -> None:
     with machines(release) as site:
         site.source.run(f"zfs create -p {TREE} && zfs snapshot {TREE}@first")
         site.replicate_silently()
-        ssh_command_for_user = f"{MIRROR}-by-hand"
-        site.backup.run(f"ssh source zfs send {TREE}@first | zfs recv -u {ssh_command_for_user}")
+        one_stream = f"{MIRROR}-by-hand"
+        site.backup.run(f"ssh source zfs send {TREE}@first | zfs recv -u {one_stream}")
         say(f"{count} snapshots of 16 KiB each")
         site.source.run(
             f"for i in $(seq {count}); do head -c 16K /dev/urandom > /{TREE}/file; zfs snapshot {TREE}@$i; done",
@@ -535,7 +535,7 @@ def intermediates(release: str = "bookworm", snapshots: str = "1000") -> None:
         row = "{:>22} {:>9} {:>10}".format
         print(row("", "seconds", "ms a step"))
         lines = {
-            "zfs send -I, one stream": f"ssh source zfs send -p -I @first {TREE}@{count} | zfs recv -s -u -h {ssh_command_for_user}",
+            "zfs send -I, one stream": f"ssh source zfs send -p -I @first {TREE}@{count} | zfs recv -s -u -h {one_stream}",
             "zfs_replicate -I": f"{JOB} -I",
         }
         seconds = []
