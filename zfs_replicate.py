@@ -2872,23 +2872,18 @@ class FencedHost:
                 )
 
 
-class ReadOnly:
+class ReadOnly(FencedHost):
     """A host on which nothing can be changed: all that --dry-run, --status, --check and --doctor get. So what they do
     need not be read to know that they are harmless."""
 
     def __init__(self, host: Host) -> None:
-        self.host = host
-        self.label = host.label
-        self.account = host.account
-        self.connected = host.connected
-        self.has = host.has
-        self.close = host.close
+        super().__init__(host, root="")
 
-    def ask(self, *commands: Command) -> Answer:
+    def check(self, *commands: Command) -> None:
+        """Raises AssertionError for what would change anything."""
         for command in commands:
             if changed_by(command):
                 raise AssertionError(f"a mode that only looks must not change anything: {command}")
-        return self.host.ask(*commands)
 
     def stream_command(self, *commands: Command, then: Command = ()) -> Command:
         raise AssertionError(f"a mode that only looks must not receive anything: {commands}")

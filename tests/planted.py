@@ -462,7 +462,7 @@ BUGS: dict[str, tuple[Plant, ...]] = {
             "[(program, status, text) for program, status, text in ended[-1:] if status != 0]",
         ),
     ),
-    "a mode that only looks changes something": (Plant("ReadOnly.ask", "changed_by(command)", "False"),),
+    "a mode that only looks changes something": (Plant("ReadOnly.check", "changed_by(command)", "False"),),
     # Locks
     "the lock is not inherited": (Plant("Pipeline.start", "self.transport.inherit if is_last else ()", "()"),),
     "stuck holder left in peace": (
