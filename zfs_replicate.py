@@ -2051,8 +2051,8 @@ fails, gone with the first that does not."""
 
 TAKEN_OVER = "zfs_replicate:taken-over"
 """Set where a mirror of another tool is taken over, before the first stream of ours: to the guid of its newest
-snapshot. While that is the newest one, no stream of ours has arrived. It goes after the first one that brings
-properties. Where a source says it, it is not set here, and says nothing."""
+snapshot. While that is the newest one, no stream of ours has arrived. We remove it after the first one that brings
+properties. What a source says of it is left out, and would say nothing: it was not set here."""
 
 
 def list_existing(names: Iterable[str]) -> Command:
@@ -2213,7 +2213,7 @@ is read-only and not mounted (sync, overlay, vscan, contexts, users' quotas). Wh
 beside our value as the received one, so that `zfs send -b` gives it back."""
 
 GENERATED = ("requires", "requires-mounts-for", "before", "after", "wanted-by", "required-by", "nofail")
-LEFT_OUT = ("mountpoint", FAILING, *(f"org.openzfs.systemd:{name}" for name in GENERATED))
+LEFT_OUT = ("mountpoint", FAILING, TAKEN_OVER, *(f"org.openzfs.systemd:{name}" for name in GENERATED))
 """What has no value here. The mountpoint cannot be said in a word: left out, it follows from the parent's. systemd's
 generator reads its properties from a table with TABs and newlines, with which one value could forge the row of another
 dataset (history_event-zfs-list-cacher.sh of OpenZFS). `keylocation` cannot be left out: see `key_places`."""

@@ -267,7 +267,7 @@ def options(command: Command, flag: str) -> set[str]:
 
 
 SYSTEMD = ("requires", "requires-mounts-for", "before", "after", "wanted-by", "required-by", "nofail")
-NEVER = {"zfs_replicate:failing", *(f"org.openzfs.systemd:{name}" for name in SYSTEMD)}
+NEVER = {"zfs_replicate:failing", "zfs_replicate:taken-over", *(f"org.openzfs.systemd:{name}" for name in SYSTEMD)}
 """What is neither set nor taken over."""
 OF_ALL = {
     "reservation=none", "refreservation=none", "snapshot_limit=none", "volmode=none", "snapdev=hidden",
