@@ -1155,13 +1155,13 @@ class Case:
 
     # streams
 
-    def pull(self, source: Any, target: Any, trains: Any) -> Any:
+    def pull(self, source: Any, target: Any, batches: Any) -> Any:
         """A batch; an earlier program had several, each with what carries it, and wants a list."""
-        passages = []
-        for train in [it[0] for it in trains] if isinstance(trains, (list, tuple)) else [trains]:
+        results = []
+        for batch in [it[0] for it in batches] if isinstance(batches, (list, tuple)) else [batches]:
             arrived: list[Any] = []
             failure = None
-            for sending, receiving in train.streams:
+            for sending, receiving in batch.streams:
                 said, ended = self.carry(source, target, sending, receiving)
                 if said is not None:
                     arrived.append(named("ReceivedStream", "Arrival")(1000, 1.0, said))
@@ -1170,8 +1170,8 @@ class Case:
                 except program.StreamFailed as error:
                     failure = named("with_hint", "explained")(error, source, sending, target, receiving)
                     break
-            passages.append(named("BatchResult", "Passage")(tuple(arrived), failure))
-        return passages if isinstance(trains, (list, tuple)) else passages[0]
+            results.append(named("BatchResult", "Passage")(tuple(arrived), failure))
+        return results if isinstance(batches, (list, tuple)) else results[0]
 
     def carry(self, source: Any, target: Any, sending: Command, receiving: Command) -> tuple[str | None, list[Any]]:
         """What the receiver said if the stream arrived, and how the processes ended."""
@@ -1430,8 +1430,8 @@ def unlocked(*words: object, **more: object) -> Iterator[Any]:
     yield types.SimpleNamespace(moved=lambda: None, filenos=(), file=types.SimpleNamespace(fileno=lambda: 0))
 
 
-def pulled(source: Any, target: Any, trains: Any, *more: object) -> Any:
-    return NOW[-1].pull(source, target, trains)
+def pulled(source: Any, target: Any, batches: Any, *more: object) -> Any:
+    return NOW[-1].pull(source, target, batches)
 
 
 def parsed(argv: list[str] | None) -> argparse.Namespace:

@@ -84,7 +84,7 @@ def test_second_run_does_nothing_with_one_login_and_two_commands(site: Site) -> 
 
 @pytest.mark.full
 def test_a_tree_goes_by_one_command_and_what_fails_holds_nobody_up(site: Site) -> None:
-    """The number of commands at the source is that of the trains, whatever the number of datasets."""
+    """The number of commands at the source is that of the batches, whatever the number of datasets."""
     children = [f"d{number}" for number in range(6)]
     site.plant(*children, "d1/inner")
 

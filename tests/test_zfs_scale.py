@@ -66,7 +66,7 @@ def test_500_datasets_with_20_snapshots_each(site: Site, record_property: Record
         site.assert_in_step()
     assert max(memory for memory, _ in found.values()) < LIMIT
     assert few[1] == many[1] == 2
-    assert max(first[1], next_one[1]) < 20, "five trains, and few for all"
+    assert max(first[1], next_one[1]) < 20, "five batches, and few for all"
 
 
 def test_every_one_of_20_snapshots_of_50_datasets(site: Site, record_property: Record) -> None:
