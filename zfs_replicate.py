@@ -4914,7 +4914,9 @@ class Executor:
                     self.give_up(key, Failure(what, hint))
                     continue
             self.report.holds("hold", tag, names)
-            self.placed.setdefault(key, set()).update(names)
+            # What could not be read may have been held before: that hold is not ours to release again.
+            known = {it.snapshot.name for it in receives[key] if it.snapshot.tags is not None}
+            self.placed.setdefault(key, set()).update(known.intersection(names))
             source[key] = held_after(source[key], tag, {*names})
         return replace(trees, source=source)
 

@@ -8,7 +8,7 @@ from histories import LOCAL, RECEIVED, SOURCE, TAG
 from simulated import Machine, Near, Point, Wire, World, days
 from test_simulated_run import Job, new_job, once, refusing
 
-from zfs_replicate import PLACEHOLDER, FencedHost, Policy, Report, Selection, retire
+from zfs_replicate import PLACEHOLDER, Answer, Command, FencedHost, Policy, Report, Selection, retire
 
 
 def of(*keys: str) -> Job:
@@ -165,6 +165,28 @@ def test_a_take_over_that_keeps_failing_leaves_no_holds_behind() -> None:
         job.source.world.now += days(1)
         job.replicate(status=1, at=refusing("^zfs send -L"))
     assert job.there() == "a b c d"
+
+
+def test_a_take_over_that_fails_releases_no_hold_that_another_run_may_have_placed() -> None:
+    """The holds at the source could not be read at first, so nobody knows whose the hold on @b is."""
+    job = of()
+    store = job.backup.datasets[LOCAL]
+    for point in store.snapshots.values():
+        point.tags = set()
+    store.values = {}
+    job.source.release(TAG, f"{SOURCE}@a")
+    job.snapshot("b")
+    job.source.hold(TAG, f"{SOURCE}@b")
+    streams = refusing("^zfs send -L")
+    holds = refusing("zfs holds", "source")
+    placing: list[str] = []
+
+    def disturb(where: Machine, command: Command, moment: str) -> Answer | None:
+        placing.extend(it for it in [command[1]] if it == "hold")
+        return streams(where, command, moment) or (None if placing else holds(where, command, moment))
+
+    job.replicate(status=1, at=disturb)
+    assert job.there() == f"a b!{TAG}"
 
 
 def test_retire_finds_what_a_killed_run_has_made_way_for() -> None:
