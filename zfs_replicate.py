@@ -2055,19 +2055,51 @@ snapshot. While that is the newest one, no stream of ours has arrived. We remove
 properties. What a source says of it is left out, and would say nothing: it was not set here."""
 
 
-def list_existing(names: Iterable[str]) -> Command:
-    """Prints those of `names` that exist; exits 1 if one does not."""
-    return ("zfs", "list", "-H", "-o", "name", "-t", DATASET_KINDS, *names)
+# Commands that look. What they are asked about follows at their end.
 
+# Prints those names that exist. Exits 1 if one does not.
+LIST_EXISTING: Command = ("zfs", "list", "-H", "-o", "name", "-t", DATASET_KINDS)
 
-def get_failing(root: str) -> Command:
-    """Prints the mark where it was set at this very root. What came with a stream is the source's word, whose TABs and
-    newlines zfs prints as they are: it says nothing."""
-    return ("zfs", "get", "-H", "-s", "local", "-o", "value", FAILING, root)
+# Only what was set on this very dataset: what came with a stream is the source's word, whose TABs and newlines zfs
+# prints as they are.
+GET_FAILING: Command = ("zfs", "get", "-H", "-s", "local", "-o", "value", FAILING)
 
+LIST_USAGE: Command = ("zfs", "list", "-Hp", "-r", "-t", "snapshot", "-o", "name,used,written")
+LIST_SPACE: Command = ("zfs", "list", "-Hp", "-o", "used,available")
+LIST_MOUNTED: Command = ("zfs", "list", "-H", "-o", "name,mounted")
+LIST_HOLDS: Command = ("zfs", "holds", "-H")
+LIST_IVSETS: Command = ("zfs", "list", "-Hp", "-t", "snapshot", "-o", "name,ivsetguid")
 
-def list_usage(root: str) -> Command:
-    return ("zfs", "list", "-Hp", "-r", "-t", "snapshot", "-o", "name,used,written", root)
+# With which dataset each shares its encryption key.
+LIST_KEY_ROOTS: Command = ("zfs", "list", "-H", "-o", "name,encryptionroot")
+
+# Datasets and snapshots alone, without what belongs to them. Exits 1 if one does not exist.
+LIST_EXACTLY: Command = ("zfs", "list", "-Hp", "-t", LIST_KINDS, "-o", ",".join(LIST_COLUMNS))
+
+# Which properties were set or received, without their values, which may be any text.
+LIST_SOURCES: Command = ("zfs", "get", "-H", "-s", "local,received", "-o", "name,property,source", "all")
+
+# A property, and the names of the datasets, follow.
+GET_VALUE: Command = ("zfs", "get", "-Hp", "-o", "value")
+GET_VALUES: Command = ("zfs", "get", "-Hp", "-o", "name,value")
+
+# Those datasets whose mountpoint came with a stream.
+LIST_FOREIGN_MOUNTPOINTS: Command = ("zfs", "get", "-H", "-s", "received", "-o", "name", "mountpoint")
+
+# How many objects each user and group owns. An empty filesystem has one: its root directory.
+COUNT_FILES: Command = ("zfs", "userspace", "-Hp", "-o", "objused")
+
+DECODE_TOKEN: Command = ("zfs", "send", "-nvt")
+
+# Who may do what with a dataset, by what was allowed on it and on its ancestors.
+LIST_RIGHTS: Command = ("zfs", "allow")
+
+# The versions of the programs and of the kernel module.
+ZFS_VERSION: Command = ("zfs", "version")
+CLOCK_TIME: Command = ("date", "+%s")
+
+STATE_COLUMNS = ("name", "type", "readonly", "canmount", "mounted", "sharenfs", "sharesmb")
+LIST_STATE: Command = ("zfs", "list", "-Hp", "-r", "-t", DATASET_KINDS, "-o", ",".join(STATE_COLUMNS))
 
 
 def list_tree(
@@ -2083,19 +2115,6 @@ def list_fast(*names: str, alone: bool = False) -> tuple[Command, Command]:
     """Of points only what zfs answers fast, a command for itself: one slow column makes all of them slow."""
     datasets = list_tree(*names, alone=alone, kinds=DATASET_KINDS)
     return datasets, list_tree(*names, alone=alone, kinds=POINT_KINDS, columns=FAST_COLUMNS)
-
-
-def list_exactly(names: Iterable[str]) -> Command:
-    """Those datasets and snapshots, and nothing of what belongs to them; exits 1 if one does not exist."""
-    return ("zfs", "list", "-Hp", "-t", LIST_KINDS, "-o", ",".join(LIST_COLUMNS), *names)
-
-
-def list_ivsets(snapshots: Iterable[str]) -> Command:
-    return ("zfs", "list", "-Hp", "-t", "snapshot", "-o", "name,ivsetguid", *snapshots)
-
-
-def list_holds(snapshots: Iterable[str]) -> Command:
-    return ("zfs", "holds", "-H", *snapshots)
 
 
 LOOKING = ("list", "get", "holds", "send", "allow", "userspace", "version")
@@ -2298,38 +2317,6 @@ def settable(key: str, value: str) -> str:
     return "none" if key in LIMITS and value in ("0", str(2**64 - 1)) else value
 
 
-def list_sources(names: Iterable[str]) -> Command:
-    """Prints which properties are set on these datasets, or were received, and none of their values, which may be any
-    text."""
-    return ("zfs", "get", "-H", "-s", "local,received", "-o", "name,property,source", "all", *names)
-
-
-def get_value(name: str, key: str) -> Command:
-    return ("zfs", "get", "-Hp", "-o", "value", key, name)
-
-
-def get_values(names: Iterable[str], key: str) -> Command:
-    return ("zfs", "get", "-Hp", "-o", "name,value", key, *names)
-
-
-def list_mounted(names: Iterable[str]) -> Command:
-    return ("zfs", "list", "-H", "-o", "name,mounted", *names)
-
-
-def list_foreign_mountpoints(names: Iterable[str]) -> Command:
-    """Prints which of these datasets have a mountpoint that came with a stream."""
-    return ("zfs", "get", "-H", "-s", "received", "-o", "name", "mountpoint", *names)
-
-
-def list_key_roots(names: Iterable[str]) -> Command:
-    """Prints with which dataset each shares its encryption key."""
-    return ("zfs", "list", "-H", "-o", "name,encryptionroot", *names)
-
-
-def decode_token(token: str) -> Command:
-    return ("zfs", "send", "-nvt", token)
-
-
 FEATURES = tuple(dict.fromkeys((*FEATURE_BITS.values(), *(need for needs in STREAM_FLAGS.values() for need in needs))))
 """Those of a pool that streams need."""
 
@@ -2342,36 +2329,6 @@ def list_features(pool: str) -> Command:
     """
     names = ("health", "capacity", *(f"feature@{name}" for name in FEATURES))
     return ("zpool", "get", "-Hp", "-o", "property,value", ",".join(names), pool)
-
-
-def pool_guid(pool: str) -> Command:
-    """Prints a number that no other pool's root has."""
-    return ("zfs", "get", "-Hp", "-o", "value", "guid", pool)
-
-
-def zfs_version() -> Command:
-    """Prints the versions of the programs and of the kernel module."""
-    return ("zfs", "version")
-
-
-def clock_time() -> Command:
-    return ("date", "+%s")
-
-
-STATE_COLUMNS = ("name", "type", "readonly", "canmount", "mounted", "sharenfs", "sharesmb")
-
-
-def list_state(root: str) -> Command:
-    return ("zfs", "list", "-Hp", "-r", "-t", "filesystem,volume", "-o", ",".join(STATE_COLUMNS), root)
-
-
-def list_space(name: str) -> Command:
-    return ("zfs", "list", "-Hp", "-o", "used,available", name)
-
-
-def count_files(name: str) -> Command:
-    """Prints how many objects each user and group owns; an empty filesystem has one, its root directory."""
-    return ("zfs", "userspace", "-Hp", "-o", "objused", name)
 
 
 # Commands that change something. There are no others: a test looks for any tuple elsewhere that begins like one. What
@@ -2519,11 +2476,6 @@ class Account:
     user: str
     host: str
     tree: str
-
-
-def list_rights(name: str) -> Command:
-    """Prints who may do what with a dataset, by what was allowed on it and on its ancestors."""
-    return ("zfs", "allow", name)
 
 
 def rights_of(text: str, user: str) -> set[str]:
@@ -2829,7 +2781,7 @@ class SudoHost:
         self.close = host.close
 
     def ask(self, *commands: Command) -> Answer:
-        if commands == (clock_time(),):  # for which nobody needs to be root, and sudo may permit zfs alone
+        if commands == (CLOCK_TIME,):  # for which nobody needs to be root, and sudo may permit zfs alone
             return self.host.ask(*commands)
         answer = self.host.ask(*map(by_sudo, commands))
         if answer.status == 127:
@@ -4179,7 +4131,7 @@ def read_tags(host: Host, held: dict[str, int]) -> dict[str, frozenset[str]]:
     with a newline can look like the hold of another snapshot."""
     tags: dict[str, frozenset[str]] = {}
     for batch in batches(held):
-        tags.update(parse_holds(run(host, list_holds(batch)), held))
+        tags.update(parse_holds(run(host, (*LIST_HOLDS, *batch)), held))
     for name, count in held.items():
         found = len(tags.get(name, ()))
         if found != count:
@@ -4219,7 +4171,7 @@ def place_holds(host: Host, tag: str, names: Iterable[str]) -> dict[str, str]:
         answer = host.ask(hold(tag, batch))
         if answer.status != 0:
             # Some may be done, some may have had the tag before: an exit status tells neither, so look.
-            found = parse_holds(host.ask(list_holds(batch)).stdout, {*batch})
+            found = parse_holds(host.ask((*LIST_HOLDS, *batch)).stdout, {*batch})
             said = answer.stderr.strip()
             missing.update({name: said for name in batch if tag not in found.get(name, ())})
     return missing
@@ -4243,7 +4195,7 @@ def read_holds_and_ivsets(
     for batch in batches(names, BATCH_BYTES // 2 if encrypted else BATCH_BYTES):  # those are named twice
         raw = [name for name in batch if name in encrypted]
         held, numbers = parse_holds_and_ivsets(
-            run(host, *([list_ivsets(raw)] if raw else []), list_holds(batch)), {*batch}
+            run(host, *([(*LIST_IVSETS, *raw)] if raw else []), (*LIST_HOLDS, *batch)), {*batch}
         )
         tags.update({name: held.get(name, NO_TAGS) for name in batch})
         ivsets.update(numbers)
@@ -4380,7 +4332,7 @@ class Lister:
         exactly = (it for key, some in steps.items() for it in (names[key], names[key] + some[-1].snapshot.short))
         found: Tree = {}
         for batch in batches(exactly):
-            found.update(parse_tree(self.target_host.ask(list_exactly(batch)).stdout, *self.places)[0])
+            found.update(parse_tree(self.target_host.ask((*LIST_EXACTLY, *batch)).stdout, *self.places)[0])
         target, unproven = dict(trees.target), []
         for key, some in steps.items():
             local = found.get(key)
@@ -4407,13 +4359,13 @@ class Lister:
         names = with_ancestors(self.policy.target_root)
         root, aside = self.places
         asked = [*names, *([aside] if len(aside) <= NAME_LIMIT else [])]
-        answer = self.target_host.ask(list_existing(asked))
+        answer = self.target_host.ask((*LIST_EXISTING, *asked))
         existing = [row[0] for row in fields(answer.stdout, 1)]
         for name in asked:
             if name not in existing and (name == names[0] or not says_absent(answer, name)):
                 hint = hint_for(answer.stderr) or f"is the pool imported? zpool import {names[0]}"
                 raise Failure(f"cannot list {name} on {self.target_host.label}: {answer.stderr.strip()}", hint)
-        failing = root in existing and bool(self.target_host.ask(get_failing(root)).stdout)
+        failing = root in existing and bool(self.target_host.ask((*GET_FAILING, root)).stdout)
         places = [name for name in (root, aside) if name in existing]
         tree: Tree = {}
         if places:
@@ -4457,7 +4409,7 @@ class Lister:
 
     def inspect_one(self, key: str, local: Dataset, source: Tree) -> Dataset:
         if local.partial:
-            answer = self.target_host.ask(decode_token(local.partial.token))
+            answer = self.target_host.ask((*DECODE_TOKEN, local.partial.token))
             local = replace(local, partial=parse_token(local.partial.token, answer.stdout + answer.stderr))
         local = replace(local, held_before=key in (self.held_before or ()), recognised=key in self.received)
         there = source.get(key)
@@ -4473,7 +4425,7 @@ class Lister:
     def is_empty(self, name: str) -> bool | None:
         """Whether a filesystem contains no files; None if that cannot be determined."""
         self.target_host.ask(sync_pool(with_ancestors(name)[0]))
-        command = count_files(name)
+        command = (*COUNT_FILES, name)
         answer = self.target_host.ask(command)
         if answer.status != 0:
             rights = allow_hint(self.target_host, command, answer.stderr)
@@ -4503,13 +4455,13 @@ class Lister:
         doubtful = [key for key in keys if key in target and key in trees.source]
         doubtful = [key for key in doubtful if not is_ours(trees.source[key], target[key])]
         for batch in batches(target[key].name for key in doubtful):
-            for name, sources in parse_sources(run(self.target_host, list_sources(batch)), batch).items():
+            for name, sources in parse_sources(run(self.target_host, (*LIST_SOURCES, *batch)), batch).items():
                 key = name[len(self.policy.target_root) :]
                 ours = kinds_values(target[key].kind, self.policy.properties)
                 if any(sources.get(it) != "local" for it in ours):
                     continue
                 is_marked = sources.get(TAKEN_OVER) == "local"
-                mark = run(self.target_host, get_value(name, TAKEN_OVER)).strip() if is_marked else ""
+                mark = run(self.target_host, (*GET_VALUE, TAKEN_OVER, name)).strip() if is_marked else ""
                 if mark != str(target[key].snapshots[-1].guid):
                     found.add(key)
         return found
@@ -4654,8 +4606,8 @@ class InertMirror:
         """What each local dataset that we are going to pull into lacks to be inert."""
         host = self.host
         for batch in batches(trees.target[key].name for key in keys):
-            sources = parse_sources(run(host, list_sources(batch)), batch)
-            mounted = {row[0] for row in fields(run(host, list_mounted(batch)), 2) if row[1] == "yes"}
+            sources = parse_sources(run(host, (*LIST_SOURCES, *batch)), batch)
+            mounted = {row[0] for row in fields(run(host, (*LIST_MOUNTED, *batch)), 2) if row[1] == "yes"}
             for name in batch:
                 key = name[len(self.policy.target_root) :]
                 yield exposure(key, trees.target[key], sources[name], self.policy.properties, name in mounted)
@@ -4698,7 +4650,7 @@ class InertMirror:
             run(host, set_values(name, values))
         if it.mountpoint_came:
             run(host, inherit(name, "mountpoint"))
-        own = {key: run(host, get_value(name, key))[:-1] for key in it.own}
+        own = {key: run(host, (*GET_VALUE, key, name))[:-1] for key in it.own}
         return {key: settable(key, value) for key, value in own.items()}
 
     def put_back(
@@ -4725,14 +4677,14 @@ class InertMirror:
         for name in sorted({root + it.key for it in arrived if it.key in self.marked and not it.step.token}):
             host.ask(inherit(name, TAKEN_OVER))  # it came with properties; what is left of that is no harm
         for batch in batches(name for name in taken if name[len(root) :] in trees.target):
-            for (name,) in fields(run(host, list_foreign_mountpoints(batch)), 1):
+            for (name,) in fields(run(host, (*LIST_FOREIGN_MOUNTPOINTS, *batch)), 1):
                 run(host, inherit(name, "mountpoint"))
 
 
 def is_written(host: Host, name: str) -> bool:
     """Whether anything was written to a local dataset since its newest snapshot."""
     host.ask(sync_pool(with_ancestors(name)[0]))
-    return number(run(host, get_value(name, "written")).strip(), "written") > 0
+    return number(run(host, (*GET_VALUE, "written", name)).strip(), "written") > 0
 
 
 def key_places(host: Host, names: Iterable[str]) -> dict[str, str]:
@@ -4743,7 +4695,7 @@ def key_places(host: Host, names: Iterable[str]) -> dict[str, str]:
     """
     found: dict[str, str] = {}
     for batch in batches(names):
-        roots = [row[0] for row in fields(run(host, list_key_roots(batch)), 2) if row[0] == row[1]]
+        roots = [row[0] for row in fields(run(host, (*LIST_KEY_ROOTS, *batch)), 2) if row[0] == row[1]]
         for some in batches(roots):
             found.update(values_of(host, "keylocation", some))
     return found
@@ -4752,10 +4704,10 @@ def key_places(host: Host, names: Iterable[str]) -> dict[str, str]:
 def values_of(host: Host, key: str, names: Sequence[str]) -> dict[str, str]:
     """A property of local datasets: one command for all of them, or one for each if a value contains newlines."""
     with contextlib.suppress(NotBelieved):
-        rows = [*fields(run(host, get_values(names, key)), 2)]
+        rows = [*fields(run(host, (*GET_VALUES, key, *names)), 2)]
         if sorted(row[0] for row in rows) == sorted(names):
             return dict(rows)
-    return {name: run(host, get_value(name, key))[:-1] for name in names}
+    return {name: run(host, (*GET_VALUE, key, name))[:-1] for name in names}
 
 
 class Executor:
@@ -5232,7 +5184,9 @@ class Run:
         take the source for its own mirror."""
         roots = (self.policy.source_root, self.policy.target_root)
         if overlap(*roots):
-            guids = [run(host, pool_guid(roots[0].split("/")[0])) for host in (self.source_host, self.target_host)]
+            guids = [
+                run(host, (*GET_VALUE, "guid", roots[0].split("/")[0])) for host in (self.source_host, self.target_host)
+            ]
             if guids[0] == guids[1]:
                 raise Failure(
                     f"{self.source_host.label} is this host, and {roots[0]} and {roots[1]} overlap: "
@@ -5389,7 +5343,7 @@ def facts(step: Receive) -> dict[str, Any]:
 
 def mark_failing(target: Host, root: str, now: int) -> int:
     """Note at the local root that its runs fail. Returns since when they do."""
-    answer = target.ask(get_failing(root))
+    answer = target.ask((*GET_FAILING, root))
     since = parse_failing(answer.stdout, root, now)
     if since is None and answer.status == 0:
         target.ask(set_failing(root, now))  # whoever may not do so has his mirror all the same
@@ -5409,7 +5363,7 @@ def aside_of(name: str, now: int) -> str:
 def all_statuses(it: Run) -> Iterator[MirrorStatus]:
     """Where all datasets of the source stand, then what is here alone."""
     source, target, root = it.trees.source, it.trees.target, it.policy.target_root
-    usage = parse_usage(run(it.source_host, list_usage(it.policy.source_root)))
+    usage = parse_usage(run(it.source_host, (*LIST_USAGE, it.policy.source_root)))
     for key in sorted(source, key=lambda key: key.split("/")):
         yield mirror_status(source[key], target.get(key), root + key, it.policy, usage)
     for key in sorted(target.keys() - source.keys(), key=lambda key: key.split("/")):
@@ -5431,7 +5385,7 @@ def arrivals(target: Host, tag: str, names: Iterable[str]) -> dict[str, float]:
     made, its source says."""
     found = {}
     for batch in batches(names):
-        for name, date in parse_hold_dates(target.ask(list_holds(batch)).stdout, tag).items():
+        for name, date in parse_hold_dates(target.ask((*LIST_HOLDS, *batch)).stdout, tag).items():
             with contextlib.suppress(ValueError, OverflowError):
                 found[name] = time.mktime(time.strptime(date, HOLD_DATE))
     return found
@@ -5453,14 +5407,14 @@ def retire(source: Host, target: Host, policy: Policy, report: Report) -> None:
             else:
                 report.event("unmark", mark.name.partition("#")[0], f"{mark.name}: destroyed", bookmark=mark.short)
     release_all(target, policy.target_root, policy.received_tag, report)
-    if target.ask(list_existing([policy.target_root + PLACEHOLDER])).status == 0:  # a run was killed meanwhile
+    if target.ask((*LIST_EXISTING, policy.target_root + PLACEHOLDER)).status == 0:  # a run was killed meanwhile
         release_all(target, policy.target_root + PLACEHOLDER, policy.received_tag, report)
     target.ask(clear_failing(policy.target_root))
 
 
 def release_all(host: Host, root: str, tag: str, report: Report) -> list[Snapshot]:
     """Release `tag` in all of a tree, and tell what was done. Returns the tree's bookmarks."""
-    answer = host.ask(list_existing([root]))
+    answer = host.ask((*LIST_EXISTING, root))
     if says_absent(answer, root):
         report.step(f"{root}: not there (any more)")
         return []
@@ -5603,7 +5557,7 @@ class Doctor:
     def examine(self) -> Iterator[Finding]:
         """All findings. One that cannot be made does not keep the others from being made; but without both trees
         there is nothing to say of them."""
-        there = run(self.run.source_host, clock_time())
+        there = run(self.run.source_host, CLOCK_TIME)
         yield Finding(f"{self.run.source_host.label}: connection, host key and login OK")
         for look in (self.programs, lambda: self.clocks(there)):
             yield from self.tried(look)
@@ -5621,7 +5575,7 @@ class Doctor:
 
     def programs(self) -> Iterator[Finding]:
         for host in (self.run.source_host, self.run.target_host):
-            said = run(host, zfs_version()).split()
+            said = run(host, ZFS_VERSION).split()
             known = re.match(r"zfs-([0-9]{1,4})\.([0-9]{1,4})(?![0-9])", said[0]) if said else None
             old = not known or (int(known[1]), int(known[2])) < (2, 1)
             yield Finding(f"{host.label}: OpenZFS {' '.join(said[:2])}", "use 2.1 or newer" if old else "")
@@ -5630,7 +5584,7 @@ class Doctor:
 
     def clocks(self, there: str) -> Iterator[Finding]:
         """What the clock `there` has told, beside ours."""
-        here = run(self.run.target_host, clock_time())
+        here = run(self.run.target_host, CLOCK_TIME)
         theirs = number(there.strip(), f"the date on {self.run.source_host.label}")
         skew = abs(theirs - number(here.strip(), f"the date on {self.run.target_host.label}"))
         what = f"clocks: {format_timeout(skew)} apart"
@@ -5656,7 +5610,7 @@ class Doctor:
                 continue
             user = host.account.user
             needed = {right for verb in verbs for right in RIGHTS[verb].split(",")} | set(properties)
-            missing = ",".join(sorted(needed - rights_of(run(host, list_rights(place)), user)))
+            missing = ",".join(sorted(needed - rights_of(run(host, (*LIST_RIGHTS, place)), user)))
             what = f"{host.label}: {user} " + (f"lacks rights on {place}: {missing}" if missing else "has all rights")
             remedy = f"as root on {host.account.host}: {shlex.join(('zfs', 'allow', user, missing, place))}"
             yield Finding(what, remedy if missing else "")
@@ -5693,8 +5647,8 @@ class Doctor:
             f"{name}: {percent} % full", "make room, or expire earlier: -k" if percent >= FULL_PERCENT else ""
         )
         if not self.run.trees.target:
-            used, _ = parse_space(run(self.run.source_host, list_space(self.policy.source_root)))
-            _, available = parse_space(run(self.run.target_host, list_space(self.run.trees.existing[-1])))
+            used, _ = parse_space(run(self.run.source_host, (*LIST_SPACE, self.policy.source_root)))
+            _, available = parse_space(run(self.run.target_host, (*LIST_SPACE, self.run.trees.existing[-1])))
             what = f"{name}: {available:,} bytes available, {used:,} used by {self.policy.source_root}"
             yield Finding(what, "make room: a first pull may not fit" if available < used else "")
         lacks = [f for f in FEATURE_BITS.values() if known.get(f"feature@{f}") not in ("enabled", "active")]
@@ -5714,7 +5668,7 @@ class Doctor:
                 remedy = shlex.join(("zfs", "destroy", local.name))
                 yield Finding(f"{local.name}: a placeholder that has made way, and is empty", remedy)
         wrong = 0
-        for row in fields(run(self.run.target_host, list_state(self.policy.target_root)), len(STATE_COLUMNS)):
+        for row in fields(run(self.run.target_host, (*LIST_STATE, self.policy.target_root)), len(STATE_COLUMNS)):
             name, _, readonly, canmount, mounted, nfs, smb = row
             if canmount == "off" or name[len(self.policy.target_root) :] not in self.run.trees.source:
                 continue
@@ -6459,7 +6413,7 @@ def check(options: argparse.Namespace) -> int:
     host = ReadOnly(here(options))
     try:
         found = list(local_statuses(host, policy_of(options)))
-        mark = run(host, get_failing(options.local_fs))
+        mark = run(host, (*GET_FAILING, options.local_fs))
     except Failure as failure:
         print(f"ZFS_REPLICATE UNKNOWN - {excerpt(failure.what)}".replace("\n", " ").replace("|", "/"))
         return 3

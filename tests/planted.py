@@ -260,9 +260,9 @@ BUGS: dict[str, tuple[Plant, ...]] = {
     ),
     "a mark of any source counts": (
         Plant(
-            "get_failing",
-            "('zfs', 'get', '-H', '-s', 'local', '-o', 'value', FAILING, root)",
-            "('zfs', 'get', '-H', '-o', 'value', FAILING, root)",
+            "",
+            "('zfs', 'get', '-H', '-s', 'local', '-o', 'value', FAILING)",
+            "('zfs', 'get', '-H', '-o', 'value', FAILING)",
         ),
     ),
     "a mark of tomorrow counts": (Plant("parse_failing", "int(found[1]) <= now + MAX_CLOCK_SKEW", "True"),),

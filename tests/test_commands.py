@@ -15,6 +15,8 @@ from hypothesis import given, settings, strategies as st
 import zfs_replicate
 from zfs_replicate import (
     BATCH_BYTES,
+    COUNT_FILES,
+    LIST_HOLDS,
     RIGHTS,
     SBIN,
     Account,
@@ -29,13 +31,11 @@ from zfs_replicate import (
     allow_command,
     batches,
     bookmark,
-    count_files,
     create_parent,
     destroy,
     destroy_bookmark,
     hold,
     lacking,
-    list_holds,
     list_tree,
     make_read_only,
     receive,
@@ -199,7 +199,7 @@ def test_batches_lose_nothing_and_each_fits_into_one_word_of_a_remote_command(ru
     for batch in found:
         assert batch
         assert sum(map(len, batch)) <= BATCH_BYTES
-        for command in (hold("t" * 246, batch), list_holds(batch)):
+        for command in (hold("t" * 246, batch), (*LIST_HOLDS, *batch)):
             assert len(remote_line(command).encode()) < WORD_OF_LINUX
 
 
@@ -211,7 +211,7 @@ def test_batches_are_as_few_as_will_do() -> None:
 
 def test_the_shortest_names_fit_too() -> None:
     for batch in batches(["p@ "] * 50_000):
-        assert len(remote_line(list_holds(batch))) < WORD_OF_LINUX
+        assert len(remote_line((*LIST_HOLDS, *batch))) < WORD_OF_LINUX
 
 
 # send and receive
@@ -381,7 +381,7 @@ ONE = Snapshot("offsite/vm/a@one", 1, 1, 0)
         (destroy_bookmark("offsite/vm/a#m"), "destroy,mount offsite/vm"),
         (abandon("offsite/vm/a"), "receive,destroy,mount offsite/vm"),
         (make_read_only("offsite/vm/a"), "readonly offsite/vm"),
-        (count_files("offsite/vm"), "userused,userquota,userobjused,userobjquota offsite/vm"),
+        ((*COUNT_FILES, "offsite/vm"), "userused,userquota,userobjused,userobjquota offsite/vm"),
         (create_parent("offsite/vm/a"), "create,mount,canmount offsite/vm"),
         (create_parent("offsite/x/y"), "create,mount,canmount offsite/x"),
         (rename("offsite/vm/a", "offsite/vm/a.old"), "rename,create,mount offsite/vm"),

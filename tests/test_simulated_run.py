@@ -12,6 +12,7 @@ from simulated import SEGMENT_BYTES, USED, WRITTEN, Machine, Near, Refused, Wire
 
 from zfs_replicate import (
     ASIDE,
+    LIST_EXISTING,
     TAKEN_OVER,
     Answer,
     Command,
@@ -33,7 +34,6 @@ from zfs_replicate import (
     create_parent,
     format_bytes,
     hold,
-    list_existing,
     local_statuses,
     mark_failing,
     plan_dataset,
@@ -1143,10 +1143,10 @@ def test_a_mode_that_looks_cannot_change_anything(mirrored: Job, verb: str) -> N
     """I9."""
     host = ReadOnly(mirrored.backup)
     with pytest.raises(AssertionError, match="only looks"):
-        host.ask(list_existing([LOCAL]), CHANGING[verb])
+        host.ask((*LIST_EXISTING, LOCAL), CHANGING[verb])
     with pytest.raises(AssertionError, match="only looks"):
         host.stream_command(("zfs", "send", f"{SOURCE}@a"))
-    assert host.ask(list_existing([LOCAL])).stdout == f"{LOCAL}\n"
+    assert host.ask((*LIST_EXISTING, LOCAL)).stdout == f"{LOCAL}\n"
 
 
 # --- Told beforehand ----------------------------------------------------------------------------------------------------

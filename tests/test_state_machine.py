@@ -38,6 +38,7 @@ from simulated import Machine, Near, Refused, Store, Wire, World, days
 
 from zfs_replicate import (
     ASIDE,
+    LIST_EXISTING,
     PLACEHOLDER,
     Answer,
     Command,
@@ -47,7 +48,6 @@ from zfs_replicate import (
     Report,
     Run,
     Selection,
-    list_existing,
 )
 
 COUNTS: collections.Counter[str] = collections.Counter()
@@ -103,7 +103,7 @@ class Fault:
         if self.kind in ("lost", "source down"):
             raise LinkLost("the link broke")
         # Asked for several datasets, zfs lists those that it can open.
-        several = command[:7] == list_existing([])
+        several = command[:7] == LIST_EXISTING
         return Answer(1, f"{command[7]}\n" if several and self.lasts else "", "I/O error\n")
 
 
