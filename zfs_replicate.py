@@ -343,15 +343,9 @@ class Selection:
             return True
         return self.recursive and not any(matches(name, self.exclude) for name in with_ancestors(key[1:]))
 
-    def has_snapshot(self, snapshot: Snapshot) -> bool:
-        name = snapshot.short[1:]
-        return matches(name, self.snapshots) and not matches(name, self.exclude_snapshots)
-
-    def of_tree(self, tree: Tree) -> Tree:
-        return {key: dataset for key, dataset in tree.items() if self.has_dataset(key)}
-
     def of_snapshots(self, snapshots: Iterable[Snapshot]) -> list[Snapshot]:
-        return [snapshot for snapshot in snapshots if self.has_snapshot(snapshot)]
+        named = ((it, it.short[1:]) for it in snapshots)
+        return [it for it, name in named if matches(name, self.snapshots) and not matches(name, self.exclude_snapshots)]
 
 
 def matches(name: str, globs: Iterable[str]) -> bool:
@@ -921,23 +915,20 @@ def with_clones(tree: Tree) -> Tree:
                     f"the clones in this tree have more than {MAX_INHERITED:,} snapshots of their origins"
                 )
 
-    def related(dataset: Dataset) -> Dataset:
-        marked = (replace(s, cloned=True) if s.name in origins else s for s in dataset.snapshots)
-        return replace(dataset, snapshots=tuple(marked), inherited=inherited[dataset.name])
-
-    return {key: related(dataset) for key, dataset in tree.items()}
+    linked = {}
+    for key, dataset in tree.items():
+        marked = (replace(it, cloned=True) if it.name in origins else it for it in dataset.snapshots)
+        linked[key] = replace(dataset, snapshots=tuple(marked), inherited=inherited[dataset.name])
+    return linked
 
 
 def parse_token(token: str, text: str) -> Partial:
     """Decode a resume token from what `zfs send -nvt TOKEN` says, on either stream and whatever its exit status."""
-
-    def bits(key: str) -> int | None:
-        found = re.search(rf"^[ \t]*{key} = 0x([0-9a-f]{{1,16}})$", text, re.MULTILINE)
-        return int(found[1], 16) if found else None
-
+    found = re.findall(r"^[ \t]*(toguid|fromguid|bytes) = 0x([0-9a-f]{1,16})$", text, re.MULTILINE)
+    numbers = {key: int(digits, 16) for key, digits in reversed(found)}  # the first of each counts
     raw = re.search(r"^[ \t]*rawok = 1$", text, re.MULTILINE) is not None
     corrupt = "resume token is corrupt" in text
-    return Partial(token, bits("toguid"), bits("fromguid"), raw, corrupt, bits("bytes") or 0)
+    return Partial(token, numbers.get("toguid"), numbers.get("fromguid"), raw, corrupt, numbers.get("bytes", 0))
 
 
 MAX_ESTIMATES = 10_000
@@ -1017,21 +1008,20 @@ def hint_for(said: str, end: str = "") -> str:
 DAY = 24 * 60 * 60
 
 
-def newest_common(source: Dataset, local: Dataset) -> CommonPoint | None:
+def newest_common(source: Dataset | None, local: Dataset | None, *, to_hold: bool = False) -> CommonPoint | None:
     """The newest point of the source whose guid the local dataset also has. A snapshot wins over its bookmark, and that
-    over an inherited snapshot (one that a promoted clone took over from this dataset)."""
+    over an inherited snapshot (one that a promoted clone took over from this dataset). `to_hold`: bookmarks, which
+    cannot be held, do not count."""
+    if source is None or local is None:
+        return None
     ours = {snapshot.guid: snapshot for snapshot in local.snapshots}
-    known = [point for point in source.snapshots + source.bookmarks + source.inherited if point.guid in ours]
+    points = source.snapshots + (() if to_hold else source.bookmarks) + source.inherited
+    known = [point for point in points if point.guid in ours]
     if not known:
         return None
     # No zfs makes two snapshots of a dataset in one transaction group. Should a source say so, ours tell their order.
     newest = max(known, key=lambda point: (point.createtxg, ours[point.guid].createtxg))
     return CommonPoint(newest, ours[newest.guid])
-
-
-def newest_common_snapshot(source: Dataset, local: Dataset) -> CommonPoint | None:
-    """The newest common point that still is a snapshot on the source: a bookmark cannot be held."""
-    return newest_common(replace(source, bookmarks=()), local)
 
 
 def plan_dataset(
@@ -1277,6 +1267,37 @@ def is_passing(key: str) -> bool:
     return is_set_aside(key) or PLACEHOLDER in key
 
 
+def may_be_empty(local: Dataset) -> bool:
+    """Whether a local dataset is a filesystem that a first stream may replace, or a parent of such ones."""
+    return local.kind == "filesystem" and not local.snapshots and not is_set_aside(local.name)
+
+
+def strangers_below(
+    place: str, tree: Tree, empty: Mapping[str, bool | None], source: Tree, policy: Policy
+) -> tuple[str, ...]:
+    """The datasets below a place that we are going to receive into, that must not be there: all but mirrors of ours,
+    what we set aside, and empty parents of these. `tree` is the place, `empty` what is known of its datasets."""
+    strangers = []
+    parents = {inner.rpartition("/")[0] for inner in tree}
+    for inner, local in tree.items():
+        key = place + inner
+        there = source.get(key)
+        if not inner:
+            continue
+        if not policy.selection.has_dataset(key) or others_tags(local, policy):
+            is_fine = False
+        elif is_set_aside(key) or newest_received(local, policy) or (there and local.partial):
+            is_fine = True
+        elif local.snapshots or local.kind != "filesystem":
+            is_fine = newest_common(there, local) is not None
+        else:
+            is_parent = there is not None or key.endswith(PLACEHOLDER) or inner in parents
+            is_fine = is_parent and empty.get(inner) is True
+        if not is_fine:
+            strangers.append(local.name)
+    return tuple(sorted(strangers))
+
+
 Moved = dict[int, tuple[str, Dataset]]
 """Local datasets, with their keys, that may have another name at the source by now, by the guid of what we hold."""
 
@@ -1300,20 +1321,10 @@ def moved_mirrors(source: Tree, target: Tree, policy: Policy) -> Moved:
         held = newest_received(local, policy)
         if not held or not key or key in fixed or is_set_aside(key) or owners.get(held.guid) != 1:
             continue
-        if not (key in source and newest_common(source[key], local)):
+        if not newest_common(source.get(key), local):
             twice |= {held.guid} & found.keys()
             found[held.guid] = (key, local)
     return {guid: it for guid, it in found.items() if guid not in twice}
-
-
-def former_key(source: Dataset, key: str, moved: Moved) -> str | None:
-    """Find the local dataset that was renamed at the source to `key`: the only one that no other dataset claims, and
-    that shares our newest held snapshot with it."""
-    found = {
-        moved[snapshot.guid][0]: moved[snapshot.guid][1] for snapshot in source.snapshots if snapshot.guid in moved
-    }
-    fits = [old for old, local in found.items() if local.kind == source.kind and not is_below(key, old)]
-    return fits[0] if len(fits) == 1 else None
 
 
 def newest_of(source: Dataset, local: Dataset) -> str:
@@ -1461,10 +1472,10 @@ def hold_changes(
     the last thing that lets it be repaired. So is one that another line holds. Unknown tags are never released, and
     while a token cannot be decoded nothing is released on the source.
     """
-    common = newest_common(source, local) if local else None
+    common = newest_common(source, local)
     if local and local.snapshots and (common is None or others_tags(local, policy)):
         return HoldChanges()
-    held = newest_common_snapshot(source, local) if local else None
+    held = newest_common(source, local, to_hold=True)
     on_source = {*promoted_clones, *([held.source.guid] if held else ())}
     if local and local.partial and local.partial.to_guid is not None:
         on_source.add(local.partial.to_guid)
@@ -1484,8 +1495,7 @@ def bases_of_promoted_clones(source: Tree, target: Tree) -> dict[str, set[int]]:
     base."""
     found: dict[str, set[int]] = {}
     for key, dataset in source.items():
-        local = target.get(key)
-        held = newest_common_snapshot(dataset, local) if local and dataset.inherited else None
+        held = newest_common(dataset, target.get(key), to_hold=True) if dataset.inherited else None
         if held and held.source in dataset.inherited:
             found.setdefault(held.source.name.partition("@")[0], set()).add(held.source.guid)
     return found
@@ -1494,7 +1504,7 @@ def bases_of_promoted_clones(source: Tree, target: Tree) -> dict[str, set[int]]:
 def bookmark_changes(source: Dataset, local: Dataset | None, policy: Policy) -> BookmarkChanges:
     """What moves our bookmark to the newest common snapshot. Old bookmarks are destroyed only once the new one exists.
     If there is no common snapshot, they stay: they may be the last link."""
-    common = newest_common(source, local) if local else None
+    common = newest_common(source, local)
     if common is None or common.source in source.inherited:  # of another dataset's snapshot we make none
         return BookmarkChanges()
     there = {point.name for point in source.bookmarks}
@@ -1515,7 +1525,7 @@ def moves(dataset: Dataset | None, tag: str, wanted: set[int]) -> tuple[tuple[st
 
 def mirror_status(source: Dataset, local: Dataset | None, name: str, policy: Policy, usage: Usage) -> MirrorStatus:
     """The status of the local dataset `name` compared to its source."""
-    common = newest_common(source, local) if local else None
+    common = newest_common(source, local)
     later = [it for it in source.snapshots if common is None or it.createtxg > common.source.createtxg]
     newer = policy.selection.of_snapshots(later)
     return MirrorStatus(
@@ -1560,7 +1570,7 @@ def expire(source: Dataset | None, local: Dataset, policy: Policy, now: int) -> 
     Kept in any case: the newest common snapshot, the base of an interrupted receive, what anybody holds here, what our
     tag holds, or might hold, on the source; and all of a dataset that is no mirror of ours (`why_all_kept`).
     """
-    common = newest_common(source, local) if source else None
+    common = newest_common(source, local)
     if policy.keep_days is None or source is None or common is None:
         return Expiry()
     cutoff = min(now, common.local.creation) - policy.keep_days * DAY
@@ -1596,10 +1606,9 @@ def may_expire(source: Dataset | None, local: Dataset, policy: Policy, now: int)
     if policy.keep_days is None or source is None:
         return set()
 
-    def unheld(snapshots: tuple[Snapshot, ...]) -> tuple[Snapshot, ...]:
-        return tuple(replace(s, tags=NO_TAGS) if s.tags is None else s for s in snapshots)
-
-    hoped = replace(source, snapshots=unheld(source.snapshots), inherited=unheld(source.inherited))
+    unheld = tuple(replace(it, tags=NO_TAGS) if it.tags is None else it for it in source.history)
+    inherited = len(source.inherited)
+    hoped = replace(source, inherited=unheld[:inherited], snapshots=unheld[inherited:])
     return {snapshot.guid for snapshot in expire(hoped, local, policy, now).destroy}
 
 
@@ -1773,8 +1782,7 @@ class TreePlan:
 
     def is_mirrored(self, key: str) -> bool:
         """Whether there is a snapshot here that the source has too."""
-        local = self.target.get(key)
-        return local is not None and newest_common(self.source[key], local) is not None
+        return newest_common(self.source[key], self.target.get(key)) is not None
 
     def decide(self, key: str) -> Plan:
         source = self.source[key]
@@ -1834,12 +1842,19 @@ def tree_after_rename(target: Tree, old: str, new: str, policy: Policy) -> Tree:
 
 
 def former_name(source: Dataset, key: str, target: Tree, moved: Moved) -> str | None:
-    """The key of a local dataset whose source was renamed, or whose parent has made way. None if it is here under
-    its own name, or not at all."""
+    """The key of a local dataset whose parent has made way, or whose source was renamed: the only one that no other
+    dataset claims, and that shares our newest held snapshot with it. None if it is here under its own name, or not at
+    all."""
     if key in target:
         return None
     made_way = (above + PLACEHOLDER + key[len(above) :] for above in with_ancestors(key)[:-1])
-    return next((old for old in made_way if old in target), None) or former_key(source, key, moved)
+    for old in made_way:
+        if old in target:
+            return old
+    found = dict(moved[it.guid] for it in source.snapshots if it.guid in moved)
+    # Nothing can be renamed to a name below its own.
+    fits = [old for old, local in found.items() if local.kind == source.kind and not is_below(key, old)]
+    return fits[0] if len(fits) == 1 else None
 
 
 def mirrors_of(trees: Trees, policy: Policy) -> Tree:
@@ -1944,7 +1959,8 @@ def holds_of_others(trees: Trees, policy: Policy, plan: TreePlan) -> Iterator[tu
     mirrors = mirrors_of(trees, policy)
     for key, ours in coming.items():
         source, local = trees.source[key], mirrors.get(key)
-        if local and (local.held_before or not is_ours(source, local) or is_foreign(source, local)):
+        is_foreign = local and local.snapshots and not newest_common(source, local)
+        if local and (local.held_before or not is_ours(source, local) or is_foreign):
             continue
         if local:
             ours.update(it.guid for it in local.snapshots)
@@ -1956,11 +1972,6 @@ def holds_of_others(trees: Trees, policy: Policy, plan: TreePlan) -> Iterator[tu
                 "if no earlier run of this line left it, let each mirror have a tag of its own"
             )
             yield policy.target_root + key, line
-
-
-def is_foreign(source: Dataset, local: Dataset) -> bool:
-    """Whether there are local snapshots, but none that the source has."""
-    return bool(local.snapshots) and newest_common(source, local) is None
 
 
 def holds_to_read(source: Dataset, local: Dataset | None, policy: Policy, now: int) -> list[Snapshot]:
@@ -4100,20 +4111,34 @@ def believed(host: Host, look: Callable[[], Reading]) -> Reading:
 
 
 def read_tree(
-    host: Host, root: str, selection: Selection, only: Sequence[str] = (), places: Sequence[str] = ()
+    host: Host,
+    root: str,
+    selection: Selection,
+    only: Iterable[str] = (),
+    places: Sequence[str] = (),
+    *,
+    fast: bool = False,
 ) -> Reading:
-    """List what is selected of a tree; of its datasets `only` those that are named, if any. `places` are where the
-    tree is, if not at its root alone (see `MakeWay`). Raises Failure if it cannot be listed, or is not believed."""
-    roots = [*places] or [root]
+    """List what is selected of a tree, or `only` some of its datasets, and read the holds.
+
+    `places` are where the tree is, if not at its root alone (see `MakeWay`). `fast` leaves out what makes a listing
+    slow where the history is long: of snapshots come their names, guids and order alone, and no holds. Raises Failure
+    if the tree cannot be listed, or is not believed.
+    """
+    roots, only = [*places] or [root], {*only}
+    names, alone = sorted(only) or roots, bool(only) or not selection.recursive
+    commands = list_fast(*names, alone=alone) if fast else (list_tree(*names, alone=alone),)
 
     def look() -> Reading:
         refused: Failure | None = None
-        for _ in range(2):  # a snapshot may go between our two questions, and then one more look will do
-            text = run(host, list_tree(*(only or roots), alone=bool(only) or not selection.recursive))
-            tree, held = parse_tree(text, root, *places)
+        for _ in range(1 if fast else 2):  # a snapshot may go between our two questions, and then one more look will do
+            tree, held = parse_tree(run(host, *commands), root, *places)
             if not only:
                 whole_tree(tree, *(name[len(root) :] for name in roots))
-            tree = without_others(selection.of_tree(tree), only)
+            # The children of `only` are listed as well: zfs cannot leave them out.
+            tree = {key: it for key, it in tree.items() if selection.has_dataset(key) and (not only or it.name in only)}
+            if fast:
+                break
             selected = {name: n for name, n in held.items() if name.partition("@")[0][len(root) :] in tree}
             try:
                 return with_clones(with_tags(tree, read_tags(host, selected))), None
@@ -4137,25 +4162,6 @@ def read_tags(host: Host, held: dict[str, int]) -> dict[str, frozenset[str]]:
         if found != count:
             raise NotBelieved(f"{name} has {count} holds, and zfs holds tells of {found}", f"see: zfs holds '{name}'")
     return tags
-
-
-def read_tree_fast(host: Host, root: str, selection: Selection, only: Sequence[str] = ()) -> Reading:
-    """The fast listing: like `read_tree`, but of snapshots only their names, guids and order. Several times as fast
-    where the history is long."""
-
-    def look() -> Reading:
-        text = run(host, *list_fast(*(only or [root]), alone=bool(only) or not selection.recursive))
-        tree = parse_tree(text, root)[0]
-        if not only:
-            whole_tree(tree, "")
-        return with_clones(without_others(selection.of_tree(tree), only)), None
-
-    return believed(host, look)
-
-
-def without_others(tree: Tree, only: Sequence[str]) -> Tree:
-    """Only these datasets, without the children that were listed with them; all of them, if none is named."""
-    return {key: dataset for key, dataset in tree.items() if dataset.name in only} if only else tree
 
 
 def says_absent(answer: Answer, name: str) -> bool:
@@ -4233,18 +4239,6 @@ def both_at_once(first: Callable[[], Any], second: Callable[[], Any]) -> tuple[A
     return answer.result(), found
 
 
-@contextlib.contextmanager
-def ignoring_failures() -> Iterator[None]:
-    """Ignore expected failures here: the next step will meet and report them. Lost links and hung hosts still
-    propagate."""
-    try:
-        yield
-    except (LinkLost, Stuck):
-        raise
-    except Failure:
-        pass
-
-
 class Lister:
     """Lists both trees, and asks for what no listing tells.
 
@@ -4264,8 +4258,7 @@ class Lister:
     def list_both(self, now: int, *, in_full: bool = False) -> Trees:
         """List both trees at the same time, and read the holds that a run must know; `in_full`: all holds of the
         source. Raises Failure if a tree cannot be listed."""
-        read = read_tree if in_full else read_tree_fast
-        there, trees = self.both(lambda: self.list_source(read), self.list_target)
+        there, trees = self.both(lambda: self.list_source(fast=not in_full), self.list_target)
         trees = self.inspect(replace(trees, source=self.told(self.source_host, there)))
         return trees if in_full else self.read_holds(trees, trees.source, now)
 
@@ -4279,7 +4272,7 @@ class Lister:
         if 2 * len(there) > len(trees.source) or 2 * sum(map(len, there + here)) > BATCH_BYTES:
             return self.list_both(now)
         try:
-            source, target = self.both(lambda: self.list_source(read_tree_fast, there), lambda: self.list_mirrors(here))
+            source, target = self.both(lambda: self.list_source(there), lambda: self.read_target(here))
         except CommandFailed:
             return self.list_both(now)
         some, mirrored = self.told(self.source_host, source), self.told(self.target_host, target)
@@ -4288,39 +4281,14 @@ class Lister:
         )
         return self.read_holds(self.inspect(trees, mirrored), some, now)
 
-    def list_target_again(self, trees: Trees) -> Trees:
-        """List all of the local tree anew."""
-        return self.inspect(replace(self.list_target(), source=trees.source))
-
     def list_some_again(self, trees: Trees, keys: Iterable[str]) -> Trees:
-        """List some local datasets again. Raises CommandFailed if it is not known whether one exists."""
+        """List some local datasets again; those that are not there any more are left out. Raises Failure if it is not
+        known whether one exists."""
         keys = [*dict.fromkeys(keys)]
         target = {key: local for key, local in trees.target.items() if key not in keys}
         for names in batches(self.policy.target_root + key for key in keys):
-            command = list_tree(*names, alone=True)
-            answer = self.target_host.ask(command)
-            found, held = parse_tree(answer.stdout, *self.places)
-            asked = {name[len(self.policy.target_root) :]: name for name in names}
-            if not all(key in found or says_absent(answer, name) for key, name in asked.items()):
-                output(self.target_host, command, answer)  # what is not listed need not be absent: this raises
-            found = with_tags(found, self.tags_again(trees, asked, held))
-            target.update((key, found[key]) for key in asked if key in found)
+            target.update(self.told(self.target_host, self.read_target(self.existing(names))))
         return self.inspect(replace(trees, target=target), keys)
-
-    def tags_again(self, trees: Trees, keys: Iterable[str], held: dict[str, int]) -> dict[str, frozenset[str]]:
-        """The tags of local snapshots that were listed again: those that were known before, if their number is the
-        same, and what is read anew of the others."""
-        known = {
-            it.name: it.tags or NO_TAGS for key in keys if key in trees.target for it in trees.target[key].snapshots
-        }
-        tags = {name: known[name] for name, count in held.items() if len(known.get(name, ())) == count}
-        try:
-            tags.update(read_tags(self.target_host, {name: n for name, n in held.items() if name not in tags}))
-        except (LinkLost, Stuck):
-            raise
-        except Failure as failure:
-            self.report.failure(f"holds on {self.target_host.label}", failure)
-        return tags
 
     def list_received(self, trees: Trees, streams: Sequence[Stream]) -> tuple[Trees, list[str]]:
         """Verify what is said to have arrived: of each dataset list the last snapshot alone, because its history may
@@ -4344,10 +4312,10 @@ class Lister:
                 unproven.append(key)
         return self.inspect(replace(trees, target=target), steps.keys() - set(unproven)), unproven
 
-    def list_source(self, read: Callable[..., Reading], only: Sequence[str] = ()) -> Reading:
+    def list_source(self, only: Sequence[str] = (), *, fast: bool = True) -> Reading:
         root = self.policy.source_root
         try:
-            tree, failure = read(self.source_host, root, self.policy.selection, only)
+            tree, failure = read_tree(self.source_host, root, self.policy.selection, only, fast=fast)
         except CommandFailed as failure:
             if f"'{root}': dataset does not exist" in failure.what:
                 failure.hint = f"check -r; is the pool imported there? zpool import {root.split('/')[0]}"
@@ -4358,13 +4326,8 @@ class Lister:
         """The local tree, and what there is of its ancestors."""
         names = with_ancestors(self.policy.target_root)
         root, aside = self.places
-        asked = [*names, *([aside] if len(aside) <= NAME_LIMIT else [])]
-        answer = self.target_host.ask((*LIST_EXISTING, *asked))
-        existing = [row[0] for row in fields(answer.stdout, 1)]
-        for name in asked:
-            if name not in existing and (name == names[0] or not says_absent(answer, name)):
-                hint = hint_for(answer.stderr) or f"is the pool imported? zpool import {names[0]}"
-                raise Failure(f"cannot list {name} on {self.target_host.label}: {answer.stderr.strip()}", hint)
+        may_make_way = "/" in root and len(aside) <= NAME_LIMIT
+        existing = self.existing([*names, *([aside] if may_make_way else [])])
         failing = root in existing and bool(self.target_host.ask((*GET_FAILING, root)).stdout)
         places = [name for name in (root, aside) if name in existing]
         tree: Tree = {}
@@ -4375,7 +4338,18 @@ class Lister:
             self.held_before = {key for key, local in tree.items() if newest_received(local, self.policy)}
         return Trees({}, tree, tuple(name for name in names if name in existing), failing)
 
-    def list_mirrors(self, names: Sequence[str]) -> Reading:
+    def existing(self, names: Sequence[str]) -> list[str]:
+        """Those of these local datasets that exist. Raises Failure if zfs does not say so clearly of one, or if a pool
+        is not there."""
+        answer = self.target_host.ask((*LIST_EXISTING, *names))
+        found = [row[0] for row in fields(answer.stdout, 1)]
+        for name in names:
+            if name not in found and ("/" not in name or not says_absent(answer, name)):
+                hint = hint_for(answer.stderr) or f"is the pool imported? zpool import {name.split('/')[0]}"
+                raise Failure(f"cannot list {name} on {self.target_host.label}: {answer.stderr.strip()}", hint)
+        return found
+
+    def read_target(self, names: Sequence[str]) -> Reading:
         """Some datasets of the local tree, if there are any."""
         if not names:
             return {}, None
@@ -4397,34 +4371,29 @@ class Lister:
 
     def inspect(self, trees: Trees, keys: Iterable[str] | None = None) -> Trees:
         """Ask for what no listing tells of local datasets: what a resume token waits for, whether a place is empty,
-        which datasets are ours."""
-        target = dict(trees.target)
-        for key in [*target] if keys is None else keys:
-            if key in target:
-                target[key] = self.inspect_one(key, target[key], trees.source)
-        trees = replace(trees, target=target)
-        ours = self.recognise(trees, target if keys is None else keys)
+        what is below it, which datasets are ours."""
+        policy, host, target = self.policy, self.target_host, dict(trees.target)
+        keys = [key for key in (target if keys is None else keys) if key in target]
+        for key in keys:
+            local, there = target[key], trees.source.get(key)
+            if local.partial:
+                answer = host.ask((*DECODE_TOKEN, local.partial.token))
+                local = replace(local, partial=parse_token(local.partial.token, answer.stdout + answer.stderr))
+            local = replace(local, held_before=key in (self.held_before or ()), recognised=key in self.received)
+            is_place = local.kind == "filesystem" and not local.snapshots and not local.partial
+            if is_place and there and policy.selection.of_snapshots(there.snapshots):
+                tree = self.told(host, read_tree(host, local.name, Selection()))
+                host.ask(sync_pool(with_ancestors(local.name)[0]))  # so that what was written lately counts
+                empty = {inner: self.is_empty(it.name) for inner, it in tree.items() if may_be_empty(it)}
+                strangers = strangers_below(key, tree, empty, trees.source, policy)
+                local = replace(local, empty=empty.get(""), parent=len(tree) > 1, strangers=strangers)
+            target[key] = local
+        ours = self.recognise(replace(trees, target=target), keys)
         self.received |= ours
         return replace(trees, target={**target, **{key: replace(target[key], recognised=True) for key in ours}})
 
-    def inspect_one(self, key: str, local: Dataset, source: Tree) -> Dataset:
-        if local.partial:
-            answer = self.target_host.ask((*DECODE_TOKEN, local.partial.token))
-            local = replace(local, partial=parse_token(local.partial.token, answer.stdout + answer.stderr))
-        local = replace(local, held_before=key in (self.held_before or ()), recognised=key in self.received)
-        there = source.get(key)
-        if there is None or local.snapshots or local.partial or local.kind != "filesystem":
-            return local
-        if not self.policy.selection.of_snapshots(there.snapshots):
-            return local
-        tree = self.told(self.target_host, read_tree(self.target_host, local.name, Selection()))
-        below = {local.name + inner: dataset for inner, dataset in tree.items() if inner}
-        strangers = sorted(name for name, inner in below.items() if not self.may_be_below(name, inner, below, source))
-        return replace(local, empty=self.is_empty(local.name), parent=bool(below), strangers=tuple(strangers))
-
     def is_empty(self, name: str) -> bool | None:
         """Whether a filesystem contains no files; None if that cannot be determined."""
-        self.target_host.ask(sync_pool(with_ancestors(name)[0]))
         command = (*COUNT_FILES, name)
         answer = self.target_host.ask(command)
         if answer.status != 0:
@@ -4432,20 +4401,6 @@ class Lister:
             self.report.failure(name, Failure(f"cannot determine whether it is empty: {answer.stderr.strip()}", rights))
             return None
         return count_objects(answer.stdout) == 1
-
-    def may_be_below(self, name: str, local: Dataset, among: Tree, source: Tree) -> bool:
-        """Whether a dataset may exist below a place that we are going to receive into: a mirror of ours, something
-        that we set aside, or an empty parent of these."""
-        key = name[len(self.policy.target_root) :]
-        there = source.get(key)
-        if not self.policy.selection.has_dataset(key) or others_tags(local, self.policy):
-            return False
-        if is_set_aside(key) or newest_received(local, self.policy) or (there and local.partial):
-            return True
-        if local.snapshots or local.kind != "filesystem":
-            return bool(there and newest_common(there, local))
-        has_children = any(inner.startswith(f"{name}/") for inner in among)
-        return (there is not None or has_children or name.endswith(PLACEHOLDER)) and self.is_empty(name) is True
 
     def recognise(self, trees: Trees, keys: Iterable[str]) -> set[str]:
         """Which datasets an earlier run received but died before it could hold them. They have all the properties
@@ -4478,17 +4433,21 @@ class Lister:
         names = [*dict.fromkeys(it.name for it in wanted)]
         if not names:
             return trees
-        commons = (newest_common(source[key], target[key]) for key in source if source[key].encrypted and key in target)
+        commons = (newest_common(there, target.get(key)) for key, there in source.items() if there.encrypted)
         encrypted = {common.source.name for common in commons if common}
         every = [it.name for dataset in source.values() for it in dataset.snapshots]
         is_long = sum(map(len, names)) > BATCH_BYTES and 2 * len(names) > len(every)
         if not is_long and not any("#" in name for name in encrypted):
             others = also_to_read(names, (name for name in every if name not in {*names}), now)
             for asked in ([*names, *others], names):
-                with ignoring_failures():
+                try:
                     found = with_tags(source, *read_holds_and_ivsets(self.source_host, asked, encrypted))
-                    return replace(trees, source=with_clones(found))
-        return replace(trees, source=self.told(self.source_host, self.list_source(read_tree)))
+                except (LinkLost, Stuck):
+                    raise
+                except Failure:
+                    continue  # one may be gone by now; whatever else is wrong, the next question meets and reports it
+                return replace(trees, source=with_clones(found))
+        return replace(trees, source=self.told(self.source_host, self.list_source(fast=False)))
 
 
 @dataclass(frozen=True)
@@ -4790,7 +4749,9 @@ class Executor:
                 above = [name for name in parents if is_below(self.local_name(key), name)]
                 parents = [name for name in parents if name not in above]
                 coming |= set() if self.change_name(trees, key, step, now, above) else names
-        return (self.lister.list_target_again(trees) if is_done else trees), is_done
+        if is_done:
+            trees = self.lister.inspect(replace(self.lister.list_target(), source=trees.source))
+        return trees, is_done
 
     def change_name(self, trees: Trees, key: str, step: LocalStep, now: int, parents: Sequence[str]) -> bool:
         """Take one such step. Returns whether it succeeded."""
@@ -4830,7 +4791,8 @@ class Executor:
         if not receives:
             return trees, None
         self.touched |= receives.keys()
-        trees, refused = self.inert.make_inert(trees, [key for key in receives if is_mirror(trees, key)])
+        mirrors = [key for key in receives if newest_common(trees.source[key], trees.target.get(key))]
+        trees, refused = self.inert.make_inert(trees, mirrors)
         self.given_up |= refused
         batch: list[Stream] = []
         if not any((local := trees.target.get(key)) and local.changed for key in receives):
@@ -5050,11 +5012,6 @@ def must_wait(key: str, step: LocalStep, coming: set[str], moved: set[str]) -> b
 def holds_any(local: Dataset | None, tag: str) -> bool:
     """Whether we hold anything of a local dataset, or may do so."""
     return local is not None and any(snapshot.may_be_held_by(tag) for snapshot in local.snapshots)
-
-
-def is_mirror(trees: Trees, key: str) -> bool:
-    local = trees.target.get(key)
-    return local is not None and newest_common(trees.source[key], local) is not None
 
 
 def in_step(source: Dataset, local: Dataset | None, policy: Policy) -> str:
@@ -5446,7 +5403,8 @@ def print_plan(it: Run, now: int) -> None:
     """What --dry-run does: print the plan that a run would carry out, then the holds and the expiry that follow."""
     plan = permitted_plan(it)
     receives = {key: step for key, step in plan.entries if isinstance(step, Receive)}
-    for exposed in it.executor.inert.exposures(it.trees, [key for key in receives if is_mirror(it.trees, key)]):
+    mirrors = [key for key in receives if newest_common(it.trees.source[key], it.trees.target.get(key))]
+    for exposed in it.executor.inert.exposures(it.trees, mirrors):
         it.report.exposure(it.executor.local_name(exposed.key), exposed)
     sizes = estimated_sizes(it, plan)
     places = {key: number for number, key in enumerate(in_order(it.trees.source))}
@@ -5631,7 +5589,7 @@ class Doctor:
     def dates(self) -> Iterator[Finding]:
         """What was made in the future."""
         for source, local in ((it, self.run.trees.target.get(key)) for key, it in self.run.trees.source.items()):
-            common = newest_common(source, local) if local else None
+            common = newest_common(source, local)
             if common and common.local.creation > time.time() + MAX_CLOCK_SKEW:
                 what = f"{common.local.name} is dated {clock(common.local.creation)}, in the future"
                 yield Finding(what, "compare the clocks (date) on both hosts")

@@ -219,12 +219,12 @@ BUGS: dict[str, tuple[Plant, ...]] = {
     "any error means absent": (Plant("says_absent", "f\"'{name}': dataset does not exist\" in answer.stderr", "True"),),
     "what could not be listed again is absent": (
         Plant(
-            "Lister.list_some_again",
-            "not all(key in found or says_absent(answer, name) for key, name in asked.items())",
-            "False",
+            "Lister.existing",
+            "name not in found and ('/' not in name or not says_absent(answer, name))",
+            "name not in found and '/' not in name",
         ),
     ),
-    "a pool that is not imported is an empty place": (Plant("Lister.list_target", "name == names[0]", "False"),),
+    "a pool that is not imported is an empty place": (Plant("Lister.existing", "'/' not in name", "False"),),
     "match by name": (
         Plant(
             "newest_common",
@@ -307,7 +307,7 @@ BUGS: dict[str, tuple[Plant, ...]] = {
         Plant("plan_first", "(MakeWay(),) if local is not None and local.parent else ()", "()"),
     ),
     "what makes way is lost from sight": (
-        Plant("Lister.list_target", "[*names, *([aside] if len(aside) <= NAME_LIMIT else [])]", "names"),
+        Plant("Lister.list_target", "[*names, *([aside] if may_make_way else [])]", "names"),
     ),
     "a copy in place of a clone": (Plant("plan_first", "origin and (local is None or way)", "False"),),
     "a clone of a late origin comes in full": (
@@ -339,7 +339,7 @@ BUGS: dict[str, tuple[Plant, ...]] = {
     "what was in step stays behind when its parent is set aside": (
         Plant(
             "Executor.change_names",
-            "self.lister.list_target_again(trees)",
+            "self.lister.inspect(replace(self.lister.list_target(), source=trees.source))",
             "self.lister.list_some_again(trees, self.touched)",
         ),
     ),

@@ -18,7 +18,7 @@ from zfs_replicate import (
     bases_of_promoted_clones,
     bookmark_changes,
     expire,
-    former_key,
+    former_name,
     hold_changes,
     in_order,
     moved_mirrors,
@@ -118,7 +118,7 @@ def test_the_origin_of_a_local_clone_is_not_expired() -> None:
 
 
 def formerly(there: Tree, here: Tree, key: str) -> str | None:
-    return former_key(there[key], key, moved_mirrors(there, here, POLICY))
+    return former_name(there[key], key, here, moved_mirrors(there, here, POLICY))
 
 
 def test_a_renamed_dataset_is_known_by_its_snapshots() -> None:

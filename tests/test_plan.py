@@ -27,7 +27,6 @@ from zfs_replicate import (
     Transfer,
     UpToDate,
     newest_common,
-    newest_common_snapshot,
     plan_dataset,
 )
 
@@ -365,8 +364,8 @@ def test_some_snapshots_are_meant(there: str, here: str | None, newest: str, eve
 )
 def test_datasets_are_left_out_with_their_children(exclude: tuple[str, ...], left: list[str]) -> None:
     tree = {key: source("", SOURCE + key) for key in ("", "/a", "/a/b", "/a/b/c", "/d e", "/d e/f")}
-    assert list(Selection(exclude=exclude).of_tree(tree)) == left
-    assert list(Selection(recursive=False).of_tree(tree)) == [""]
+    assert [key for key in tree if Selection(exclude=exclude).has_dataset(key)] == left
+    assert [key for key in tree if Selection(recursive=False).has_dataset(key)] == [""]
 
 
 @pytest.mark.parametrize(
@@ -518,10 +517,10 @@ def test_a_snapshot_made_on_top_of_an_interrupted_receive_blocks_it() -> None:
 
 def test_mutual_points() -> None:
     there, here = source("@a,1 @b,2 #b,2 #c,3 @d,4"), local("@one,1 @two,2 @three,3 @x,8")
-    common, held = newest_common(there, here), newest_common_snapshot(there, here)
+    common, held = newest_common(there, here), newest_common(there, here, to_hold=True)
     assert common
     assert held
     assert (common.source.short, common.local.short) == ("#c", "@three")
     assert (held.source.short, held.local.short) == ("@b", "@two")
     assert newest_common(there, local("@x,8")) is None
-    assert newest_common_snapshot(source("#a,1"), local("@a,1")) is None
+    assert newest_common(source("#a,1"), local("@a,1"), to_hold=True) is None

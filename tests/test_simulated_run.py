@@ -989,7 +989,7 @@ def test_what_is_not_listed_beside_something_absent_need_not_be_absent(mirrored:
         Policy(SOURCE, LOCAL, TAG), Near(wire, mirrored.source), Near(wire, mirrored.backup), wire.carry, Report()
     )
     run.begin(0, in_full=True)
-    wire.at = lambda where, command, moment: Answer(1, "", said) if moment == "before" and "-d" in command else None
+    wire.at = lambda _, words, moment: Answer(1, "", said) if (moment, words[:7]) == ("before", LIST_EXISTING) else None
     with pytest.raises(Failure, match="I/O error"):
         run.lister.list_some_again(run.trees, ["", "/no"])
 
