@@ -1780,6 +1780,20 @@ class TreePlan:
                 self.late.update(snapshot.guid for snapshot in plan.targets)
                 self.fail(key, failure)
 
+    def streams_due(self) -> tuple[dict[str, list[Receive]], dict[str, list[str]]]:
+        """What can be received before names change again, by dataset, and the placeholders to be created above."""
+        receives: dict[str, list[Receive]] = {}
+        parents: dict[str, list[str]] = {}
+        late: set[str] = set()  # what a step that follows a stream has still to name
+        for key, step in self.entries:
+            if isinstance(step, Receive) and late.isdisjoint(with_ancestors(key)):
+                receives.setdefault(key, []).append(step)
+            elif isinstance(step, Create):
+                parents.setdefault(key, []).append(step.name)
+            elif isinstance(step, LOCAL_STEPS):
+                late |= {key, step.old} if isinstance(step, Rename) else {key}
+        return receives, parents
+
     def is_mirrored(self, key: str) -> bool:
         """Whether there is a snapshot here that the source has too."""
         return newest_common(self.source[key], self.target.get(key)) is not None
@@ -4092,11 +4106,7 @@ def overlap(one: str, other: str) -> bool:
     return f"{one}/".startswith(f"{other}/") or f"{other}/".startswith(f"{one}/")
 
 
-Reading = tuple[Tree, Union[Failure, None]]
-"""A tree with its holds. If those could not be read they are unknown (None), and the reason comes along."""
-
-
-def believed(host: Host, look: Callable[[], Reading]) -> Reading:
+def believed(host: Host, look: Callable[[], Tree]) -> Tree:
     """Take a look at a host; take a second one if the first is not believed, because a dataset may come, go or be
     renamed during the first. Raises NotBelieved if the second is not believed either."""
     with contextlib.suppress(NotBelieved):
@@ -4110,16 +4120,22 @@ def believed(host: Host, look: Callable[[], Reading]) -> Reading:
         ) from None
 
 
+Tell = Callable[[str, Failure], None]
+"""Reports a failure that does not end the run: what it is about, and the failure itself."""
+
+
 def read_tree(
     host: Host,
     root: str,
     selection: Selection,
+    tell: Tell,
+    *,
     only: Iterable[str] = (),
     places: Sequence[str] = (),
-    *,
     fast: bool = False,
-) -> Reading:
-    """List what is selected of a tree, or `only` some of its datasets, and read the holds.
+) -> Tree:
+    """List what is selected of a tree, or `only` some of its datasets, and read the holds. If these cannot be read they
+    are unknown (None), and the reason is told.
 
     `places` are where the tree is, if not at its root alone (see `MakeWay`). `fast` leaves out what makes a listing
     slow where the history is long: of snapshots come their names, guids and order alone, and no holds. Raises Failure
@@ -4129,26 +4145,37 @@ def read_tree(
     names, alone = sorted(only) or roots, bool(only) or not selection.recursive
     commands = list_fast(*names, alone=alone) if fast else (list_tree(*names, alone=alone),)
 
-    def look() -> Reading:
+    def look() -> Tree:
         refused: Failure | None = None
-        for _ in range(1 if fast else 2):  # a snapshot may go between our two questions, and then one more look will do
+        for _ in range(2):  # a snapshot may go between our two questions, and then one more look will do
             tree, held = parse_tree(run(host, *commands), root, *places)
             if not only:
                 whole_tree(tree, *(name[len(root) :] for name in roots))
             # The children of `only` are listed as well: zfs cannot leave them out.
             tree = {key: it for key, it in tree.items() if selection.has_dataset(key) and (not only or it.name in only)}
             if fast:
-                break
+                return with_clones(tree)
             selected = {name: n for name, n in held.items() if name.partition("@")[0][len(root) :] in tree}
             try:
-                return with_clones(with_tags(tree, read_tags(host, selected))), None
+                return with_clones(with_tags(tree, read_tags(host, selected)))
             except (LinkLost, Stuck):
                 raise
             except Failure as failure:
                 refused = failure
-        return with_clones(tree), refused
+        if refused:
+            tell(f"holds on {host.label}", refused)
+        return with_clones(tree)
 
     return believed(host, look)
+
+
+def whole(host: Host, root: str, selection: Selection) -> Tree:
+    """What is selected of a tree, with its holds. Raises Failure if they cannot be read."""
+
+    def refuse(_: str, failure: Failure) -> NoReturn:
+        raise failure
+
+    return read_tree(host, root, selection, refuse)
 
 
 def read_tags(host: Host, held: dict[str, int]) -> dict[str, frozenset[str]]:
@@ -4258,28 +4285,27 @@ class Lister:
     def list_both(self, now: int, *, in_full: bool = False) -> Trees:
         """List both trees at the same time, and read the holds that a run must know; `in_full`: all holds of the
         source. Raises Failure if a tree cannot be listed."""
-        there, trees = self.both(lambda: self.list_source(fast=not in_full), self.list_target)
-        trees = self.inspect(replace(trees, source=self.told(self.source_host, there)))
-        return trees if in_full else self.read_holds(trees, trees.source, now)
+        source, trees = self.both(lambda: self.list_source(fast=not in_full), self.list_target)
+        trees = self.inspect(replace(trees, source=source))
+        return trees if in_full else self.read_holds(trees, source, now)
 
-    def list_again(self, trees: Trees, keys: Iterable[str], now: int) -> Trees:
-        """List these datasets of the source again, and their mirrors. Lists everything if these are most of the
-        tree, or if one of them is gone or renamed by now."""
+    def list_again(self, trees: Trees, keys: Iterable[str], now: int) -> Trees | None:
+        """List these datasets of the source again, and their mirrors. None if everything is to be listed instead: if
+        these are most of the tree, or if one of them is gone or renamed by now."""
         mirrors = mirrors_of(trees, self.policy)
         keys = [key for key in keys if key in trees.source]
         there = [trees.source[key].name for key in keys]
         here = [mirrors[key].name for key in keys if key in mirrors]
         if 2 * len(there) > len(trees.source) or 2 * sum(map(len, there + here)) > BATCH_BYTES:
-            return self.list_both(now)
+            return None
         try:
             source, target = self.both(lambda: self.list_source(there), lambda: self.read_target(here))
         except CommandFailed:
-            return self.list_both(now)
-        some, mirrored = self.told(self.source_host, source), self.told(self.target_host, target)
+            return None
         trees = replace(
-            trees, source=with_clones({**trees.source, **some}), target=with_clones({**trees.target, **mirrored})
+            trees, source=with_clones({**trees.source, **source}), target=with_clones({**trees.target, **target})
         )
-        return self.read_holds(self.inspect(trees, mirrored), some, now)
+        return self.read_holds(self.inspect(trees, target), source, now)
 
     def list_some_again(self, trees: Trees, keys: Iterable[str]) -> Trees:
         """List some local datasets again; those that are not there any more are left out. Raises Failure if it is not
@@ -4287,7 +4313,7 @@ class Lister:
         keys = [*dict.fromkeys(keys)]
         target = {key: local for key, local in trees.target.items() if key not in keys}
         for names in batches(self.policy.target_root + key for key in keys):
-            target.update(self.told(self.target_host, self.read_target(self.existing(names))))
+            target.update(self.read_target(self.existing(names)))
         return self.inspect(replace(trees, target=target), keys)
 
     def list_received(self, trees: Trees, streams: Sequence[Stream]) -> tuple[Trees, list[str]]:
@@ -4312,15 +4338,15 @@ class Lister:
                 unproven.append(key)
         return self.inspect(replace(trees, target=target), steps.keys() - set(unproven)), unproven
 
-    def list_source(self, only: Sequence[str] = (), *, fast: bool = True) -> Reading:
-        root = self.policy.source_root
+    def list_source(self, only: Sequence[str] = (), *, fast: bool = True) -> Tree:
+        root, selection = self.policy.source_root, self.policy.selection
         try:
-            tree, failure = read_tree(self.source_host, root, self.policy.selection, only, fast=fast)
+            tree = read_tree(self.source_host, root, selection, self.report.failure, only=only, fast=fast)
         except CommandFailed as failure:
             if f"'{root}': dataset does not exist" in failure.what:
                 failure.hint = f"check -r; is the pool imported there? zpool import {root.split('/')[0]}"
             raise
-        return with_clones({key: it for key, it in tree.items() if not is_passing(key)}), failure
+        return with_clones({key: it for key, it in tree.items() if not is_passing(key)})
 
     def list_target(self) -> Trees:
         """The local tree, and what there is of its ancestors."""
@@ -4333,7 +4359,7 @@ class Lister:
         tree: Tree = {}
         if places:
             selection = self.policy.selection
-            tree = self.told(self.target_host, read_tree(self.target_host, root, selection, (), places))
+            tree = read_tree(self.target_host, root, selection, self.report.failure, places=places)
         if self.held_before is None:
             self.held_before = {key for key, local in tree.items() if newest_received(local, self.policy)}
         return Trees({}, tree, tuple(name for name in names if name in existing), failing)
@@ -4349,23 +4375,17 @@ class Lister:
                 raise Failure(f"cannot list {name} on {self.target_host.label}: {answer.stderr.strip()}", hint)
         return found
 
-    def read_target(self, names: Sequence[str]) -> Reading:
+    def read_target(self, names: Sequence[str]) -> Tree:
         """Some datasets of the local tree, if there are any."""
+        policy, tell = self.policy, self.report.failure
         if not names:
-            return {}, None
-        return read_tree(self.target_host, self.policy.target_root, self.policy.selection, names, self.places)
+            return {}
+        return read_tree(self.target_host, policy.target_root, policy.selection, tell, only=names, places=self.places)
 
     @property
     def places(self) -> tuple[str, str]:
         """Where the local tree is: its root, and the name that this has while it makes way."""
         return self.policy.target_root, self.policy.target_root + PLACEHOLDER
-
-    def told(self, host: Host, reading: Reading) -> Tree:
-        """The tree of a reading. What could not be read of it is reported."""
-        tree, failure = reading
-        if failure:
-            self.report.failure(f"holds on {host.label}", failure)
-        return tree
 
     # what only further commands can tell
 
@@ -4382,7 +4402,7 @@ class Lister:
             local = replace(local, held_before=key in (self.held_before or ()), recognised=key in self.received)
             is_place = local.kind == "filesystem" and not local.snapshots and not local.partial
             if is_place and there and policy.selection.of_snapshots(there.snapshots):
-                tree = self.told(host, read_tree(host, local.name, Selection()))
+                tree = read_tree(host, local.name, Selection(), self.report.failure)
                 host.ask(sync_pool(with_ancestors(local.name)[0]))  # so that what was written lately counts
                 empty = {inner: self.is_empty(it.name) for inner, it in tree.items() if may_be_empty(it)}
                 strangers = strangers_below(key, tree, empty, trees.source, policy)
@@ -4447,7 +4467,7 @@ class Lister:
                 except Failure:
                     continue  # one may be gone by now; whatever else is wrong, the next question meets and reports it
                 return replace(trees, source=with_clones(found))
-        return replace(trees, source=self.told(self.source_host, self.list_source(fast=False)))
+        return replace(trees, source=self.list_source(fast=False))
 
 
 @dataclass(frozen=True)
@@ -4513,9 +4533,7 @@ class LocalSteps:
 
     def check_below(self, key: str) -> None:
         """Raise Failure if another line's mirror is below a dataset that is to be renamed, selected or not."""
-        tree, failure = read_tree(self.host, self.local_name(key), Selection())
-        if failure:
-            raise failure
+        tree = whole(self.host, self.local_name(key), Selection())
         others = [it for it in tree.values() if others_tags(it, self.policy)]
         if others:
             blocked = blocked_by_another_line(others[0], self.policy)
@@ -4656,17 +4674,13 @@ def key_places(host: Host, names: Iterable[str]) -> dict[str, str]:
     for batch in batches(names):
         roots = [row[0] for row in fields(run(host, (*LIST_KEY_ROOTS, *batch)), 2) if row[0] == row[1]]
         for some in batches(roots):
-            found.update(values_of(host, "keylocation", some))
+            rows: list[list[str]] = []
+            with contextlib.suppress(NotBelieved):
+                rows = [*fields(run(host, (*GET_VALUES, "keylocation", *some)), 2)]
+            if sorted(row[0] for row in rows) != sorted(some):  # a value has newlines in it: then one by one
+                rows = [[name, run(host, (*GET_VALUE, "keylocation", name))[:-1]] for name in some]
+            found.update((name, place) for name, place in rows)
     return found
-
-
-def values_of(host: Host, key: str, names: Sequence[str]) -> dict[str, str]:
-    """A property of local datasets: one command for all of them, or one for each if a value contains newlines."""
-    with contextlib.suppress(NotBelieved):
-        rows = [*fields(run(host, (*GET_VALUES, key, *names)), 2)]
-        if sorted(row[0] for row in rows) == sorted(names):
-            return dict(rows)
-    return {name: run(host, (*GET_VALUE, key, name))[:-1] for name in names}
 
 
 class Executor:
@@ -4690,19 +4704,6 @@ class Executor:
         self.tries: dict[str, tuple[int, int | None]] = {}  # how often a dataset got no further; steps left at the last
         self.features: list[str] | None = None  # of the local pool
         self.lost: tuple[str, LinkLost] | None = None  # what was at work when the link broke
-
-    def tell_in_step(self, trees: Trees, plan: TreePlan) -> None:
-        """Tell of the datasets for which there is nothing to do."""
-        for key, entry in plan.entries:
-            if isinstance(entry, UpToDate):
-                what = in_step(trees.source[key], plan.target.get(key), self.policy)
-                self.report.in_step(self.local_name(key), what)
-
-    def give_up_failed(self, plan: TreePlan) -> None:
-        """Report the datasets that the plan has no step for because they are blocked, or follow one that failed."""
-        for key, entry in plan.entries:
-            if isinstance(entry, Failure):
-                self.give_up(key, entry)
 
     def local_name(self, key: str) -> str:
         return self.policy.target_root + key
@@ -4777,16 +4778,7 @@ class Executor:
     def prepare(self, trees: Trees, plan: TreePlan) -> tuple[Trees, list[Stream] | None]:
         """Hold what will be sent, and prepare the places for it. Returns the batch that can be sent now. It is empty
         if another plan is due first, and None if nothing is left to send."""
-        receives: dict[str, list[Receive]] = {}
-        parents: dict[str, list[str]] = {}
-        late: set[str] = set()  # what a step that follows a stream has still to name
-        for key, step in plan.entries:
-            if isinstance(step, Receive) and late.isdisjoint(with_ancestors(key)):
-                receives.setdefault(key, []).append(step)
-            elif isinstance(step, Create):
-                parents.setdefault(key, []).append(step.name)
-            elif isinstance(step, LOCAL_STEPS):
-                late |= {key, step.old} if isinstance(step, Rename) else {key}
+        receives, parents = plan.streams_due()
         receives = {key: steps for key, steps in receives.items() if not self.is_stuck(key, len(steps))}
         if not receives:
             return trees, None
@@ -4795,12 +4787,16 @@ class Executor:
         trees, refused = self.inert.make_inert(trees, mirrors)
         self.given_up |= refused
         batch: list[Stream] = []
+        # What was found modified just now is planned anew, before anything is held for it.
         if not any((local := trees.target.get(key)) and local.changed for key in receives):
-            receives = {key: steps for key, steps in receives.items() if key not in refused}
-            trees = self.hold(trees, receives)
+            trees = self.hold(trees, {key: steps for key, steps in receives.items() if key not in refused})
             receives = {key: steps for key, steps in receives.items() if key not in self.given_up}
-            trees, is_ready = self.make_places(trees, receives, parents)
-            batch = self.next_batch(trees, receives) if is_ready else []
+            trees, created = self.create_parents(trees, receives, parents)
+            empty = self.protect_empty(trees, receives)
+            trees = self.lister.list_some_again(trees, [*created, *empty])
+            empty = [key for key in empty if key not in self.given_up]
+            if all((local := trees.target.get(key)) and local.empty for key in empty):
+                batch = self.next_batch(trees, receives)
         if not batch:
             for key, steps in receives.items():
                 self.note_try(key, len(steps))  # should that be so again and again, it comes to an end
@@ -4834,61 +4830,68 @@ class Executor:
             source[key] = held_after(source[key], tag, {*names})
         return replace(trees, source=source)
 
-    def make_places(
-        self, trees: Trees, receives: Mapping[str, Sequence[Receive]], parents: Mapping[str, Sequence[str]]
-    ) -> tuple[Trees, bool]:
-        """Create the placeholders above what will be received, and make empty filesystems that will be replaced
-        read-only. Returns False if one of these is not empty any more."""
-        host, root = self.lister.target_host, self.policy.target_root
-        existing, target = [*trees.existing], dict(trees.target)
-        known = {*existing, *(local.name for local in target.values())}
-        for key in receives:
-            for name in parents.get(key, ()):
-                if name in known or (name != with_ancestors(name)[0] and name.rpartition("/")[0] not in known):
-                    continue
-                try:
-                    self.report.creation(name)
-                    run(host, create_parent(name))
-                except CommandFailed as failure:
-                    for other in receives:
-                        if is_below(self.local_name(other), name):
-                            self.give_up(other, failure)
-                    break
+    def create_parents(
+        self, trees: Trees, receives: Iterable[str], parents: Mapping[str, Sequence[str]]
+    ) -> tuple[Trees, list[str]]:
+        """Create the placeholders above what will be received. Returns those that are new in the local tree, which are
+        to be listed. Gives up what is below one that cannot be created."""
+        root = self.policy.target_root
+        known = {*trees.existing, *(local.name for local in trees.target.values())}
+        created: list[str] = []
+        for name in (name for key in receives for name in parents.get(key, ()) if key not in self.given_up):
+            above = name.rpartition("/")[0]
+            if name in known or (above and above not in known):
+                continue
+            try:
+                self.report.creation(name)
+                run(self.lister.target_host, create_parent(name))
+            except CommandFailed as failure:
+                for other in receives:
+                    if is_below(self.local_name(other), name):
+                        self.give_up(other, failure)
+            else:
                 known.add(name)
-                if is_below(name, root):
-                    target[name[len(root) :]] = Dataset(name, "filesystem")
-                else:
-                    existing.append(name)
-        trees = replace(trees, target=target, existing=tuple(existing))
-        created = [key for key in target if key not in trees.target]
-        empty = [key for key in receives if (local := target.get(key)) and local.empty and not local.snapshots]
+                created.append(name)
+        existing = (*trees.existing, *(name for name in created if not is_below(name, root)))
+        return replace(trees, existing=existing), [name[len(root) :] for name in created if is_below(name, root)]
+
+    def protect_empty(self, trees: Trees, receives: Iterable[str]) -> list[str]:
+        """Make empty filesystems that will be replaced read-only. Returns them: they are to be listed again."""
+        empty = [key for key in receives if (local := trees.target.get(key)) and local.empty and not local.snapshots]
         for key in empty:
             # Hours may have gone since the listing, and hours may go until the stream is whole: what anybody writes
             # meanwhile -F would overwrite.
             try:
-                run(host, make_read_only(self.local_name(key)))
+                run(self.lister.target_host, make_read_only(self.local_name(key)))
             except CommandFailed as failure:
                 self.give_up(key, failure)
-        trees = self.lister.list_some_again(trees, [*created, *empty])
-        empty = [key for key in empty if key not in self.given_up]
-        return trees, all((local := trees.target.get(key)) and local.empty for key in empty)
+        return empty
 
     def next_batch(self, trees: Trees, receives: Mapping[str, Sequence[Receive]]) -> list[Stream]:
         """The streams that can be sent together now: through one compressor, at most MAX_PER_REQUEST. A child may
         follow its parent in the batch, and a clone its origin."""
+        policy, host, source = self.policy, self.lister.target_host, trees.source
         batch: list[Stream] = []
         coming: set[str] = set()  # datasets, and names of snapshots, that this batch brings
         for key, some in receives.items():
-            steps, source, local = some[:MAX_PER_REQUEST], trees.source[key], trees.target.get(key)
+            steps, local = some[:MAX_PER_REQUEST], trees.target.get(key)
             fits = not batch or (
                 len(batch) + len(steps) <= MAX_PER_REQUEST
-                and self.compressible(source) == self.compressible(trees.source[batch[0].key])
+                and self.compressible(source[key]) == self.compressible(source[batch[0].key])
             )
             if not fits or key in self.given_up or not self.has_place(trees, key, receives, coming):
                 continue
+            parent = source.get(key.rpartition("/")[0]) if key else None
+            own = self.inert.own_values.get(key, {})
             for step in steps:
-                batch.append(Stream(key, step, self.ends(trees.source, key, step, local)))
-                local = after_transfer(source, local, self.local_name(key), Transfer((step,)))
+                name = self.local_name(key) + step.snapshot.short
+                born = first_receive_options(source[key], parent, step, policy)
+                receiving = receive(source[key], local, name, policy.properties, born, own=own)
+                host.check(receiving)
+                sending = send(source[key], step, policy.raw(source[key]), self.flags())
+                batch.append(Stream(key, step, (sending, receiving)))
+                # The next one of this dataset comes on top of that.
+                local = after_transfer(source[key], local, self.local_name(key), Transfer((step,)))
             self.note_try(key, len(some))
             coming |= {key, *(self.local_name(key) + step.snapshot.short for step in steps)}
         return batch
@@ -4912,15 +4915,6 @@ class Executor:
         origins = trees.target[owner].snapshots if first.origin and owner in trees.target else ()
         has_origin = not first.origin or first.origin in coming or any(it.name == first.origin for it in origins)
         return has_origin and all(name in trees.existing for name in above)
-
-    def ends(self, source: Tree, key: str, step: Receive, local: Dataset | None) -> tuple[Command, Command]:
-        """The commands at both ends of a stream. `local` is what the dataset will be like by then."""
-        policy, parent = self.policy, source.get(key.rpartition("/")[0]) if key else None
-        name = self.local_name(key) + step.snapshot.short
-        born = first_receive_options(source[key], parent, step, policy)
-        receiving = receive(source[key], local, name, policy.properties, born, own=self.inert.own_values.get(key, {}))
-        self.lister.target_host.check(receiving)
-        return send(source[key], step, policy.raw(source[key]), self.flags()), receiving
 
     def compressible(self, source: Dataset) -> bool:
         """Whether compressing a stream would make it smaller: not if it is sent raw, or compressed as stored."""
@@ -4966,9 +4960,11 @@ class Executor:
             refused = refused_properties(arrival.said)
             for key, said in refused.items():
                 self.report.step(f"{name}: arrived without property {key}: {excerpt(said)}")
-            wrong = not_arrived(trees.target.get(stream.key), name, last[stream.key])
-            wrong = wrong or unset_properties(self.lister.target_host, stream.ends[1], refused)
-            if wrong:
+            local, end = trees.target.get(stream.key), last[stream.key].snapshot
+            if not local or not local.snapshots or local.snapshots[-1].guid != end.guid:
+                what = f"zfs recv reported success, but {name} does not end in {end.short}"
+                self.give_up(stream.key, StreamFailed(what))
+            elif wrong := unset_properties(self.lister.target_host, stream.ends[1], refused):
                 self.give_up(stream.key, wrong)
             else:
                 self.report.pulled(name, stream.step, arrival)
@@ -5009,25 +5005,11 @@ def must_wait(key: str, step: LocalStep, coming: set[str], moved: set[str]) -> b
     return not (coming | moved).isdisjoint(with_ancestors(key))
 
 
-def holds_any(local: Dataset | None, tag: str) -> bool:
-    """Whether we hold anything of a local dataset, or may do so."""
-    return local is not None and any(snapshot.may_be_held_by(tag) for snapshot in local.snapshots)
-
-
 def in_step(source: Dataset, local: Dataset | None, policy: Policy) -> str:
     """What to tell of a dataset for which there is nothing to do."""
     if not is_ours(source, local):
         return "in step, and not held: it is taken over when there is something to pull"
     return "in step" if policy.selection.of_snapshots(source.snapshots) else "no snapshot to pull"
-
-
-def not_arrived(local: Dataset | None, name: str, step: Receive) -> StreamFailed | None:
-    """What is wrong if a dataset does not end in the snapshot that zfs recv says has arrived."""
-    if local and local.snapshots and local.snapshots[-1].guid == step.snapshot.guid:
-        return None
-    return StreamFailed(
-        f"zfs recv reported success, but {name.partition('@')[0]} does not end in {step.snapshot.short}"
-    )
 
 
 class Holds:
@@ -5058,7 +5040,11 @@ class Holds:
         source, target = (self.source_host, self.policy.tag), (self.target_host, self.policy.received_tag)
         self.refused = []
         mirrors = mirrors_of(trees, self.policy)
-        new = {key for key in changes if not holds_any(mirrors.get(key), self.policy.received_tag)}
+        new = {
+            key
+            for key in changes
+            if not any(it.may_be_held_by(target[1]) for it in (mirrors[key].snapshots if key in mirrors else ()))
+        }
         missing = self.place_new(*target, (it for key in changes if key not in new for it in changes[key].place_local))
         missing |= self.place_new(*source, (it for each in changes.values() for it in each.place_source))
         sure = [key for key, it in changes.items() if missing.isdisjoint([*it.place_local, *it.place_source])]
@@ -5157,8 +5143,14 @@ class Run:
         in `lost`: it may be worth another try."""
         try:
             plan = TreePlan(self.trees, self.policy)
-            self.tell_of_holds(plan)
-            self.finish_streams()
+            # What nobody should miss about holds at the source is told before any of them moves.
+            for name, line in lost_holds(self.trees, self.policy, plan.left_alone):
+                self.report.notice("hold lost", name, line)
+            for name, line in holds_of_others(self.trees, self.policy, plan):
+                self.report.notice("others hold", name, line)
+            # A run that died between a stream and its hold left undone what follows a stream (`InertMirror.put_back`).
+            received = [key for key, local in self.trees.target.items() if local.recognised and not local.held_before]
+            self.trees, _ = self.executor.inert.make_inert(self.trees, received)
             plan = self.transfer(plan, now)
             self.update_holds(plan.left_alone | self.executor.inert.refused, now)
             if self.policy.bookmark:
@@ -5170,27 +5162,18 @@ class Run:
         except Failure as failure:
             self.report.failure(self.policy.target_root, failure)
 
-    def tell_of_holds(self, plan: TreePlan) -> None:
-        """Report what nobody should miss about holds at the source, before any of them moves."""
-        for name, line in lost_holds(self.trees, self.policy, plan.left_alone):
-            self.report.notice("hold lost", name, line)
-        for name, line in holds_of_others(self.trees, self.policy, plan):
-            self.report.notice("others hold", name, line)
-
-    def finish_streams(self) -> None:
-        """Finish what a run that died before it could hold anything left undone after its streams
-        (`InertMirror.put_back`)."""
-        received = [key for key, local in self.trees.target.items() if local.recognised and not local.held_before]
-        self.trees, _ = self.executor.inert.make_inert(self.trees, received)
-
     def transfer(self, plan: TreePlan, now: int) -> TreePlan:
         """Bring the mirror up to date, in rounds: do what the plan allows at once, list again, plan again, until no
         step is left. Returns the last plan."""
-        executor = self.executor
-        executor.tell_in_step(self.trees, plan)
+        executor, root = self.executor, self.policy.target_root
+        for key, entry in plan.entries:
+            if isinstance(entry, UpToDate):
+                self.report.in_step(root + key, in_step(self.trees.source[key], plan.target.get(key), self.policy))
         is_done = False
         while not is_done and not self.lost:
-            executor.give_up_failed(plan)
+            for key, entry in plan.entries:
+                if isinstance(entry, Failure):  # blocked, or behind one that failed
+                    executor.give_up(key, entry)
             try:
                 self.trees, is_changed = executor.change_names(self.trees, plan, now)
                 if not is_changed:
@@ -5235,7 +5218,7 @@ class Run:
             touched |= changes.keys()
             if not touched:
                 return
-            self.trees = self.lister.list_again(self.trees, touched, now)
+            self.trees = self.lister.list_again(self.trees, touched, now) or self.lister.list_both(now)
             touched = set()
         for name, failure in holds.problems(all_hold_changes(self.trees, self.policy, left_alone)):
             self.report.failure(name, failure)
@@ -5389,14 +5372,6 @@ def release_all(host: Host, root: str, tag: str, report: Report) -> list[Snapsho
         hint = allow_hint(host, release(tag, names), said) or "see who may release them"
         report.failure(root, Failure(f"{few(names)}: still held by {tag}: {said.strip()}", hint))
     return [mark for dataset in tree.values() for mark in dataset.bookmarks]
-
-
-def whole(host: Host, root: str, selection: Selection) -> Tree:
-    """What is selected of a tree, with its holds. Raises Failure if they cannot be read."""
-    tree, failure = read_tree(host, root, selection)
-    if failure:
-        raise failure
-    return tree
 
 
 def print_plan(it: Run, now: int) -> None:

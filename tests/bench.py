@@ -446,7 +446,7 @@ host.client
 lap("login")
 program.read_outline(host, "{TREE}", program.Selection())
 lap("list the source in outline")
-program.read_tree(program.LocalHost(), "{MIRROR}", program.Selection())
+program.whole(program.LocalHost(), "{MIRROR}", program.Selection())
 lap("list the mirror, with holds")
 """
 """What a run does that finds nothing to do; there, listing the mirror goes beside login and listing of the source."""

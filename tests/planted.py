@@ -42,7 +42,11 @@ class Plant:
 BUGS: dict[str, tuple[Plant, ...]] = {
     # Holds
     "hold after the stream": (
-        Plant("Executor.prepare", "trees = self.hold(trees, receives)", ""),
+        Plant(
+            "Executor.prepare",
+            "trees = self.hold(trees, {key: steps for key, steps in receives.items() if key not in refused})",
+            "",
+        ),
         Plant(
             "Run.transfer",
             "executor.send_batch(self.trees, batch)",
@@ -57,7 +61,14 @@ BUGS: dict[str, tuple[Plant, ...]] = {
         ),
     ),
     "sent without a hold": (Plant("Executor.hold", "if missing_here:", "if False:"),),
-    "what cannot be held leaves a placeholder": (Plant("Executor.prepare", "key not in self.given_up", "True"),),
+    "what cannot be held leaves a placeholder": (
+        Plant(
+            "Executor.prepare",
+            "{key: steps for key, steps in receives.items() if key not in self.given_up}",
+            "receives",
+        ),
+        Plant("Executor.create_parents", "key not in self.given_up", "True"),
+    ),
     "a hold that was refused counts as placed": (Plant("place_holds", "answer.status != 0", "False"),),
     "release before hold": (
         Plant(
@@ -82,7 +93,11 @@ BUGS: dict[str, tuple[Plant, ...]] = {
         Plant("Holds.move_all", "left.isdisjoint(it.name for it in trees.source[key].history)", "True"),
     ),
     "the first one here comes before others go there": (
-        Plant("Holds.move_all", "not holds_any(mirrors.get(key), self.policy.received_tag)", "False"),
+        Plant(
+            "Holds.move_all",
+            "any(it.may_be_held_by(target[1]) for it in (mirrors[key].snapshots if key in mirrors else ()))",
+            "True",
+        ),
     ),
     "holds are asked for from the newest one here on": (
         Plant(
@@ -137,13 +152,17 @@ BUGS: dict[str, tuple[Plant, ...]] = {
         Plant("Run.update_holds", "may_expire(self.trees.source.get(key), local, self.policy, now)", "False"),
     ),
     "no look at what has changed": (
-        Plant("Run.update_holds", "self.trees = self.lister.list_again(self.trees, touched, now)", ""),
+        Plant(
+            "Run.update_holds",
+            "self.trees = self.lister.list_again(self.trees, touched, now) or self.lister.list_both(now)",
+            "",
+        ),
     ),
     "a hold that was lost goes without a word": (
-        Plant("Run.tell_of_holds", "lost_holds(self.trees, self.policy, plan.left_alone)", "()"),
+        Plant("Run.execute", "lost_holds(self.trees, self.policy, plan.left_alone)", "()"),
     ),
     "holds of others go without a word": (
-        Plant("Run.tell_of_holds", "holds_of_others(self.trees, self.policy, plan)", "()"),
+        Plant("Run.execute", "holds_of_others(self.trees, self.policy, plan)", "()"),
     ),
     # Whose it is
     "a host mirrored onto itself": (Plant("Run.begin", "guids[0] == guids[1]", "False"),),
@@ -268,9 +287,9 @@ BUGS: dict[str, tuple[Plant, ...]] = {
     "a mark of tomorrow counts": (Plant("parse_failing", "int(found[1]) <= now + MAX_CLOCK_SKEW", "True"),),
     "a stream that ended has arrived": (
         Plant(
-            "not_arrived",
-            "local and local.snapshots and local.snapshots[-1].guid == step.snapshot.guid",
-            "local and local.snapshots",
+            "Executor.tell_arrived",
+            "local.snapshots[-1].guid != end.guid",
+            "False",
         ),
     ),
     "what zfs recv says was changed here was": (
@@ -351,7 +370,7 @@ BUGS: dict[str, tuple[Plant, ...]] = {
         ),
     ),
     "a stream does not wait for the rename before it": (
-        Plant("Executor.prepare", "late.isdisjoint(with_ancestors(key))", "True"),
+        Plant("TreePlan.streams_due", "late.isdisjoint(with_ancestors(key))", "True"),
     ),
     "a child does not wait for its parent": (
         Plant("Executor.has_place", "not is_whole and parent not in coming", "False"),
@@ -362,14 +381,16 @@ BUGS: dict[str, tuple[Plant, ...]] = {
     ),
     "what is not empty any more is received over": (
         Plant(
-            "Executor.make_places",
+            "Executor.prepare",
             "self.lister.list_some_again(trees, [*created, *empty])",
             "self.lister.list_some_again(trees, created)",
         ),
     ),
-    "what is blocked goes without a word": (Plant("Executor.give_up_failed", "self.give_up(key, entry)", ""),),
+    "what is blocked goes without a word": (Plant("Run.transfer", "executor.give_up(key, entry)", ""),),
     "a stream without a name": (
-        Plant("Executor.ends", "self.local_name(key) + step.snapshot.short", "self.local_name(key)"),
+        Plant(
+            "Executor.next_batch", "name = self.local_name(key) + step.snapshot.short", "name = self.local_name(key)"
+        ),
     ),
     "holds come with the stream": (
         Plant(
