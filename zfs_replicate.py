@@ -1981,51 +1981,60 @@ def holds_to_read(source: Dataset, local: Dataset | None, policy: Policy, now: i
 # Room 5: Commands
 # ---------------------------------------------------------------------------------------------------------------------
 
+# A command as its words. It becomes text for a shell only in `joined_by_and` and `remote_line`, so only they quote.
 Command = tuple[str, ...]
-"""A command as its words. It becomes text in `remote_line` alone."""
 
+# Where zfs may be installed: the PATH of cron, and of a login without a terminal, often lacks the sbin directories.
 SBIN = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
-"""Where zfs may live; the PATH of a login without a terminal often lacks the sbin directories."""
 
+# Bytes of names in one command. A remote command travels as one word, and Linux takes at most 128 KiB in a word.
 BATCH_BYTES = 64 * 1024
-"""Names per command: Linux takes at most 128 KiB in one word, and a remote command travels as one word."""
 
+# What each name costs besides its own bytes, about: a space, and quotes if it contains one.
 NAME_COST = 8
-"""Bytes that each name takes besides its own."""
 
 
 def joined_by_and(commands: Sequence[Command]) -> str:
-    """Commands as a line for sh that runs them one after another, and ends with the first that fails."""
+    """A line for sh that runs commands one after another, up to the first that fails."""
     *first, last = map(shlex.join, commands)
+    # exec: no shell waits beside the last one, so its end, and a signal to it, is what the caller sees.
     return " && ".join([*first, f"exec {last}"])
 
 
 def remote_line(*commands: Command, then: Command = (), look_for: Iterable[str] = ()) -> str:
-    """One line for the remote login shell that runs `commands` one after another. The shell may be csh or fish, so
-    everything is single-quoted; names with a newline, `!` or a backslash are refused earlier.
+    """One line for the remote login shell that runs `commands` one after another.
 
-    With `then`, what they print goes through that one as well; the line's exit status is that of the first that failed,
-    which a pipe of sh would not tell. Where programs to `look_for` are told on stderr, one by line, before it begins.
+    With `then`, their output passes through that command, and the exit status is that of whichever failed first.
+    Before they run, the paths of programs to `look_for` are printed on stderr, one a line.
     """
     words = joined_by_and(commands)
     if then:
+        # A pipe of sh has the exit status of its last process alone. So each side writes its status to fd 4 if it
+        # failed; $( ) collects these, and the first is ours. The output reaches the real stdout through fd 3:
+        #
+        #     first | second >&3
+        #       \________\_______ >&4, which is $( )
+        #
+        # Neither process keeps 3 or 4 open itself: who reads there waits until the last of them has closed it.
         first, second = f"( {words} ) 3>&- 4>&-", f"{shlex.join(then)} >&3 3>&- 4>&-"
         statuses = f"$( ( ( {first} || echo $? >&4 ) | ( {second} || echo $? >&4 ) ) 4>&1 )"
         words = f"exec 3>&1; set -- {statuses}; exit ${{1:-0}}"
     look = f"for it in {' '.join(look_for)}; do command -v $it; done >&2; " if look_for else ""
+    # The login shell may be csh or fish. These agree with sh on what is single-quoted, unless it contains a newline,
+    # `!` or a backslash; names with one of those are refused earlier. LC_ALL: we look for messages in English.
     return f"sh -c {shlex.quote(f'PATH=$PATH:{SBIN} LC_ALL=C; export PATH LC_ALL; {look}{words}')}"
 
 
+# What compresses a stream for the wire, and what restores it.
 COMPRESSORS: dict[str, tuple[Command, Command]] = {
     "zstd": (("zstd", "-q", "-c", "-T0"), ("zstd", "-q", "-d", "-c")),
     "lz4": (("lz4", "-q", "-c"), ("lz4", "-q", "-d", "-c")),
     "pigz": (("pigz", "-c"), ("pigz", "-d", "-c")),
 }
-"""What compresses a stream for the wire, and what undoes it."""
 
 
 def batches(names: Iterable[str], most: int = BATCH_BYTES) -> Iterator[list[str]]:
-    """`names` in lists short enough for one command each, of `most` bytes."""
+    """Split `names` into lists of at most `most` bytes, so that each list fits into one command."""
     batch: list[str] = []
     size = 0
     for name in names:
@@ -2039,20 +2048,19 @@ def batches(names: Iterable[str], most: int = BATCH_BYTES) -> Iterator[list[str]
 
 
 def batches_by_count(commands: Sequence[Command], size: int) -> Iterator[Sequence[Command]]:
-    """`commands` in lists of at most that many."""
+    """Split `commands` into lists of at most `size`."""
     for start in range(0, len(commands), size):
         yield commands[start : start + size]
 
 
+# The property of the local root that says since when runs fail. The first run that fails sets it, and the first that
+# succeeds removes it. It is a property because there is no state outside ZFS.
 FAILING = "zfs_replicate:failing"
-"""The property of a local root that says since when runs fail: there is no state outside ZFS. Set by the first run that
-fails, gone with the first that does not."""
 
-
+# Set on another tool's mirror before our first stream into it: to the guid of its newest snapshot. While that one is
+# the newest, no stream of ours has arrived. We remove it after the first stream that brings properties. A source cannot
+# forge it: streams leave it out (`LEFT_OUT`), and only a value that was set here counts.
 TAKEN_OVER = "zfs_replicate:taken-over"
-"""Set where a mirror of another tool is taken over, before the first stream of ours: to the guid of its newest
-snapshot. While that is the newest one, no stream of ours has arrived. We remove it after the first one that brings
-properties. What a source says of it is left out, and would say nothing: it was not set here."""
 
 
 def list_existing(names: Iterable[str]) -> Command:
@@ -2098,159 +2106,162 @@ def list_holds(snapshots: Iterable[str]) -> Command:
     return ("zfs", "holds", "-H", *snapshots)
 
 
+# Verbs of zfs that change nothing, on either side.
 LOOKING = ("list", "get", "holds", "send", "allow", "userspace", "version")
-"""Verbs of zfs that change nothing, on either side."""
 
 
 def changed_by(command: Command) -> list[str]:
-    """The datasets that a command changes, by name, or makes. Of a verb that is not known to only look, any word may
-    be one."""
+    """The datasets that a command changes or creates, by name."""
+    # The other programs change no dataset: `zpool sync` writes out what was written, `zpool get` and `date` look.
     if command[0] != "zfs" or (command[1] in LOOKING):
         return []
     words = command[2:]
     if command[1] in ("hold", "release"):
-        words = words[1:]
+        words = words[1:]  # without the tag
     elif command[1] in ("recv", "set", "create", "inherit", "bookmark"):
-        words = words[-1:]
+        words = words[-1:]  # without the options and values before it
+    # Of any other verb, also one that nobody has thought of here, each word may be a dataset.
     return [re.split("[@#]", word)[0] for word in words if not word.startswith("-")]
 
 
 def outside(command: Command, root: str) -> list[str]:
-    """Those datasets that a command would change beside a local tree, which it must not. To be made, its ancestors may;
-    and the root may be renamed aside, or make way."""
+    """The datasets outside the local tree that a command would change. It must not be run if there are any."""
+    # A root that makes way for itself is in the tree under both names (`MakeWay`).
     wrong = [name for name in changed_by(command) if not any(is_below(name, it) for it in (root, root + PLACEHOLDER))]
-    if command[1] == "create":
+    if command[1] == "create":  # the ancestors of the root as well
         return [name for name in wrong if name not in with_ancestors(root)]
-    if command[1] == "rename":
+    if command[1] == "rename":  # --quarantine of the root itself: its new name is beside it
         return [name for name in wrong if not (name.startswith(root + ASIDE) and command[-1] == name)]
     return wrong
 
 
+# Flags of zfs send that keep blocks as they are stored, over 128 KiB (-L) and compressed (-c), and the features that
+# the receiving pool needs for each.
 STREAM_FLAGS = {"-L": ("large_blocks",), "-c": ("lz4_compress", "zstd_compress")}
-"""What a stream keeps as it is stored, blocks over 128 KiB and compressed ones, and what a pool must know for that."""
 
 
 def stream_flags(features: Iterable[str]) -> Command:
-    """The flags for a pool with these features: a fixed choice, for pools gain features and never lose one. Dropping
-    -L between increments lost data once (https://github.com/openzfs/zfs/issues/6224) and is refused since."""
+    """The flags of zfs send for a receiving pool with these features."""
+    # Once used, a flag stays, because a pool gains features and never loses one. Dropping -L between increments lost
+    # data once (https://github.com/openzfs/zfs/issues/6224), and is refused since.
     return tuple(flag for flag, needs in STREAM_FLAGS.items() if set(needs) <= set(features))
 
 
-NOTHING_SET: Mapping[str, str] = {}
+# zfs get may list these as set, but zfs recv takes no value for them. Nor does a receive lose them.
 NEVER_SET_AGAIN = (
     "volsize", "volblocksize", "encryption", "keyformat", "keylocation", "pbkdf2iters", "version", "filesystem_count",
     "snapshot_count", TAKEN_OVER,
 )  # fmt: skip
-"""What zfs recv takes no value for, though zfs get may say of it that it is set; it is not lost by a receive either."""
 
 
+# The features that a stream may need of the receiving pool, by their bit in its header (zfs_ioctl.h of OpenZFS).
 FEATURE_BITS = {
     19: "large_blocks", 23: "large_dnode", 24: "encryption", 25: "zstd_compress", 28: "longname", 29: "large_microzap",
 }  # fmt: skip
-"""What a stream may need of the pool that receives it, by the bit that says so (zfs_ioctl.h of OpenZFS)."""
 
 
 def lacking(said: str, features: Iterable[str]) -> list[str]:
-    """Which features a pool with these `features` has to gain, after what zfs recv said of a stream."""
+    """The features that a pool must gain for a stream, by what zfs recv `said`. It has these `features`."""
     flags = re.search("unsupported feature, feature flags = ([0-9a-f]+)", said)
     if not flags and "pool must be upgraded" not in said:
         return []
-    bits = int(flags[1], 16) if flags else -1  # it does not say: any of them
+    bits = int(flags[1], 16) if flags else -1  # without the flags, any of them may be meant
     return [name for bit, name in FEATURE_BITS.items() if bits >> bit & 1 and name not in features]
 
 
 def send(dataset: Dataset, step: Receive, raw: bool, flags: Command) -> Command:
-    """The sending end of a step. With properties; but zfs sends those of an encrypted dataset in raw streams only."""
-    if step.token:
+    """The sending end of a step."""
+    if step.token:  # which contains the snapshots and the flags; zfs takes hardly any other beside it
         return ("zfs", "send", "-t", step.token)
     base: Command = ()
     if step.base is not None:
         base = ("-i", step.base.name)
+    # With properties; but zfs sends those of an encrypted dataset only in a raw stream.
     how = ("-p", "-w") if raw else () if dataset.encrypted else ("-p",)
+    # Never -R: it renames datasets at the receiver, and needs the snapshot on every child.
     return ("zfs", "send", *flags, *how, *base, step.snapshot.name)
 
 
 def estimate(sending: Command) -> Command:
-    """What that send would send, without sending it."""
+    """The command that tells the size of a stream instead of sending it."""
     return (*sending[:2], "-nP", *sending[2:])
 
 
+# What a mirror has of its own, whatever the source says: the properties of zfsprops(7) of OpenZFS 2.4 that belong to a
+# place and not to the data. All others come along: they belong to the data (recordsize, compression, acltype, ...), or
+# do nothing to a filesystem that is read-only and not mounted (sync, overlay, vscan, contexts, users' quotas). The
+# source's values of these are kept beside ours as the received ones, so `zfs send -b` gives them back.
 OVERRIDES = (
+    # Nobody writes to the mirror, mounts it, or sees it over the network. These are set and not only left out of the
+    # stream: what is left out is inherited, and the pool here may well be shared.
     "readonly=on",
     "canmount=noauto",
     "sharenfs=off",
     "sharesmb=off",
+    # Mounted by somebody who looks into it, it gives no rights away. (exec gives none away: it is as at the source.)
     "setuid=off",
     "devices=off",
+    # It belongs to this host and not to a container, which would also keep us from renaming it.
     "zoned=off",
+    # Volumes and their snapshots have no device nodes, in which this host would look for partitions and file systems.
     "volmode=none",
     "snapdev=hidden",
+    # Nothing limits what arrives. Set to none and not only left out: before OpenZFS 2.2, and from there up to 2.3.9 and
+    # 2.4.4, every second increment takes over those properties that -x excludes and that do not inherit.
     "quota=none",
     "refquota=none",
     "reservation=none",
     "refreservation=none",
     "snapshot_limit=none",
     "filesystem_limit=none",
+    # systemd's generator of mount units makes none for it. A unit for canmount=noauto would be started by whatever
+    # requires a path below it (https://github.com/openzfs/zfs/issues/17144).
     "org.openzfs.systemd:ignore=on",
 )
-"""What a mirror has of its own, whatever the source says: the properties of zfsprops(7) of OpenZFS 2.4 that are of a
-place, and not of the data.
 
-- Nobody writes to it, mounts it, or sees it over the network: readonly, canmount, sharenfs, sharesmb. What is only left
-  out is inherited, and the pool here may well be shared: so these are set.
-- Mounted to look into it, it hands out no rights: setuid, devices. But exec, which hands out none, is the source's.
-- It stays with this host, and not with a container, which would also keep us from renaming it: zoned.
-- Volumes and their snapshots have no device nodes, in which this host would look for partitions and file systems:
-  volmode, snapdev.
-- Nothing binds what arrives: quotas, reservations and limits. They are set to none and not only left out: before
-  OpenZFS 2.2, and from there to 2.3.9 and 2.4.4, every second increment takes over what -x excludes and what does not
-  inherit.
-- systemd's generator of mount units makes none for it: a unit for canmount=noauto would be started by whatever requires
-  a path below it (https://github.com/openzfs/zfs/issues/17144).
-
-All others come along: they are of the data (recordsize, compression, acltype, ...), or do nothing to a filesystem that
-is read-only and not mounted (sync, overlay, vscan, contexts, users' quotas). What the source said of ours is kept
-beside our value as the received one, so that `zfs send -b` gives it back."""
-
+# Properties that streams leave out, and that get no value of our own. `keylocation` cannot be left out: see
+# `key_places`.
+# - mountpoint: no fixed value would do. Left out, it follows from the parent's.
+# - our own: they are notes of this host, and a source could else forge them.
+# - those of systemd's generator, which reads them from a table with TABs and newlines: one value could forge the row of
+#   another dataset (history_event-zfs-list-cacher.sh of OpenZFS).
 GENERATED = ("requires", "requires-mounts-for", "before", "after", "wanted-by", "required-by", "nofail")
 LEFT_OUT = ("mountpoint", FAILING, TAKEN_OVER, *(f"org.openzfs.systemd:{name}" for name in GENERATED))
-"""What has no value here. The mountpoint cannot be said in a word: left out, it follows from the parent's. systemd's
-generator reads its properties from a table with TABs and newlines, with which one value could forge the row of another
-dataset (history_event-zfs-list-cacher.sh of OpenZFS). `keylocation` cannot be left out: see `key_places`."""
 
-# zfs recv refuses what the kind of dataset does not have (zfsprops(7)).
+# Properties that only one kind of dataset has (zfsprops(7)): zfs recv refuses them for the other kind.
 OF_FILESYSTEMS = (
     "aclinherit aclmode acltype atime canmount casesensitivity devices direct dnodesize exec filesystem_limit longname "
     "mountpoint nbmand normalization overlay quota recordsize refquota relatime setuid sharenfs sharesmb snapdir "
     "utf8only vscan xattr zoned"
 )
 OF_VOLUMES = "volblocksize volsize volthreading"
+NOT_OF = {"filesystem": OF_VOLUMES.split(), "volume": OF_FILESYSTEMS.split()}
 
 
 def first_receive_options(source: Dataset, parent: Dataset | None, step: Receive, policy: Policy) -> Command:
-    """Options for the first receive only, of a dataset with `parent` above it at the source: origin and encryption.
-
-    A plain stream carries encryption=off. Drop it (-x), so that the dataset inherits from its local parent; unless that
-    parent is a raw mirror, whose key we do not have.
-    """
+    """Options for the first receive only: origin and encryption. `parent` is the parent at the source."""
     origin = ("-o", f"origin={step.origin}") if step.origin else ()
     if source.encrypted:
         return origin
+    # A plain stream carries encryption=off. Drop it (-x), so that the dataset inherits from its local parent; unless
+    # that parent is a raw mirror, whose key we do not have.
     return (*origin, *(("-o", "encryption=off") if parent and policy.raw(parent) else ("-x", "encryption")))
 
 
 def kinds_values(kind: str, properties: Properties) -> dict[str, str]:
-    """What a mirror of this kind has of its own, if the user does not say otherwise."""
-    others = (OF_VOLUMES if kind == "filesystem" else OF_FILESYSTEMS).split()
+    """The OVERRIDES of this kind of dataset, without those that the user ignores."""
     values = dict(value.partition("=")[::2] for value in OVERRIDES)
-    return {key: value for key, value in values.items() if key not in others and key not in properties.ignored}
+    return {it: value for it, value in values.items() if it not in NOT_OF[kind] and it not in properties.ignored}
 
 
 @dataclass(frozen=True)
 class Exposure:
-    """What a local dataset lacks to be inert: values that are `missing`, it `is_mounted`, its `mountpoint_came` from
-    the source. `own` are the properties that are set here, and would be lost with the first ones to come (see
-    `receive`). It `is_marked` as one that is being taken over (`TAKEN_OVER`)."""
+    """What a local dataset lacks to be inert.
+
+    `missing` are the values to set. `own` are properties that are set here and would be lost with the first ones that a
+    stream brings (see `receive`). `mountpoint_came`: its mountpoint came from the source. `is_marked`: it is being
+    taken over, and `TAKEN_OVER` is set, or will be.
+    """
 
     key: str
     missing: dict[str, str]
@@ -2266,15 +2277,17 @@ class Exposure:
 def exposure(
     key: str, local: Dataset, sources: Mapping[str, str], properties: Properties, is_mounted: bool
 ) -> Exposure:
-    """By `sources`, which say by property whether it is set here, or was received."""
+    """What a local dataset lacks to be inert. `sources` say of its properties whether they are set here (`local`) or
+    were `received`."""
     missing = {it: value for it, value in kinds_values(local.kind, properties).items() if sources.get(it) != "local"}
     own = tuple(it for it, source in sources.items() if source == "local" and it not in NEVER_SET_AGAIN)
     is_marked = sources.get(TAKEN_OVER) == "local"
-    is_new = not (local.held_before or local.recognised)
+    is_new = not (local.held_before or local.recognised)  # so another tool's mirror, which we take over
+    # What is set here gets lost with the first properties that arrive, and only then.
     is_first = "received" not in sources.values() and (is_marked or is_new)
     marked = {TAKEN_OVER: str(local.snapshots[-1].guid)} if is_new and not is_marked else {}
     came = sources.get("mountpoint") == "received"
-    # An administrator may have mounted a mirror of ours, to look into it.
+    # What we held before stays mounted: an administrator may have mounted a mirror of ours, to look into it.
     shows = is_mounted and not local.held_before
     own = (*own, *missing) if is_first else ()
     return Exposure(key, {**missing, **marked}, own, shows, came, is_marked or bool(marked))
@@ -2287,14 +2300,16 @@ SHARES = ("sharenfs", "sharesmb")
 
 
 def shares_last(values: Mapping[str, str]) -> tuple[dict[str, str], dict[str, str]]:
-    """What to set first, and what then: as long as zoned is on, zfs lets nobody say anything of shares, and who says
-    that they are off while canmount is on has the dataset mounted (changelist_postfix in libzfs)."""
+    """Split values into those to set first, and those of shares to set then."""
+    # While zoned is on, zfs lets nobody set a share. And setting one to off while canmount is on mounts the dataset
+    # (changelist_postfix in libzfs). So zoned and canmount come first.
     others = {key: value for key, value in values.items() if key not in SHARES}
     return others, {key: value for key, value in values.items() if key in SHARES}
 
 
 def settable(key: str, value: str) -> str:
-    """A value as `zfs get -p` prints it, in the words in which it can be set: no limit is 0 there, or all ones."""
+    """A value that `zfs get -p` has printed, in the form that `zfs set` takes."""
+    # Without a limit it prints 0, or all ones.
     return "none" if key in LIMITS and value in ("0", str(2**64 - 1)) else value
 
 
@@ -2330,8 +2345,8 @@ def decode_token(token: str) -> Command:
     return ("zfs", "send", "-nvt", token)
 
 
+# The features of a pool that streams need.
 FEATURES = tuple(dict.fromkeys((*FEATURE_BITS.values(), *(need for needs in STREAM_FLAGS.values() for need in needs))))
-"""Those of a pool that streams need."""
 
 
 def list_features(pool: str) -> Command:
@@ -2374,11 +2389,12 @@ def count_files(name: str) -> Command:
     return ("zfs", "userspace", "-Hp", "-o", "objused", name)
 
 
-# Commands that change something. There are no others: a test looks for any tuple elsewhere that begins like one. What
-# they name is in the local tree (`outside`), but for `hold`, `release`, and our own bookmarks at the source.
+# Commands that change something. There are no others: a test searches the file for tuples that begin like one. They
+# name datasets of the local tree only (see `outside`), except `hold`, `release`, and our own bookmarks at the source.
 
 
 def set_failing(root: str, since: int) -> Command:
+    # With the root, so that a copy of the property (a clone, a restored dataset) says nothing: see `parse_failing`.
     return ("zfs", "set", f"{FAILING}={since} {root}", root)
 
 
@@ -2396,16 +2412,17 @@ def release(tag: str, snapshots: Iterable[str]) -> Command:
 
 
 def destroy(snapshots: Iterable[Snapshot]) -> Command:
-    """Destroys snapshots of one dataset. A name without `@` would be a dataset, `%` a range: neither gets through."""
+    """Destroy snapshots of one dataset. Raises AssertionError for any other names."""
     names = [snapshot.name for snapshot in snapshots]
     datasets = {name.split("@")[0] for name in names}
+    # Without `@` zfs would destroy the dataset itself. `%` is a range, `,` begins another name, `#` a bookmark.
     if len(datasets) != 1 or any(name.count("@") != 1 or re.search("[%,#]", name) for name in names):
         raise AssertionError(f"refusing to destroy anything but plain snapshots of one dataset: {names}")
     return ("zfs", "destroy", datasets.pop() + "@" + ",".join(name.split("@")[1] for name in names))
 
 
 def rollback(to: Snapshot) -> Command:
-    """-r destroys the newer snapshots, but never their clones (that would be -R), and none that is held."""
+    # -r destroys newer snapshots, but none that is held or has a clone (that would take -R).
     return ("zfs", "rollback", "-r", to.name)
 
 
@@ -2418,8 +2435,8 @@ def bookmark(snapshot: Snapshot, mark: str) -> Command:
 
 
 def destroy_bookmark(name: str) -> Command:
-    """A name without `#` would be a dataset or a snapshot."""
-    if name.count("#") != 1 or "@" in name:
+    """Destroy a bookmark. Raises AssertionError for any other name."""
+    if name.count("#") != 1 or "@" in name:  # it would be a dataset or a snapshot
         raise AssertionError(f"refusing to destroy anything but a bookmark: {name}")
     return ("zfs", "destroy", name)
 
@@ -2429,7 +2446,7 @@ def make_read_only(name: str) -> Command:
 
 
 def create_parent(name: str) -> Command:
-    """A placeholder that never mounts. `-u` also spares the mount that only root may do."""
+    # A placeholder never mounts. -u: without it zfs tries once, and an account that is not root may not.
     return ("zfs", "create", "-u", "-o", "canmount=off", name)
 
 
@@ -2450,7 +2467,7 @@ def abandon(name: str) -> Command:
 
 
 def sync_pool(pool: str) -> Command:
-    """Writes out what was written lately, so that it counts."""
+    # Until a transaction group is written out, `written` and `zfs userspace` do not count what is in it.
     return ("zpool", "sync", pool)
 
 
@@ -2461,34 +2478,36 @@ def receive(
     properties: Properties = Properties(),
     born: Command = (),
     *,
-    own: Mapping[str, str] = NOTHING_SET,
+    own: Mapping[str, str] = {},
 ) -> Command:
     """The receiving end of a step: resumable, unmounted, and read-only from the first moment.
 
-    What we set on the first receive stays as the administrator left it later: increments leave those properties out.
-    An existing dataset that never received any properties loses all that are set there when it does so first
-    (first_recvd_props in zfs_ioctl.c): `own` are to be set again in the same moment.
-
-    The snapshot to come is named: then zfs recv takes no package of several datasets or snapshots, which could rename,
-    roll back and destroy whatever is below. -h leaves out holds that the sender puts on it. -F only where it overwrites
-    nothing: into a filesystem known to be empty, with nothing below it.
+    `snapshot` is the full name of what comes; `born` are the options for the first receive. `own` are the properties
+    that are set on the dataset and would be lost with the first ones that arrive.
     """
-    others = (OF_VOLUMES if source.kind == "filesystem" else OF_FILESYSTEMS).split()
+    others = NOT_OF[source.kind]
     values = kinds_values(source.kind, properties)
     said = dict(value.partition("=")[::2] for value in properties.values)
     values.update({key: value for key, value in said.items() if key not in others and key not in properties.ignored})
     left_out = [key for key in (*LEFT_OUT, *properties.ignored) if key not in others and key not in values]
     if local is not None and local.snapshots:
+        # What was set on the first receive is left out of increments: the administrator may have changed it since.
+        # A dataset that never received a property loses all that are set there when the first ones arrive
+        # (first_recvd_props in zfs_ioctl.c). `own` sets them again in the same moment.
         left_out += values
         values = dict(own)
     options = [word for key, value in values.items() for word in ("-o", f"{key}={value}")]
     options += [word for key in left_out if key not in values for word in ("-x", key)]
     if local is None:
         options += born
+    # -F only where it overwrites nothing: on a filesystem known to be empty, with nothing below it.
     force = ("-F",) if local and local.empty and not local.snapshots and not local.parent else ()
+    # The snapshot is named, so that zfs recv takes no package of several datasets or snapshots: one could rename, roll
+    # back and destroy whatever is below. -h drops the holds that the sender puts on it.
     return ("zfs", "recv", "-s", "-u", "-h", *force, *options, snapshot)
 
 
+# What an account that is not root must be allowed for each verb, besides the properties that it sets (zfs-allow(8)).
 RIGHTS = {
     "send": "send",
     "hold": "hold",
@@ -2504,17 +2523,16 @@ RIGHTS = {
     "recv -A": "receive,destroy,mount",
     "userspace": "userused,userquota,userobjused,userobjquota",
 }
-"""What an account that is not root must be allowed for each verb, besides the properties that it sets."""
 
 
+# The verbs that a plain crontab line runs on either side.
 SOURCE_RIGHTS = ("send", "hold", "release")
 TARGET_RIGHTS = ("recv", "recv -A", "create", "destroy", "hold", "release", "userspace")
-"""Verbs of the crontab line, on either side."""
 
 
 @dataclass(frozen=True)
 class Account:
-    """Who runs zfs on a host without being root there, and the tree that it is for."""
+    """A `user` that runs zfs on a host without being root there, and the tree that it works on."""
 
     user: str
     host: str
@@ -2527,21 +2545,19 @@ def list_rights(name: str) -> Command:
 
 
 def rights_of(text: str, user: str) -> set[str]:
-    """What `zfs allow` says that a user may do; as one of any group, for we do not know which are his."""
+    """The rights of a user, by what `zfs allow` has printed."""
+    # The rights of every group count: we do not know which groups he is in on that host.
     found = re.findall(r"^\t(?:user (\S+)|group \S+|everyone) (\S+)$", text, re.MULTILINE)
     return {right for name, rights in found if name in ("", user) for right in rights.split(",")}
 
 
 def right_to_set(key: str) -> str:
-    """What an account must be allowed to set a property."""
+    """The right that setting a property takes."""
     return "userprop" if ":" in key else key
 
 
 def allow_command(command: Command, account: Account) -> str:
-    """What root must run to let the account run `command` in all of the tree; "" if no right is known for it.
-
-    To make or move a dataset takes the rights on its parent, and on a tree that is not there yet zfs allows nothing.
-    """
+    """What root must run so that the account may run `command` anywhere in its tree; "" if no right is known for it."""
     verb = " ".join(command[1:3]) if "-A" in command[2:3] else command[1]
     if verb not in RIGHTS:
         return ""
@@ -2549,6 +2565,8 @@ def allow_command(command: Command, account: Account) -> str:
     properties = [name for name, is_set, _ in (word.partition("=") for word in values) if is_set and name != "origin"]
     rights = [RIGHTS[verb], *map(right_to_set, properties)]
     place = re.split("[@#]", command[-1])[0]
+    # Creating or moving a dataset takes the rights on its parent. And on a tree that does not exist yet, zfs allows
+    # nothing.
     if verb in ("create", "rename") or (verb == "recv" and properties):
         place = place.rpartition("/")[0] or place
     if f"{place}/".startswith(f"{account.tree}/"):
