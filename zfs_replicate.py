@@ -2580,39 +2580,40 @@ def allow_command(command: Command, account: Account) -> str:
 # ---------------------------------------------------------------------------------------------------------------------
 
 CONNECT_SECONDS = 30.0
+# Longest silence of a command, and of a stream. It is an hour because `zfs list` prints nothing until it has sorted
+# everything, and an incremental `zfs send` prints nothing until it has found what changed.
 STALL_SECONDS = 3600
-"""Longest silence of a command, and of a stream: `zfs list` prints nothing until it has sorted everything, and an
-incremental `zfs send` nothing until it has found what changed."""
 KEEPALIVE_SECONDS = 15
+# How long a link may leave bytes unacknowledged before it counts as lost.
 LINK_SECONDS = 60
-"""How long a link may leave bytes unacknowledged before it counts as lost."""
+# How long a process may take to end when told to.
 END_SECONDS = 5
-"""How long a process may take to end when told to."""
 
+# The most that a listing may print, and any other command. The longest is the listing of a tree: a million snapshots
+# with names of 130 bytes are that long. All of it is in memory, as bytes and then as text.
 OUTPUT_BYTES = 192 << 20
 ANSWER_BYTES = 32 << 20
-"""The most that a command may print. The longest answer is the listing of a tree: of a million snapshots, with names of
-130 bytes, it is as long. All of it is in memory, as bytes and then as text."""
+# How much is kept of a command's stderr: the end of it. zfs says a line for each name, some 6 times as long as a short
+# name. So what it says of BATCH_BYTES of names is kept whole, and can be read name by name.
 COMPLAINT_BYTES = 8 * BATCH_BYTES
-"""How much is kept of a command's stderr, the last of it. zfs says a line of each name, some 6 times as long as a short
-one: what it says of BATCH_BYTES of names is kept whole, and read name by name."""
+# How much to read at a time: what a pipe holds.
 READ_BYTES = 64 * 1024
-"""How much to read at a time: what a pipe holds."""
 
+# For every ssh client that we start.
 ALIVE_SETTINGS = (
+    # No endless wait, and no question asked.
     f"ServerAliveInterval={KEEPALIVE_SECONDS}",
     f"ServerAliveCountMax={LINK_SECONDS // KEEPALIVE_SECONDS}",
     f"ConnectTimeout={CONNECT_SECONDS:.0f}",
     "BatchMode=yes",
+    # Learn no further key of a host: with it somebody could pose as that host after it was installed anew.
     "UpdateHostKeys=no",
 )
-"""Of every ssh client we start: no question asked, no endless wait; and no further key of a host is taken over, with
-which somebody could pose as it after it was made anew."""
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What a command said, and its exit status."""
+    """Exit status and output of a command."""
 
     status: int
     stdout: str
@@ -2620,43 +2621,44 @@ class Answer:
 
     @classmethod
     def of(cls, status: int, stdout: bytes | bytearray, stderr: bytes | bytearray) -> Answer:
-        # A long text with one character beyond Latin takes four bytes for each; names are ASCII.
+        # In a str with one character beyond Latin, each character takes two bytes or four. What is long is a listing,
+        # whose names are ASCII: read as that, a million snapshots cannot take four times the memory.
         encoding = "utf-8" if len(stdout) <= ANSWER_BYTES else "ascii"
         return cls(status, stdout.decode(encoding, errors="surrogateescape"), stderr.decode(errors="surrogateescape"))
 
 
 class Host(Protocol):
-    """Where commands run. `label` names it to the user; `account` is whose rights count there, if not root's."""
+    """Where commands run. `label` names it to the user. `account` is who runs them there; None if that is root."""
 
     label: str
     account: Account | None
 
     def ask(self, *commands: Command) -> Answer:
-        """Run commands in turn, until one fails. Any exit status is an answer; raises LinkLost or Stuck where there was
-        none."""
+        """Run commands one after another, up to the first that fails. Any exit status is an answer. Raises LinkLost or
+        Stuck if none came."""
 
     def has(self, program: str) -> bool:
         """Whether one of the COMPRESSORS is installed there. Valid only after the first command."""
 
     def stream_command(self, *commands: Command, then: Command = ()) -> Command:
-        """The local command whose standard input and output are those of `commands` in turn on this host; `then` what
-        they print goes through that one."""
+        """A local command that runs `commands` one after another on this host. Its standard input and output are
+        theirs; with `then`, their output passes through that command first."""
 
     def connected(self) -> bool:
-        """Whether the connection of the `stream_command` commands stands, after one of them has failed."""
+        """Whether the connection that `stream_command` uses still stands, after a stream has failed."""
 
     def close(self) -> None:
-        """Let go of the connection."""
+        """Close the connection."""
 
 
 def run(host: Host, *commands: Command) -> str:
-    """What `commands` print in turn; raises CommandFailed on any exit status but 0."""
+    """Run commands one after another, and return their output. Raises CommandFailed if one fails."""
     return output(host, commands[0], host.ask(*commands))
 
 
 def output(host: Host, command: Command, answer: Answer) -> str:
-    """What `command` printed; raises CommandFailed unless it ended well."""
-    if answer.status == 127:
+    """What `command` printed. Raises CommandFailed unless its exit status is 0."""
+    if answer.status == 127:  # a shell's word for "not found"
         raise CommandFailed(
             f"{host.label} has no program {command[0]!r} in its PATH or in {SBIN}",
             "install it there, or check that the login may run it",
@@ -2670,7 +2672,7 @@ def output(host: Host, command: Command, answer: Answer) -> str:
 
 
 def allow_hint(host: Host, command: Command, said: str) -> str:
-    """The way out where zfs says that our account lacks a right; "" where it says something else."""
+    """What gives our account the right that zfs says it lacks; "" if zfs says something else."""
     return allow_command(command, host.account) if host.account and "permission denied" in said else ""
 
 
@@ -2682,8 +2684,11 @@ def stuck(host: Host, command: Command, stall_timeout: float) -> Stuck:
 
 
 class Output:
-    """All that a command prints, as it comes: `add` raises Failure when it is more than OUTPUT_BYTES, if it lists, or
-    else ANSWER_BYTES. `doing` names the command, `label` its host."""
+    """Collects what a command prints. `doing` names the command, `label` its host.
+
+    `add` raises Failure for more than OUTPUT_BYTES of `zfs list`, or ANSWER_BYTES of any other command: a host that
+    never stops talking must not fill our memory.
+    """
 
     def __init__(self, doing: str, label: str) -> None:
         self.doing = doing
@@ -2702,7 +2707,7 @@ class Output:
 
 
 class Tail:
-    """The last `most` bytes of what a program says, however much that is."""
+    """Keeps the last `most` bytes of what a program says, however much that is."""
 
     def __init__(self, most: int) -> None:
         self.most = most
@@ -2710,20 +2715,21 @@ class Tail:
 
     def add(self, data: bytes) -> None:
         self.kept += data
-        if len(self.kept) > 2 * self.most:  # not at each word, or every one would move all of it
+        if len(self.kept) > 2 * self.most:  # not at every call, because each cut moves all that is kept
             del self.kept[: -self.most]
 
     def last(self) -> bytearray:
         return self.kept[-self.most :]
 
 
+# Seconds of one wait: epoll counts milliseconds in 32 bits, and --stall-timeout may be years.
 LONGEST_WAIT = 86400.0
-"""Seconds: epoll counts milliseconds in 32 bits."""
 
 
 def listen(process: subprocess.Popen[bytes], output: Output, complaints: Tail, until: float) -> None:
-    """Take what a process prints, both ends side by side, until it has ended. Raises TimeoutExpired if it has not by
-    then, however much it still has to say."""
+    """Read stdout and stderr of a process until it has ended. Raises TimeoutExpired if it has not ended by `until`,
+    however much it still says."""
+    # Both at once: a process that waits until somebody reads its stderr prints nothing on stdout.
     with selectors.DefaultSelector() as selector:
         selector.register(process.stdout, selectors.EVENT_READ, output.add)  # type: ignore[arg-type]  # it is a pipe
         selector.register(process.stderr, selectors.EVENT_READ, complaints.add)  # type: ignore[arg-type]
@@ -2745,13 +2751,14 @@ def ignore_line(line: str) -> None:
 
 
 def in_background(work: Callable[[], Any]) -> Future[Any]:
-    """What `work` will return. Its thread is left to itself if a signal ends us meanwhile."""
+    """Start `work` in a thread. Returns its future result, or exception."""
+    # Not a ThreadPoolExecutor: at exit Python waits for the threads of one, and a signal must end us at once.
     answer: Future[Any] = Future()
 
     def run() -> None:
         try:
             answer.set_result(work())
-        except BaseException as error:  # noqa: BLE001 -- it is raised where the answer is wanted
+        except BaseException as error:  # noqa: BLE001 -- it is raised again by whoever asks for the result
             answer.set_exception(error)
 
     threading.Thread(target=run, daemon=True).start()
@@ -2759,11 +2766,12 @@ def in_background(work: Callable[[], Any]) -> Future[Any]:
 
 
 def end(process: subprocess.Popen[bytes]) -> None:
-    """End a process that still runs because we are leaving early. One that waits for a suspended pool cannot be
-    ended by anybody: it is left alone then."""
+    """End a process that still runs because we are leaving early."""
     for signal_it in (process.terminate, process.kill):
         if process.poll() is None:
-            with contextlib.suppress(subprocess.TimeoutExpired, PermissionError):  # what runs by sudo is root's
+            # Nobody can end a process that waits for a suspended pool, and we may not end one that runs by sudo, as
+            # root. Either is left alone then.
+            with contextlib.suppress(subprocess.TimeoutExpired, PermissionError):
                 signal_it()
                 process.wait(timeout=END_SECONDS)
 
@@ -2773,8 +2781,7 @@ def account_of(user: str, host: str, tree: str) -> Account | None:
 
 
 def own_name() -> str:
-    """The user of this process; not $USER, which su and cron may leave as it was."""
-    return user_name(os.geteuid())
+    return user_name(os.geteuid())  # not $USER, which su and cron may leave as it was
 
 
 def user_name(number: int) -> str:
@@ -2785,8 +2792,8 @@ def user_name(number: int) -> str:
 
 
 class LocalHost:
-    """This machine. A command that has not ended after `stall_timeout` seconds is given up, and one that prints more
-    than OUTPUT_BYTES as well."""
+    """This machine. A command that has not ended after `stall_timeout` seconds is ended, as is one that prints too
+    much. `note` is told each command; `tree` is what `account` works on."""
 
     def __init__(
         self,
@@ -2836,7 +2843,7 @@ class LocalHost:
 
 
 class SudoHost:
-    """A host on which every command is run by sudo, without a question asked."""
+    """A host on which every command runs by sudo, which must not ask for a password."""
 
     def __init__(self, host: Host) -> None:
         self.host = host
@@ -2847,10 +2854,10 @@ class SudoHost:
         self.close = host.close
 
     def ask(self, *commands: Command) -> Answer:
-        if commands == (clock_time(),):  # for which nobody needs to be root, and sudo may permit zfs alone
+        if commands == (clock_time(),):  # nobody needs to be root for that, and sudo may be set up to permit zfs alone
             return self.host.ask(*commands)
         answer = self.host.ask(*map(by_sudo, commands))
-        if answer.status == 127:
+        if answer.status == 127:  # of a missing zfs sudo says so itself, and exits with 1
             return Answer(1, "", "sudo is not installed\n")
         return answer
 
@@ -2859,8 +2866,11 @@ class SudoHost:
 
 
 class FencedHost:
-    """This host, on which no command changes anything beside the local tree. That holds of all that is planned here;
-    this is the belt beside the braces, for a mistake in that would cost what nobody has a copy of."""
+    """A host on which no command can change anything outside the local tree `root`.
+
+    No plan contains such a command. But if that were wrong, it would cost data of which nobody has a copy, so each
+    command is checked once more before it runs.
+    """
 
     def __init__(self, host: Host, root: str) -> None:
         self.host = host
@@ -2880,7 +2890,7 @@ class FencedHost:
         return self.host.stream_command(*commands, then=then)
 
     def check(self, *commands: Command) -> None:
-        """Raises Failure for what would change anything outside."""
+        """Raises Failure for a command that would change anything outside."""
         for command in commands:
             wrong = outside(command, self.root)
             if wrong:
@@ -2891,14 +2901,14 @@ class FencedHost:
 
 
 class ReadOnly(FencedHost):
-    """A host on which nothing can be changed: all that --dry-run, --status, --check and --doctor get. So what they do
-    need not be read to know that they are harmless."""
+    """A host on which no command can change anything. --dry-run, --status, --check and --doctor get no other, so an
+    auditor need not read what they do."""
 
     def __init__(self, host: Host) -> None:
         super().__init__(host, root="")
 
     def check(self, *commands: Command) -> None:
-        """Raises AssertionError for what would change anything."""
+        """Raises AssertionError for a command that would change anything."""
         for command in commands:
             if changed_by(command):
                 raise AssertionError(f"a mode that only looks must not change anything: {command}")
@@ -2912,27 +2922,27 @@ def by_sudo(command: Command) -> Command:
 
 
 def environment() -> dict[str, str]:
-    """Ours, with untranslated messages, and the sbin directories that cron leaves out of PATH."""
-    path = ":".join(filter(None, (os.environ.get("PATH"), SBIN)))  # an empty entry would be the current directory
+    """Our environment, with untranslated messages, and with the sbin directories that cron leaves out of PATH."""
+    path = ":".join(filter(None, (os.environ.get("PATH"), SBIN)))  # an empty entry would mean the current directory
     return {**os.environ, "LC_ALL": "C", "PATH": path}
 
 
 def installed(program: str) -> bool:
-    """Whether this host has it."""
+    """Whether this host has a program."""
     return shutil.which(program, path=environment()["PATH"]) is not None
 
 
+# Beyond any number of 64 bits, so no count of anything. Some formats raise for much larger ones.
 MAX_FIGURE = 1e24
-"""What is beyond any number of 64 bits is no count of anything; a format may not even take it."""
 
 
 def tellable(figure: float) -> float:
-    """The figure, or the nearest that can be written in some digits; 0 for none at all (NaN)."""
+    """The nearest figure that any format takes; 0 for NaN."""
     return max(min(figure, MAX_FIGURE), -MAX_FIGURE) if figure == figure else 0  # noqa: PLR0124 -- NaN is not itself
 
 
 def format_timeout(seconds: float) -> str:
-    """As --stall-timeout takes it: `90s`, `30m`, `2h`."""
+    """A duration as --stall-timeout takes it: `90s`, `30m`, `2h`."""
     seconds = tellable(seconds)
     for unit, size in (("h", 3600), ("m", 60)):
         if seconds >= size and seconds % size == 0:
@@ -2941,10 +2951,10 @@ def format_timeout(seconds: float) -> str:
 
 
 def format_bytes(count: float) -> str:
-    """A number of bytes, as zfs says it: `512B`, `1.50K`, `12.0M`, `345G`."""
+    """A number of bytes, as zfs prints it: `512B`, `1.50K`, `12.0M`, `345G`."""
     count, unit = tellable(count), "B"
     for larger in "KMGTPE":
-        if count < 999.5:
+        if count < 999.5:  # it would be rounded to four digits
             break
         count, unit = count / 1024, larger
     digits = 0 if unit == "B" or count >= 99.95 else 1 if count >= 9.995 else 2
@@ -2958,9 +2968,9 @@ def settings(values: Iterable[str]) -> Command:
 
 @dataclass(frozen=True)
 class Connection:
-    """How to reach a host, resolved once by `ssh -G` and used for both connections, paramiko's and the ssh client's.
+    """How to reach a host: resolved once by `ssh -G`, and used for both connections, paramiko's and the ssh client's.
 
-    `options` are what the user gave (`-p`, `-i`), in the words of ssh.
+    `options` are those of our command line (`-p`, `-i`, ...), in the words of ssh. `config` is what `ssh -G` printed.
     """
 
     destination: str
@@ -2969,16 +2979,15 @@ class Connection:
 
     @classmethod
     def resolve(cls, destination: str, port: int | None, identity: str | None, more: Command = ()) -> Connection:
-        """Ask OpenSSH itself, so that Include, Match and everything else in ssh_config counts. `more` are options of
-        ssh.
-
-        Raises CommandFailed if there is no ssh client, or its configuration makes no sense to it.
-        """
+        """Resolve a destination. `more` are further options of ssh. Raises CommandFailed if there is no ssh client, or
+        if it refuses its configuration."""
+        # Asking OpenSSH itself is the only way in which Include, Match and everything else in ssh_config counts:
+        # paramiko's own reader knows less.
         options = list(more)
         if port is not None:
             options += ["-p", str(port)]
         if identity is not None:
-            options += ["-i", identity, "-o", "IdentitiesOnly=yes"]
+            options += ["-i", identity, "-o", "IdentitiesOnly=yes"]  # else ssh also tries an agent's keys
         config: dict[str, tuple[str, ...]] = {}
         for line in run(LocalHost(), ("ssh", "-G", *options, "--", destination)).splitlines():
             key, _, value = line.partition(" ")
@@ -2986,7 +2995,7 @@ class Connection:
         return cls(destination, tuple(options), config)
 
     def get(self, key: str) -> str:
-        """The first value ssh_config has for `key`; "" where it has none, or `none`."""
+        """The first value of `key`; "" if there is none, or if it is `none`."""
         value = self.config.get(key, ("",))[0]
         return "" if value == "none" else value
 
@@ -2995,7 +3004,7 @@ class Connection:
         return int(self.get("port"))
 
     def expand(self, text: str) -> str:
-        """The %-tokens of ssh_config, which `ssh -G` leaves as they are."""
+        """Replace the %-tokens of ssh_config, which `ssh -G` leaves as they are."""
         values = {
             "%h": self.get("hostname"),
             "%p": self.get("port"),
@@ -3007,13 +3016,14 @@ class Connection:
         return re.sub("%.", lambda found: values.get(found[0], found[0]), text)
 
     def files(self, words: Iterable[str]) -> list[str]:
-        """Those files among `words` of ssh_config that we can read; ssh passes over the others too."""
+        """The files among `words` of ssh_config that we can read."""
+        # ssh ignores the others as well: by default it looks for a key of each type.
         paths = [os.path.expanduser(self.expand(word)) for word in words]
         return [path for path in paths if os.path.isfile(path) and os.access(path, os.R_OK)]
 
     @property
     def identities(self) -> list[str]:
-        """The key files; those for security keys are beyond paramiko."""
+        """The key files, without those for security keys (FIDO), which paramiko cannot use."""
         return [path for path in self.files(self.config.get("identityfile", ())) if not path.endswith("_sk")]
 
     @property
@@ -3022,8 +3032,9 @@ class Connection:
 
     @property
     def known_as(self) -> tuple[str, int]:
-        """Name and port under which known_hosts lists the host. ssh adds no port to a HostKeyAlias."""
+        """Name and port under which known_hosts lists the host."""
         alias = self.get("hostkeyalias")
+        # ssh adds no port to an alias, and paramiko adds none to a name if it is 22.
         return (alias, 22) if alias else (self.get("hostname"), self.port)
 
     @property
@@ -3035,6 +3046,7 @@ class Connection:
             *first, last = self.get("proxyjump").split(",")
             jumps = ("-J", ",".join(first)) if first else ()
             via = last if last.startswith("ssh://") else f"ssh://{last}"
+            # As ssh does itself: log in at the last jump, through those before it, and forward stdin and stdout to %h.
             return ("ssh", *settings(ALIVE_SETTINGS), *jumps, "-W", self.expand("[%h]:%p"), "--", via)
         return None
 
@@ -3044,20 +3056,18 @@ class Connection:
 
 
 def open_socket(connection: Connection) -> socket.socket:
-    """A socket to the SSH port of the host: over TCP, or to the proxy command.
-
-    Raises OSError if the host cannot be reached.
-    """
+    """A socket to the SSH port of the host: over TCP, or to the proxy command. Raises OSError if the host cannot be
+    reached."""
     if connection.proxy is None:
         link = socket.create_connection((connection.get("hostname"), connection.port), CONNECT_SECONDS)
-        # A peer that went away without a word: the kernel gives up on unacknowledged keepalives after this time.
+        # If the peer goes away without a word, the kernel gives up unacknowledged keepalives after this time.
         if hasattr(socket, "TCP_USER_TIMEOUT"):  # Linux
             link.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, LINK_SECONDS * 1000)
         # paramiko leaves Nagle's algorithm on, which costs each command one delayed acknowledgement, 40 ms.
         link.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         return link
     link, other = socket.socketpair()
-    # The proxy ends by itself when our end of the socket closes.
+    # Nobody waits for the proxy: it ends by itself when our end of the socket closes.
     end = other.fileno()
     subprocess.Popen(connection.proxy, stdin=end, stdout=end, stderr=subprocess.DEVNULL, env=environment())
     other.close()
@@ -3065,7 +3075,7 @@ def open_socket(connection: Connection) -> socket.socket:
 
 
 class KnownHostsOnly:
-    """paramiko's missing host key policy: refuse, with the way out."""
+    """The policy of paramiko for an unknown host key: refuse it, and tell what to do."""
 
     def __init__(self, connection: Connection) -> None:
         self.connection = connection
@@ -3080,13 +3090,12 @@ class KnownHostsOnly:
 
 
 def why(error: Exception) -> str:
-    """Its message; paramiko raises timeouts and ends of file without a word."""
-    return str(error) or type(error).__name__
+    return str(error) or type(error).__name__  # paramiko raises timeouts and ends of file without a message
 
 
 class SshHost:
-    """A host behind one paramiko login, which takes place when something is asked first; commands run over it one at a
-    time. Streams share a login of the ssh client."""
+    """A host behind SSH. Commands run over one paramiko login, one at a time. Streams share one login of the ssh
+    client, so that no byte of them passes through Python. Either login is made when it is needed first."""
 
     def __init__(
         self,
@@ -3099,10 +3108,9 @@ class SshHost:
         self.label = connection.destination
         self.account = account_of(connection.get("user"), self.label.rpartition("@")[2], tree)
         self.note = note
-        self.stall_timeout = max(
-            stall_timeout, 2 * LINK_SECONDS
-        )  # by then a lost link has shown, and it is the command
-        self.programs: set[str] | None = None  # which of the COMPRESSORS are there, told with the first answer
+        # By then a lost link has shown itself as lost. So what still does not answer is the command.
+        self.stall_timeout = max(stall_timeout, 2 * LINK_SECONDS)
+        self.programs: set[str] | None = None  # the COMPRESSORS that are installed there; None before the first answer
         self.next_channel: Future[Any] | None = None
         self.opens_ahead = True
         self.streams: tempfile.TemporaryDirectory[str] | None = None
@@ -3110,7 +3118,7 @@ class SshHost:
 
     @functools.cached_property
     def client(self) -> Any:
-        """The login. Raises LinkLost if the host cannot be reached, Failure if it or we are not recognised."""
+        """The login. Raises LinkLost if the host cannot be reached, and Failure if either side refuses the other."""
         client = log_in(self.connection)
         get = self.connection.get
         self.note(f"{self.label}: logged in as {get('user')} at {get('hostname')}:{self.connection.port}")
@@ -3123,24 +3131,26 @@ class SshHost:
         try:
             if self.programs is not None:
                 return self.exchange(transport, doing, remote_line(*commands))
+            # The first answer also tells which compressors are there. A command of its own would cost a round trip.
             answer = self.exchange(transport, doing, remote_line(*commands, look_for=COMPRESSORS))
             found = f"^/.*/({'|'.join(COMPRESSORS)})\n"
             self.programs = set(re.findall(found, answer.stderr, re.MULTILINE))
             return replace(answer, stderr=re.sub(found, "", answer.stderr, flags=re.MULTILINE))
         except Failure:
             raise
-        except Exception as error:  # noqa: BLE001 -- paramiko hands on what its thread met in a malformed packet
-            if isinstance(error, socket.timeout) and error.errno is None:  # ours; the kernel's own has ETIMEDOUT
+        except Exception as error:  # noqa: BLE001 -- paramiko raises here whatever its thread met in a malformed packet
+            if isinstance(error, socket.timeout) and error.errno is None:  # our own; that of the kernel has ETIMEDOUT
                 raise stuck(self, commands[0], self.stall_timeout) from None
             raise LinkLost(f"lost the connection to {self.label} during {doing}: {why(error)}") from None
 
     def exchange(self, transport: Any, doing: str, line: str) -> Answer:
+        """Run one line of shell. Raises OSError or socket.timeout if no exit status came."""
         if transport is None or not transport.is_active():
             raise OSError("it is closed")
         until = time.monotonic() + self.stall_timeout
         channel = self.channel(transport)
         output, complaints = Output(doing, self.label), Tail(COMPLAINT_BYTES)
-        # Both ends are drained before the status is asked for: an undrained stderr stalls stdout after some 2 MiB.
+        # Drain both ends before asking for the status: an undrained stderr stalls stdout after some 2 MiB.
         with contextlib.closing(channel):
             channel.settimeout(self.stall_timeout)
             with time_limit(transport):
@@ -3150,11 +3160,11 @@ class SshHost:
             try:
                 drain(channel, channel.recv, output.add, until)
             except Failure:
-                transport.close()  # of a closed channel paramiko keeps all that still comes
+                transport.close()  # closing the channel is not enough: paramiko keeps in memory what still comes on it
                 raise
             complained.result()
             if not channel.status_event.wait(CONNECT_SECONDS) or channel.exit_status == -1:
-                if channel.eof_received:  # sshd itself closed it; a dead link only looks like an end
+                if channel.eof_received:  # sshd itself said that this is the end; a dead link only looks like one
                     raise LinkLost(
                         f"a signal ended {doing} on {self.label}",
                         "a shutdown, or was memory short? its kernel's log tells: dmesg",
@@ -3163,12 +3173,13 @@ class SshHost:
         return Answer.of(channel.exit_status, output.kept, complaints.last())
 
     def channel(self, transport: Any) -> Any:
-        """A channel for one command. That for the next one is opened while this one is at work, which saves it a round
-        trip; but not if the host allows no second one (MaxSessions 1)."""
+        """A channel for one command."""
+        # The channel for the next command is opened while this one is at work. That saves a round trip for each
+        # command, but a host with MaxSessions 1 refuses it: then none is opened ahead any more.
         channel: Any = None
         try:
             channel = self.next_channel.result() if self.next_channel else None
-        except Exception:  # noqa: BLE001 -- as in `ask`; if it is the link, the next one tells
+        except Exception:  # noqa: BLE001 -- as in `ask`; if the link is lost, opening the next one will tell
             self.opens_ahead = False
         if channel is None or channel.closed:
             channel = self.open_channel(transport)
@@ -3178,10 +3189,10 @@ class SshHost:
         return channel
 
     def open_channel(self, transport: Any) -> Any:
-        """Open a channel, retrying for a while: with MaxSessions 1 the server needs a moment to notice that the last
-        one was closed."""
+        """Open a channel, and retry for a while if that is refused."""
         import paramiko
 
+        # With MaxSessions 1 the server needs a moment to notice that we closed the last one.
         until = time.monotonic() + CONNECT_SECONDS
         while True:
             try:
@@ -3196,6 +3207,7 @@ class SshHost:
 
     def stream_command(self, *commands: Command, then: Command = ()) -> Command:
         if self.streams is None:
+            # A directory that nobody else can enter: who can reach the master's socket can use our login.
             try:
                 self.streams = tempfile.TemporaryDirectory(prefix="zfs_replicate-")
             except OSError as error:
@@ -3207,7 +3219,7 @@ class SshHost:
         return self.control("check")
 
     def control(self, request: str) -> bool:
-        """Ask the master of the streams; whether it did so."""
+        """Send a request to the ssh master of the streams. Returns whether it complied."""
         command = (*self.ssh, "-O", request, "--", self.connection.destination)
         with contextlib.suppress(Stuck):
             return LocalHost(stall_timeout=CONNECT_SECONDS).ask(command).status == 0
@@ -3217,14 +3229,14 @@ class SshHost:
         if "client" in vars(self):
             self.client.close()
         if self.streams is not None:
-            self.control("exit")  # or it ends by itself, when nothing has used it for a while
+            self.control("exit")  # if we cannot ask it to, it ends by itself after a while (ControlPersist)
             self.streams.cleanup()
 
 
 def drain(channel: Any, receive: Callable[[int], bytes], take: Callable[[bytes], None], until: float) -> None:
-    """Take all that comes at one end of a channel. Raises socket.timeout if that is not all by then: paramiko's own
-    timeout is for each piece of it."""
+    """Read all that comes at one end of a channel. Raises socket.timeout if the end has not come by `until`."""
     while True:
+        # A timeout of paramiko is for one read. A host that says a word now and then would keep us for ever.
         left = until - time.monotonic()
         if left <= 0:
             raise socket.timeout
@@ -3247,19 +3259,22 @@ def time_limit(transport: Any) -> Iterator[None]:
 
 
 def log_in(connection: Connection) -> Any:
-    """A connected paramiko client. Raises LinkLost if the host is out of reach, Failure if it or we are refused."""
+    """A connected paramiko client. Raises LinkLost if the host is out of reach, and Failure if either side refuses the
+    other."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # an older paramiko beside a newer cryptography: not the user's business
+        # An older paramiko warns beside a newer cryptography. That is not the user's business.
+        warnings.simplefilter("ignore")
         try:
-            # Here, not above: it costs a quarter of a second that --help and localhost runs need not pay. A third of
-            # it goes to invoke, where that is installed: paramiko wants it for a `Match exec`, which is ssh -G's here.
-            sys.modules.setdefault("invoke", None)  # type: ignore[arg-type]  # an ImportError to whoever imports it
+            # Not at the top of the file: it takes a quarter of a second, which --help and localhost need not pay. A
+            # third of that is invoke, if it is installed. paramiko needs it only for `Match exec`, which we leave to
+            # ssh -G. With None there, importing it is an ImportError.
+            sys.modules.setdefault("invoke", None)  # type: ignore[arg-type]
             import paramiko
         except ImportError as error:
             raise Failure(f"cannot use paramiko: {error}", "install it: apt install python3-paramiko") from None
 
     logging.getLogger("paramiko").setLevel(logging.CRITICAL + 1)  # its transport thread logs tracebacks to stderr
-    if hasattr(paramiko.client, "DSSKey"):  # before 4.0: reads a rejected RSA key as a DSS one, and chokes on it
+    if hasattr(paramiko.client, "DSSKey"):  # before 4.0 it tries a rejected RSA key as a DSS one, and fails over that
         paramiko.client.DSSKey = paramiko.RSAKey
     client = paramiko.SSHClient()
     try:
@@ -3273,7 +3288,8 @@ def log_in(connection: Connection) -> Any:
 
 
 def load_known_hosts(client: Any, connection: Connection) -> None:
-    """Let the client know the hosts ssh knows, and no other. Raises Failure for a file it cannot read."""
+    """Make the client accept the hosts that ssh knows, and no others. Raises Failure for a file that paramiko cannot
+    read."""
     import paramiko
 
     client.set_missing_host_key_policy(KnownHostsOnly(connection))
@@ -3312,8 +3328,8 @@ def connect(client: Any, connection: Connection) -> None:
     except Failure:
         raise
     except Exception as error:  # noqa: BLE001 -- as in SshHost.ask
-        # Once keys are exchanged the host is reached, and unless the link broke it is our login that failed: the
-        # exception often says no more than that the key is not of the kind paramiko tried last.
+        # Once keys are exchanged, the host is reached; unless the link broke, it is our login that failed. The
+        # exception does not tell: often it says only that the key is not of the type that paramiko tried last.
         transport = client.get_transport()
         broke = isinstance(error, (OSError, EOFError)) or "timeout" in str(error)
         if broke or transport is None or not transport.initial_kex_done:
@@ -3333,21 +3349,21 @@ def host_pattern(name: str, port: int) -> str:
 
 
 def ssh_client(connection: Connection, control_path: str) -> Command:
-    """The ssh client for streams: no questions, no terminal, no forwarding, no compression, a fast cipher.
-
-    The streams of a run share one login, through a master of our own at `control_path`: the first of them leaves it
-    behind, and should we be killed it ends by itself.
-    """
+    """The ssh client for streams: no questions, no terminal, no forwarding, no compression, a fast cipher. Its master
+    process listens at `control_path`."""
     quiet = (
         *ALIVE_SETTINGS,
         "StrictHostKeyChecking=yes",
-        "LogLevel=INFO",  # a broken link must be told
-        "Compression=no",
+        "LogLevel=INFO",  # with less, a broken link is not told
+        "Compression=no",  # see --compress: ssh has zlib only, on one core
+        # What the user's ssh_config may ask for, and a stream must not have.
         "ClearAllForwardings=yes",
         "ForwardAgent=no",
         "ForwardX11=no",
         "PermitLocalCommand=no",
         "RemoteCommand=none",
+        # The streams of a run share one login. The first of them leaves the master behind; if we are killed, that ends
+        # by itself. It is our own master: the user's may have other settings.
         "ControlMaster=auto",
         f"ControlPath={control_path}",
         f"ControlPersist={LINK_SECONDS}",
@@ -3356,13 +3372,15 @@ def ssh_client(connection: Connection, control_path: str) -> Command:
     return ("ssh", "-T", *connection.options, *settings(quiet))
 
 
+# Ciphers that need no separate MAC. AES is the fastest one where the processor has instructions for it, and by far the
+# slowest where it has not.
 AES = ("aes128-gcm@openssh.com", "aes256-gcm@openssh.com")
 CHACHA = ("chacha20-poly1305@openssh.com",)
-"""Ciphers that need no MAC. AES is the fastest by instructions of the processor, and the slowest by far without."""
 
 
 def fast_cipher(connection: Connection) -> list[str]:
-    """Prefer the cipher that is the fastest here, unless the user's configuration names ciphers."""
+    """A setting of ssh that prefers the fastest cipher, unless the user's configuration names ciphers."""
+    # It does if the result differs from that of an empty configuration.
     default = LocalHost().ask(("ssh", "-G", "-F", "none", "--", "localhost")).stdout
     configured = connection.get("ciphers")
     if f"\nciphers {configured}\n" not in default:
@@ -3373,7 +3391,7 @@ def fast_cipher(connection: Connection) -> list[str]:
 
 
 def has_aes_instructions(path: str = "/proc/cpuinfo") -> bool:
-    """Whether this processor has instructions for AES. Small ARM boards have not; where nothing is told, it may."""
+    """Whether this processor has instructions for AES; True if that cannot be known. Small ARM boards have none."""
     try:
         with open(path, encoding="ascii", errors="replace") as file:
             told = re.search(r"^(?:flags|Features)\s*:(.*)", file.read(), re.MULTILINE)
