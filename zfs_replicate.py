@@ -3406,19 +3406,22 @@ def has_aes_instructions(path: str = "/proc/cpuinfo") -> bool:
 
 
 def buffer_stage(size: str, rate: str | None = None) -> tuple[Command, ...]:
-    """mbuffer, where it is installed, to even out the bursts of both ends; it reads no more than `rate` a second."""
+    """The stage of mbuffer, with `size` of memory and reading at most `rate` a second; none if it is not installed."""
+    # It evens out the bursts of both ends: zfs send waits for disks, and zfs recv writes once every few seconds.
     limit = ("-r", rate) if rate else ()
     return (("mbuffer", "-q", "-m", size, *limit),) if installed("mbuffer") else ()
 
 
+# How much is kept of the stderr of a process: the end of it. zfs recv says less than that of all properties together.
 STDERR_BYTES = 64 * 1024
-"""How much is kept of what a process of a stream says, the last of it: more than zfs recv says of all properties."""
 
 
 @dataclass(frozen=True)
 class Stage:
-    """One process of a pipeline. What it says on its stderr is read as it comes: else the pipe would fill up, and the
-    process wait for ever. Nobody waits for the end of that pipe: others may keep it open, as a master of ssh does."""
+    """One process of a pipeline. `errors` is the pipe from its stderr, `tail` what it has said last."""
+
+    # stderr is read as it comes. If it were not, the pipe could fill up, and the process would wait for ever. But
+    # nobody waits for the end of that pipe, because others may keep it open, as a master of ssh does.
 
     program: str
     process: subprocess.Popen[bytes]
@@ -3426,19 +3429,19 @@ class Stage:
     tail: Tail
 
     def hear(self) -> bool:
-        """Take what it has said by now, and no more. Returns whether there was anything."""
+        """Take what it has said by now, without waiting for more. Returns whether there was anything."""
         waiting = 0 if self.errors.closed else unread_bytes(self.errors)
         if waiting:
             self.tail.add(os.read(self.errors.fileno(), waiting))
         return waiting > 0
 
     def has_ended(self) -> bool:
-        """Does not reap the process, so its /proc/PID/io stays readable."""
+        # WNOWAIT does not reap the process, so its /proc/PID/io stays readable.
         look = os.WEXITED | os.WNOHANG | os.WNOWAIT
         return self.process.returncode is not None or os.waitid(os.P_PID, self.process.pid, look) is not None
 
     def io_bytes(self) -> tuple[int, int]:
-        """Bytes that it has read and written so far, as its kernel counts them; 0 where that cannot be known."""
+        """Bytes that it has read and written so far, as the kernel counts them; 0 where that cannot be known."""
         try:
             with open(f"/proc/{self.process.pid}/io", encoding="ascii") as counters:
                 found = dict(line.split(": ") for line in counters)
@@ -3447,27 +3450,25 @@ class Stage:
         return int(found["rchar"]), int(found["wchar"])
 
     def said(self, lines: int = 5) -> str:
-        """The last lines it wrote to its stderr; 0: all that is kept of them."""
+        """The last `lines` of its stderr; with 0, all that is kept."""
         self.hear()
         return "\n".join(self.tail.last().decode(errors="replace").strip().splitlines()[-lines:])
 
     def ended(self) -> ExitedProcess:
-        """How it ended, once it has."""
         return self.program, self.process.wait(), self.said()
 
 
+# A program, its exit status, and the last lines of its stderr.
 ExitedProcess = tuple[str, int, str]
-"""A program, its exit status, its last words."""
 
 
 @dataclass(frozen=True)
 class Transport:
-    """How streams are carried: through what `buffer`, by which of the COMPRESSORS ("": none), and what is done about
-    them meanwhile.
+    """How streams are carried: through which `buffer`, and by which of the COMPRESSORS ("" for none).
 
-    A pipeline whose receiver has been given nothing for `stall_timeout` seconds, or less than FLOOR, is ended;
-    `on_progress` is called when it has been given something. `inherit` are open files that what receives keeps open
-    should we be killed.
+    A pipeline is ended if its receiver has been given nothing for `stall_timeout` seconds, or less than FLOOR.
+    `on_progress` is called when it has been given something. Receivers inherit the open files `inherit` (the lock), and
+    keep them open if we are killed.
     """
 
     buffer: tuple[Command, ...] = ()
@@ -3486,23 +3487,22 @@ class ReceivedStream:
     said: str = ""
 
 
+# How often to look whether bytes move, and how often to show it to a user.
 WATCH_SECONDS = 5.0
-"""How often to look whether bytes move."""
 SHOW_SECONDS = 1.0
-"""How often to show it, if somebody looks on."""
+# How much longer zfs recv may be quiet once it has all bytes: it still has to write them and account for them.
 LAST_BYTES_FACTOR = 4
-"""How much longer zfs recv may be quiet when all bytes are in its hands: it still has to write and account for them."""
+# Bytes a second that a stream must bring once it has begun, on the average of a stall timeout: a mebibyte in an hour.
+# No line is so slow, but a peer may want to keep us, and the lock, waiting for ever.
 FLOOR = 300
-"""Bytes a second that a stream brings at least, once it has begun, on the average of a patience: in an hour that is a
-mebibyte. No line is so slow; but a peer that keeps us waiting is."""
 
 
 class StallWatch:
-    """Tells when a stream that brings nothing, or next to nothing, is to be given up.
+    """Tells when to give up a stream that brings nothing, or next to nothing, for `stall_timeout` seconds."""
 
-    A stream begins with the first byte after the first look, by which a receiver has read its own libraries: until then
-    zfs send may search as long as `stall_timeout` lasts. From then on it brings FLOOR bytes a second, on the average.
-    """
+    # Until a stream begins, zfs send may search for as long as the stall timeout lasts. From then on it must bring
+    # FLOOR bytes a second, on the average. It begins with the first byte after the first look: by then a receiver has
+    # read its own libraries, which are counted like bytes of the stream.
 
     def __init__(self, stall_timeout: float) -> None:
         self.stall_timeout = stall_timeout
@@ -3510,14 +3510,13 @@ class StallWatch:
         self.restart()
 
     def restart(self) -> None:
-        """Another receiver begins."""
-        self.started = self.moved_at = time.monotonic()  # when a byte came last
+        """Begin anew, for another receiver."""
+        self.started = self.moved_at = time.monotonic()  # moved_at: when a byte came last
         self.next_look = self.started + self.pause
         self.count: int | None = None  # bytes at the last look
-        self.mark: tuple[float, int] | None = None  # when FLOOR was kept last, and the bytes by then
+        self.mark: tuple[float, int] | None = None  # when the stream was last seen to keep FLOOR, and its bytes then
 
     def is_due(self) -> bool:
-        """Whether it is time for a look."""
         now = time.monotonic()
         if now < self.next_look:
             return False
@@ -3525,7 +3524,7 @@ class StallWatch:
         return True
 
     def look(self, count: int) -> bool:
-        """So many bytes have come by now. Returns whether they are more than at the last look."""
+        """Take note that `count` bytes have come by now. Returns whether that differs from the last look."""
         now = time.monotonic()
         if count == self.count:
             return False
@@ -3535,12 +3534,12 @@ class StallWatch:
         return True
 
     def spare_floor(self) -> None:
-        """That few bytes come is not the sender's fault."""
+        """Measure FLOOR anew from now on: it was not the sender that was slow."""
         if self.mark:
             self.mark = (time.monotonic(), self.count or 0)
 
     def too_few(self, factor: int) -> int | None:
-        """The bytes that have come lately, where these are too few for `factor` times the limit; None where not."""
+        """The bytes that came lately, if these are too few for `factor` times the stall timeout; else None."""
         now, limit = time.monotonic(), self.stall_timeout * factor
         since, then = self.mark or (now, self.count or 0)
         if now - self.moved_at >= limit:
@@ -3549,12 +3548,16 @@ class StallWatch:
 
 
 class Pipeline:
-    """Processes joined by kernel pipes: `upstream`, and at their end one of the `receivers` after the other. Each of
-    these reads its own stream and no byte more, as zfs recv does, so that the line is never idle between two streams.
+    """Processes joined by kernel pipes: those `upstream`, and at their end one receiver after another.
 
-    A stream that ended is not a stream that arrived: `arrived` are those whose receiver ended well. If any process did
-    not, `failure` says so, and what was to follow is lost.
+    `arrived` are the streams whose receiver exited with 0. If any process did not, `failure` says so, and the streams
+    behind it are lost.
     """
+
+    # Each zfs recv reads exactly its own stream, and leaves the next one in the pipe. So one `ssh HOST zfs send` after
+    # another can fill that pipe, and the line is never idle between two streams.
+    #
+    # The end of a stream does not mean that it arrived: every exit status is read.
 
     def __init__(self, upstream: Sequence[Command], receivers: Sequence[Command], transport: Transport) -> None:
         self.receivers_left = list(receivers)
@@ -3581,12 +3584,12 @@ class Pipeline:
             raise
 
     def close(self) -> None:
-        """End what still runs."""
+        """End the processes that still run."""
         self.close_pipe()
         self.stack.close()
 
     def start(self, command: Command, stdout: int) -> Stage:
-        """Start a process at the open end of the pipe. Raises StreamFailed if that cannot be done."""
+        """Start a process that reads the open end of the pipe. Raises StreamFailed if it cannot be started."""
         is_last = stdout == subprocess.DEVNULL
         try:
             process = subprocess.Popen(
@@ -3602,7 +3605,7 @@ class Pipeline:
         errors = self.stack.enter_context(process.stderr)  # type: ignore[arg-type]  # it is a pipe
         self.stack.callback(end, process)
         if not is_last:
-            self.close_pipe()  # ours would keep it open after this process has gone
+            self.close_pipe()  # if we kept it open, the process before would not notice that this one has ended
             enlarge_pipe(process.stdout)  # type: ignore[arg-type]  # it is a pipe
         return Stage(command[0], process, errors, Tail(STDERR_BYTES))
 
@@ -3621,7 +3624,7 @@ class Pipeline:
         self.close()
 
     def poll(self) -> bool:
-        """Go on if a process has ended; returns whether one has. Else see to it that bytes move."""
+        """Go on if a process has ended; else check that bytes move. Returns whether one had ended."""
         if self.receiver and self.receiver.has_ended():
             self.receiver_ended(self.receiver)
         elif not self.receiver and all(stage.has_ended() for stage in self.upstream):
@@ -3632,7 +3635,7 @@ class Pipeline:
         return True
 
     def receiver_ended(self, receiver: Stage) -> None:
-        """A receiver has ended: the next one takes its place, unless it failed."""
+        """Start the next receiver in the place of one that has ended, unless that failed."""
         arrival = ReceivedStream(self.bytes_received(receiver), time.monotonic() - self.stall.started, receiver.said(0))
         ended = receiver.ended()
         receiver.errors.close()
@@ -3645,7 +3648,7 @@ class Pipeline:
             self.failed = [ended]
             self.stall.moved_at = time.monotonic()
         if self.failed or not self.receivers_left:
-            self.close_pipe()
+            self.close_pipe()  # so that the sender notices
             return
         try:
             self.receive_next()
@@ -3653,7 +3656,7 @@ class Pipeline:
             self.fail(failure)
 
     def finish(self) -> None:
-        """All have ended."""
+        """All processes have ended: read the exit statuses of those upstream."""
         self.is_over = True
         try:
             raise_for_status([stage.ended() for stage in self.upstream], self.failed)
@@ -3661,25 +3664,25 @@ class Pipeline:
             self.failure = failure
 
     def check_stall(self) -> None:
-        """Give up when for too long no byte has come to the receiver, or too few. What others read and write does not
-        count: a peer can make ssh do that as slowly as it likes. Where the kernel counts nothing, only keepalives guard
-        the link."""
+        """Fail if for too long the receiver has been given nothing, or too little."""
         if self.failed and time.monotonic() - self.stall.moved_at >= LINK_SECONDS:
             try:
-                # A sender that says nothing does not notice that nobody reads any more.
+                # A sender that has nothing to send does not notice that nobody reads any more. Do not wait for it.
                 raise_for_status([], self.failed)
             except StreamFailed as failure:
                 self.fail(failure)
             return
         if not self.stall.is_due():
             return
+        # Only what the receiver is given counts. What ssh reads and writes does not: a peer can make it do that as
+        # slowly as it likes, and would keep the lock fresh for ever.
         given = self.bytes_given()
         if self.stall.look(sum(sum(stage.io_bytes()) for stage in self.stages()) if given is None else given):
             self.transport.on_progress()
-        if given is None:
+        if given is None:  # then only the keepalives of ssh guard the link
             return
         if self.pipe and unread_bytes(self.pipe):
-            self.stall.spare_floor()  # it is the receiver that is slow: the stall limit alone is for that
+            self.stall.spare_floor()  # bytes wait, so it is the receiver that is slow; it may be, until the timeout
         running = self.running()
         may_be_tail = self.upstream and (self.receivers_left or running == [self.receiver])
         factor = LAST_BYTES_FACTOR if may_be_tail else 1
@@ -3689,8 +3692,8 @@ class Pipeline:
             self.fail(stalled(self.transport.stall_timeout * factor, self.bytes_received(self.receiver), programs, few))
 
     def bytes_given(self) -> int | None:
-        """Bytes that the receivers have been given so far. None where the kernel counts none: without /proc, or of a
-        process that is root's by sudo."""
+        """Bytes that the receivers have been given so far. None if that is unknown: without /proc, or if the process
+        runs by sudo, as root."""
         if self.receiver and not any(self.counter(self.receiver).io_bytes()):
             return None
         return self.bytes_before + self.bytes_received(self.receiver)
@@ -3699,17 +3702,18 @@ class Pipeline:
         return [*self.upstream, *([self.receiver] if self.receiver else [])]
 
     def running(self) -> list[Stage]:
-        """The processes that have not ended."""
+        """The processes that have not ended yet."""
         return [stage for stage in self.stages() if not stage.has_ended()]
 
     def bytes_received(self, receiver: Stage | None) -> int:
-        """Bytes of the stream at hand that its receiver has been given. What that has read itself is some thousands
-        more, for programs read other things as well; and may be secret, if it is root's by sudo."""
+        """Bytes of the current stream that its receiver has been given."""
         if not receiver:
             return 0
         counter = self.counter(receiver)
         if counter is receiver:
             return receiver.io_bytes()[0]
+        # What the last process before it has written, less what still waits in the pipe. The two are not counted at one
+        # instant: count again until nothing has moved in between.
         written = waiting = 0
         for _ in range(MAX_RECOUNTS):
             written, waiting = counter.io_bytes()[1], unread_bytes(self.pipe)
@@ -3718,32 +3722,33 @@ class Pipeline:
         return max(written - waiting - self.bytes_before, 0)
 
     def counter(self, receiver: Stage) -> Stage:
-        """By whose counts it is known what a receiver has been given: those of the last feeder, if it does nothing but
-        feed."""
+        """The process whose counts tell what a receiver has been given."""
+        # The receiver's own are too large by some thousand bytes, because it reads its libraries as well, and they are
+        # secret if it runs by sudo. Those of the process before it are exact, if it does nothing but pass on bytes.
         feeder = self.upstream[-1] if self.upstream else receiver
         return feeder if feeder.program in ("mbuffer", *COMPRESSORS) else receiver
 
     def buffered(self) -> int:
-        """Bytes that wait in the buffer."""
+        """Bytes that wait in mbuffer."""
         counts = [stage.io_bytes() for stage in self.upstream if stage.program == "mbuffer"]
         return sum(read - written for read, written in counts)
 
 
+# A call of Linux. Python has its name since 3.10.
 F_SETPIPE_SZ = 1031
-"""Of Linux; Python knows it since 3.10."""
+# The most that Linux gives to any user (/proc/sys/fs/pipe-max-size).
 PIPE_BYTES = 1 << 20
-"""The most that Linux gives to anybody (/proc/sys/fs/pipe-max-size)."""
 
 
 def enlarge_pipe(pipe: IO[bytes]) -> None:
-    """Let a pipe hold more than 64 KiB, if we may: its two ends then wait for each other less often, which was measured
-    to be worth a seventh of the time of a stream."""
+    """Let a pipe hold more than 64 KiB, if we may."""
+    # Its two ends then wait for each other less often. That was measured to save a seventh of the time of a stream.
     with contextlib.suppress(OSError):
         fcntl.fcntl(pipe, F_SETPIPE_SZ, PIPE_BYTES)
 
 
+# How often to count again at most. It ends earlier: when nobody reads a pipe, it is soon full, and nothing moves.
 MAX_RECOUNTS = 100
-"""How often to count anew if bytes come in meanwhile: when nobody takes them, a pipe is soon full."""
 
 
 def unread_bytes(pipe: IO[bytes] | None) -> int:
@@ -3752,7 +3757,7 @@ def unread_bytes(pipe: IO[bytes] | None) -> int:
 
 
 def carry_out(pipeline: Pipeline, show: Callable[[], None] | None = None) -> None:
-    """Look after a pipeline until it is over. `show` is called every second meanwhile."""
+    """Watch over a pipeline until it has ended. `show` is called every second meanwhile."""
     shown = time.monotonic()
     while not pipeline.is_over:
         running = [stage.process.pid for stage in pipeline.running()]
@@ -3764,17 +3769,16 @@ def carry_out(pipeline: Pipeline, show: Callable[[], None] | None = None) -> Non
                 shown = time.monotonic()
                 show()
             until = min(until, shown + SHOW_SECONDS)
-        # Not the end of those that run now: one may have ended since we looked.
+        # `running` is of before the poll: a process that has ended since then wakes us at once.
         await_news(running, pipeline.stages(), until - time.monotonic())
 
 
+# How often to look whether a process has ended, on a kernel that cannot wake us then.
 POLL_SECONDS = 0.02
-"""How often to look for the end of a process where it cannot be awaited."""
 
 
 def await_news(pids: Iterable[int], stages: Iterable[Stage], seconds: float) -> None:
-    """Wait until one of our processes ends, or a stage says something, which is taken, or for some seconds; a moment
-    where the kernel cannot tell of an end."""
+    """Wait until a process ends, or until a stage says something, but no longer than `seconds`. Takes what is said."""
     with contextlib.ExitStack() as stack:
         speakers = {stage.errors.fileno(): stage for stage in stages if not stage.errors.closed}
         watched: list[int] = []
@@ -3787,11 +3791,11 @@ def await_news(pids: Iterable[int], stages: Iterable[Stage], seconds: float) -> 
         ready, _, _ = select.select([*watched, *speakers], [], [], max(seconds, 0))
         for speaker in (speakers[it] for it in ready if it in speakers):
             if not speaker.hear():
-                speaker.errors.close()  # nobody has it open any more
+                speaker.errors.close()  # end of file: it would wake us again at once, for ever
 
 
 def stalled(stall_timeout: float, moved: int, running: Sequence[str], few: int = 0) -> StreamFailed:
-    """What to say of a stream that stands still after `moved` bytes, or nearly: a `few` of them have come lately."""
+    """The failure of a stream that stands still after `moved` bytes, or nearly so: `few` of these came lately."""
     came = f"only {few:,} bytes came" if few else "no data came"
     return StreamFailed(
         f"the stream stalled: {came} for {format_timeout(stall_timeout)}, after about {moved:,} bytes "
@@ -3805,14 +3809,14 @@ SSH_FAILED = 255
 
 
 def raise_for_status(upstream: Sequence[ExitedProcess], receivers: Sequence[ExitedProcess]) -> None:
-    """Raise for the stages that failed: what those say that say something. The first of the upstream is the sender."""
+    """Raise StreamFailed if any process failed, with what those have said. The first one upstream is the sender."""
     ended = [*upstream, *receivers]
     failed = [(program, status, text) for program, status, text in ended if status != 0]
     if not failed:
         return
     silent = [f"{program} ended {f'with status {n}' if n > 0 else f'by signal {-n}'}" for program, n, _ in failed]
     spoken = [(program, text) for program, _, text in failed if text]
-    # That the next process went away is no cause: it says itself why.
+    # mbuffer complains when the process behind it has ended. That is no cause: the other one says itself why.
     causes = [each for each in spoken if each[0] != "mbuffer" or "Broken pipe" not in each[1]]
     what = "; ".join([f"{program}: {text}" for program, text in causes or spoken] or silent)
     sender_said = "".join(text for _, status, text in upstream[:1] if status != 0)
@@ -3820,7 +3824,7 @@ def raise_for_status(upstream: Sequence[ExitedProcess], receivers: Sequence[Exit
     raise StreamFailed(
         f"the stream failed: {what}",
         hint_for(sender_said, "send") or hint_for(receiver_said, "receive"),
-        # ssh ends with 255 if the link broke, or if a signal ended the command there; else with its own status.
+        # ssh exits with 255 if the link broke, or if a signal ended the command there; else with the command's status.
         link_held=ended[0][1] != SSH_FAILED,
         sender_said=sender_said,
         receiver_said=receiver_said,
@@ -3829,8 +3833,8 @@ def raise_for_status(upstream: Sequence[ExitedProcess], receivers: Sequence[Exit
 
 @dataclass(frozen=True)
 class StreamBatch:
-    """Streams that go one after another: for each, what sends it and what receives it. `compressible` says that a
-    compressor could make less of them."""
+    """Streams that go one after another: for each, the sending and the receiving command. `compressible` says that a
+    compressor would make them smaller."""
 
     streams: tuple[tuple[Command, Command], ...]
     compressible: bool = False
@@ -3838,7 +3842,7 @@ class StreamBatch:
 
 @dataclass(frozen=True)
 class BatchResult:
-    """What became of a batch: the streams that arrived, and why the next one did not, if one was lost."""
+    """What became of a batch: the streams that arrived; and, if one was lost, why."""
 
     arrived: tuple[ReceivedStream, ...] = ()
     failure: Failure | None = None
@@ -3851,8 +3855,8 @@ def pull(
     transport: Transport,
     show: Callable[[Pipeline], None] | None = None,
 ) -> BatchResult:
-    """Stream a batch from the source into the target. A failure is LinkLost if it was the link. Raises StreamFailed if
-    it cannot even begin."""
+    """Send a batch from the source into the target. The failure in the result is LinkLost if the link broke. Raises
+    StreamFailed if the batch cannot even begin."""
     compress, decompress = COMPRESSORS.get(transport.compressor, ((), ()))
     upstream = (
         source.stream_command(*(sending for sending, _ in batch.streams), then=compress),
@@ -3862,14 +3866,16 @@ def pull(
     receivers = [target.stream_command(receiving) for _, receiving in batch.streams]
     with contextlib.closing(Pipeline(upstream, receivers, transport)) as pipeline:
         carry_out(pipeline, show and (lambda: show(pipeline)))
+        # The stream that was lost is the one behind those that arrived; all may have, and ssh fail after that.
         sending, receiving = batch.streams[min(len(pipeline.arrived), len(batch.streams) - 1)]
         failure = pipeline.failure and with_hint(pipeline.failure, source, sending, target, receiving)
         return BatchResult(tuple(pipeline.arrived), failure)
 
 
 def with_hint(failure: StreamFailed, source: Host, sending: Command, target: Host, receiving: Command) -> Failure:
-    """A failed stream with its way out; LinkLost if it was the link. Where ssh does not say, the shared connection is
-    asked; not otherwise, for it ends by itself while a receive is still busy with the last of a stream."""
+    """A failed stream with a hint what to do; or LinkLost, if the link broke."""
+    # If the exit status of ssh leaves it open, ask its master. Not otherwise: the master also ends by itself, while a
+    # receiver is still busy with the last bytes of a stream.
     if not failure.link_held and not source.connected():
         return LinkLost(
             f"the link to {source.label} broke: {failure.what}", "what arrived is kept; the next run goes on from there"
@@ -3884,13 +3890,15 @@ def with_hint(failure: StreamFailed, source: Host, sending: Command, target: Hos
 
 
 def refused_properties(said: str) -> dict[str, str]:
-    """Which properties zfs recv could not set, and why: to it that is no failure. STDERR_BYTES have room for all."""
+    """The properties that zfs recv could not set, and why."""
+    # It exits with 0 all the same. STDERR_BYTES have room for such a message of each property.
     return dict(re.findall(r"cannot receive (\S+) property on .*: (.*)", said))
 
 
 def unset_properties(target: Host, receiving: Command, refused: dict[str, str]) -> StreamFailed | None:
-    """What is wrong if a property that we set is not set. What merely did not come along from the source is nothing
-    wrong to us: an account without the right to set it shall have its mirror."""
+    """The failure to report if zfs recv could not set a property that we told it to set."""
+    # Only those. A property of the source that did not come along is no failure: an account without the right to set it
+    # gets its mirror all the same.
     unset = [word for word in receiving if "=" in word and word.partition("=")[0] in refused]
     if not unset:
         return None
@@ -5441,7 +5449,7 @@ def aside_of(name: str, now: int) -> str:
 
 
 def all_statuses(it: Run) -> Iterator[MirrorStatus]:
-    """Where all datasets of the source stand, then what is here alone."""
+    """The status of each dataset of the source, then of those that are only here."""
     source, target, root = it.trees.source, it.trees.target, it.policy.target_root
     usage = parse_usage(run(it.source_host, list_usage(it.policy.source_root)))
     for key in sorted(source, key=lambda key: key.split("/")):
@@ -5451,9 +5459,12 @@ def all_statuses(it: Run) -> Iterator[MirrorStatus]:
 
 
 def local_statuses(target: Host, policy: Policy) -> Iterator[MirrorStatus]:
-    """Where all local datasets stand that ever were in step, by what is here. Raises Failure if that is unknown."""
+    """The status of each local dataset that was ever in step, without asking the source. Raises Failure if the tree
+    cannot be listed."""
     tree = whole(target, policy.target_root, policy.selection)
+    # What was set aside is no mirror any more: it would be late for ever.
     keys = sorted((key for key in tree if ASIDE not in key), key=lambda key: key.split("/"))
+    # Nor is a placeholder one, or another's dataset: of them we hold nothing.
     found = [it for it in (local_status(tree[key], policy) for key in keys) if it.common]
     came = arrivals(target, policy.received_tag, [it.common.name for it in found if it.common])
     for it in found:
@@ -5461,25 +5472,25 @@ def local_statuses(target: Host, policy: Policy) -> Iterator[MirrorStatus]:
 
 
 def arrivals(target: Host, tag: str, names: Iterable[str]) -> dict[str, float]:
-    """When these local snapshots came, by our own clock: that is when `tag` was placed on them. When a snapshot was
-    made, its source says."""
+    """When these local snapshots came, by our own clock: when `tag` was placed on them."""
+    # Their creation would not do: what that is, the source says, and it may say 2100.
     found = {}
     for batch in batches(names):
         for name, date in parse_hold_dates(target.ask(list_holds(batch)).stdout, tag).items():
-            with contextlib.suppress(ValueError, OverflowError):
+            with contextlib.suppress(ValueError, OverflowError):  # no date: --check then goes by the creation alone
                 found[name] = time.mktime(time.strptime(date, HOLD_DATE))
     return found
 
 
+# As zfs prints it, in local time. Seconds since 1970 (zfs holds -p) exist from 2.2 on.
 HOLD_DATE = "%a %b %d %H:%M %Y"
-"""As zfs prints it, in local time; since 1970 (-p) only from 2.2 on."""
 
 
 def retire(source: Host, target: Host, policy: Policy, report: Report) -> None:
-    """Release all our holds on both sides, and destroy our bookmarks. Nothing else goes. What is gone of either side is
-    passed over. Raises Failure if one cannot be listed."""
+    """Release all our holds on both sides, and destroy our bookmarks; nothing else. A tree that no longer exists is
+    skipped. Raises Failure if one cannot be listed."""
     for mark in release_all(source, policy.source_root, policy.tag, report):
-        if mark.short == policy.mark(mark.guid):
+        if mark.short == policy.mark(mark.guid):  # else it is the bookmark of somebody else, or of another tag
             try:
                 run(source, destroy_bookmark(mark.name))
             except CommandFailed as failure:
@@ -5487,13 +5498,14 @@ def retire(source: Host, target: Host, policy: Policy, report: Report) -> None:
             else:
                 report.event("unmark", mark.name.partition("#")[0], f"{mark.name}: destroyed", bookmark=mark.short)
     release_all(target, policy.target_root, policy.received_tag, report)
-    if target.ask(list_existing([policy.target_root + PLACEHOLDER])).status == 0:  # a run was killed meanwhile
+    # A run that was killed while the root made way has left children under this name (`MakeWay`).
+    if target.ask(list_existing([policy.target_root + PLACEHOLDER])).status == 0:
         release_all(target, policy.target_root + PLACEHOLDER, policy.received_tag, report)
     target.ask(clear_failing(policy.target_root))
 
 
 def release_all(host: Host, root: str, tag: str, report: Report) -> list[Snapshot]:
-    """Release `tag` in all of a tree, and tell what was done. Returns the tree's bookmarks."""
+    """Release `tag` in a whole tree, and report what was done. Returns the bookmarks of the tree."""
     answer = host.ask(list_existing([root]))
     if says_absent(answer, root):
         report.step(f"{root}: not there (any more)")
@@ -5501,6 +5513,7 @@ def release_all(host: Host, root: str, tag: str, report: Report) -> list[Snapsho
     tree = whole(host, root, Selection())
     ours = [s for dataset in tree.values() for s in dataset.snapshots if tag in (s.tags or ())]
     said = "".join(host.ask(release(tag, batch)).stderr for batch in batches(snapshot.name for snapshot in ours))
+    # An exit status does not tell which of the holds are gone. List again, and believe only that.
     after = whole(host, root, Selection()) if ours else {}
     still = {s.name for dataset in after.values() for s in dataset.snapshots if tag in (s.tags or ())}
     for snapshot in ours:
@@ -5515,7 +5528,7 @@ def release_all(host: Host, root: str, tag: str, report: Report) -> list[Snapsho
 
 
 def whole(host: Host, root: str, selection: Selection) -> Tree:
-    """What is selected of a tree, with its holds. Raises Failure if they cannot be read."""
+    """The selected datasets of a tree, with their holds. Raises Failure if either cannot be read."""
     tree, failure = read_tree(host, root, selection)
     if failure:
         raise failure
@@ -5524,16 +5537,19 @@ def whole(host: Host, root: str, selection: Selection) -> Tree:
 
 def print_plan(it: Run, now: int) -> None:
     """What --dry-run does: print the plan that a run would carry out, then the holds and the expiry that follow."""
+    # Everything is planned and worded by what a run uses. Only the changes that it makes on the way are made here in
+    # `it.trees` instead, so that the next step is planned on what the steps before it would leave.
     plan = permitted_plan(it)
     receives = {key: step for key, step in plan.entries if isinstance(step, Receive)}
     for exposed in it.executor.inert.exposures(it.trees, [key for key in receives if is_mirror(it.trees, key)]):
         it.report.exposure(it.executor.local_name(exposed.key), exposed)
     sizes = estimated_sizes(it, plan)
+    # A plan has all renames first, as a run takes them. A person looks for what happens to one dataset.
     places = {key: number for number, key in enumerate(in_order(it.trees.source))}
     for key, step in sorted(plan.entries, key=lambda entry: places.get(entry[0], len(places))):
         print_step(it, key, step, sizes, now)
     it.trees = replace(it.trees, target=plan.target)
-    if receives:
+    if receives:  # what moves the common snapshot may also need other holds to be known
         it.trees = it.lister.read_holds(it.trees, it.trees.source, now)
     source, target = dict(it.trees.source), dict(it.trees.target)
     for key, changes in all_hold_changes(it.trees, it.policy, plan.left_alone).items():
@@ -5548,12 +5564,12 @@ def print_plan(it: Run, now: int) -> None:
 
 
 def permitted_plan(it: Run) -> TreePlan:
-    """The plan, without the renames that would be refused for what is below."""
+    """The plan, with a Failure for each rename that a run would refuse because of another line's mirror below."""
     executor = it.executor
     for key, step in TreePlan(it.trees, it.policy).entries:
         if isinstance(step, (Rename, Quarantine)):
             try:
-                # What is to be renamed before that has another name as yet, and is not found.
+                # A dataset that an earlier step of the plan renames still has its old name: it is not found.
                 with contextlib.suppress(CommandFailed):
                     executor.local_steps.check_below(step.old if isinstance(step, Rename) else key)
             except Failure as failure:
@@ -5570,7 +5586,7 @@ def print_hold_changes(it: Run, changes: HoldChanges) -> None:
 
 
 def print_step(it: Run, key: str, step: Entry, sizes: Mapping[str, int], now: int) -> None:
-    """One step of the plan, as it is going to be."""
+    """Print one step of the plan."""
     report, name = it.report, it.policy.target_root + key
     if isinstance(step, Failure):
         report.failure(name, step)
@@ -5597,7 +5613,7 @@ def print_step(it: Run, key: str, step: Entry, sizes: Mapping[str, int], now: in
 
 
 def estimated_sizes(it: Run, plan: TreePlan) -> dict[str, int]:
-    """Bytes of the streams of a plan, by snapshot: many in one request, and what that leaves out by itself."""
+    """The estimated bytes of each stream of a plan, by snapshot. What the source cannot tell is left out."""
     found: dict[str, int] = {}
     source, raw = it.trees.source, it.policy.raw
     sendings: dict[str, Command] = {
@@ -5610,42 +5626,45 @@ def estimated_sizes(it: Run, plan: TreePlan) -> dict[str, int]:
         some = names[start : start + MAX_PER_REQUEST]
         sizes = parse_estimates(it.source_host.ask(*(sendings[name] for name in some)).stdout)
         found.update((name, size) for name, (size, _) in zip(some, sizes))
+    # The first that fails ends a request, and nothing is known of those behind it. Ask for each of them alone.
     for name in sendings.keys() - found.keys():
         found.update((name, size) for size, _ in parse_estimates(it.source_host.ask(sendings[name]).stdout)[:1])
     return found
 
 
+# From here on a pool gets slow, and a snapshot or two may fill it.
 FULL_PERCENT = 90
-"""From here on a pool is slow, and a snapshot or two may fill it."""
 
 
 @dataclass(frozen=True)
 class Finding:
-    """What --doctor has looked at. With a `remedy` it is not as it should be."""
+    """A result of --doctor: what was looked at, and a `remedy` if something is wrong with it."""
 
     what: str
     remedy: str = ""
 
 
 class Doctor:
-    """Looks at all that a run needs, and changes nothing."""
+    """Looks at everything that a run needs. Changes nothing, because its hosts are `ReadOnly`."""
 
     def __init__(self, run: Run) -> None:
         self.run = run
         self.policy = run.policy
 
     def examine(self) -> Iterator[Finding]:
-        """All findings. One that cannot be made does not keep the others from being made; but without both trees
-        there is nothing to say of them."""
+        """All findings. Raises Failure if the source cannot be reached, or a tree cannot be listed."""
+        # The first command makes the connection. Asking for the time needs no rights, and the answer is wanted anyway.
         there = run(self.run.source_host, clock_time())
         yield Finding(f"{self.run.source_host.label}: connection, host key and login OK")
         for look in (self.programs, lambda: self.clocks(there)):
             yield from self.tried(look)
+        # Without both trees there is nothing to say about the rest.
         self.run.begin(int(time.time()), in_full=True)
         for look in (self.trees, self.rights, self.plans, self.dates, self.pool, self.mirror):
             yield from self.tried(look)
 
     def tried(self, look: Callable[[], Iterator[Finding]]) -> Iterator[Finding]:
+        """The findings of one look. If it fails, that is a finding too, and the other looks follow."""
         try:
             yield from look()
         except (LinkLost, Stuck):
@@ -5663,7 +5682,7 @@ class Doctor:
         yield Finding(f"mbuffer: {'missing' if missing else 'here'}", "apt install mbuffer" if missing else "")
 
     def clocks(self, there: str) -> Iterator[Finding]:
-        """What the clock `there` has told, beside ours."""
+        """Whether both clocks agree. `there` is what `date` has printed on the source."""
         here = run(self.run.target_host, clock_time())
         theirs = number(there.strip(), f"the date on {self.run.source_host.label}")
         skew = abs(theirs - number(here.strip(), f"the date on {self.run.target_host.label}"))
@@ -5680,7 +5699,7 @@ class Doctor:
             yield Finding(f"{what}, the newest of {clock(max(snapshot.creation for snapshot in snapshots))}")
 
     def rights(self) -> Iterator[Finding]:
-        """Of accounts that are not root: what the crontab line needs."""
+        """Whether accounts that are not root have the rights that the crontab line needs."""
         ours = [right_to_set(value.partition("=")[0]) for value in OVERRIDES]
         for host, place, verbs, properties in (
             (self.run.source_host, self.policy.source_root, SOURCE_RIGHTS, []),
@@ -5696,8 +5715,9 @@ class Doctor:
             yield Finding(what, remedy if missing else "")
 
     def plans(self) -> Iterator[Finding]:
-        """What a run would do, or be refused."""
+        """How many datasets a run would pull, and each that it could not."""
         what = {UpToDate: "in step", Receive: "to be pulled", Failure: "blocked"}
+        # Without the overrides, a dataset that needs one is a finding.
         plan = TreePlan(self.run.trees, replace(self.policy, rollback=False, quarantine=False))
         found: dict[str, str] = {}
         for key, step in plan.entries:
@@ -5709,7 +5729,7 @@ class Doctor:
         yield Finding(f"{self.policy.target_root}: " + ", ".join(f"{n} {word}" for word, n in counts.items()))
 
     def dates(self) -> Iterator[Finding]:
-        """What was made in the future."""
+        """Common snapshots with a date in the future. They would keep a mirror young for ever, and expire late."""
         for source, local in ((it, self.run.trees.target.get(key)) for key, it in self.run.trees.source.items()):
             common = newest_common(source, local) if local else None
             if common and common.local.creation > time.time() + MAX_CLOCK_SKEW:
@@ -5726,17 +5746,17 @@ class Doctor:
         yield Finding(
             f"{name}: {percent} % full", "make room, or expire earlier: -k" if percent >= FULL_PERCENT else ""
         )
-        if not self.run.trees.target:
+        if not self.run.trees.target:  # only the first pull moves all of a tree
             used, _ = parse_space(run(self.run.source_host, list_space(self.policy.source_root)))
             _, available = parse_space(run(self.run.target_host, list_space(self.run.trees.existing[-1])))
             what = f"{name}: {available:,} bytes available, {used:,} used by {self.policy.source_root}"
             yield Finding(what, "make room: a first pull may not fit" if available < used else "")
         lacks = [f for f in FEATURE_BITS.values() if known.get(f"feature@{f}") not in ("enabled", "active")]
-        if lacks:
+        if lacks:  # no remedy, because most sources never send such a stream
             yield Finding(f"{name}: without {', '.join(lacks)}; a stream that needs one of them will be refused")
 
     def mirror(self) -> Iterator[Finding]:
-        """Whether nobody can write to the mirror, or see it, by accident; and what has made way and is left."""
+        """Whether somebody could write to the mirror, or see it, by accident; and placeholders that are left over."""
         if not self.run.trees.target:
             return
         for key, local in self.run.trees.target.items():
@@ -5750,6 +5770,7 @@ class Doctor:
         wrong = 0
         for row in fields(run(self.run.target_host, list_state(self.policy.target_root)), len(STATE_COLUMNS)):
             name, _, readonly, canmount, mounted, nfs, smb = row
+            # A placeholder never mounts, and what the source does not have is not ours to judge.
             if canmount == "off" or name[len(self.policy.target_root) :] not in self.run.trees.source:
                 continue
             it = shlex.quote(name)
