@@ -5464,7 +5464,7 @@ def local_statuses(target: Host, policy: Policy) -> Iterator[MirrorStatus]:
     tree = whole(target, policy.target_root, policy.selection)
     # What was set aside is no mirror any more: it would be late for ever.
     keys = sorted((key for key in tree if ASIDE not in key), key=lambda key: key.split("/"))
-    # Nor is a placeholder one, or another's dataset: of them we hold nothing.
+    # Nor is a placeholder, or somebody else's dataset: of those we hold nothing.
     found = [it for it in (local_status(tree[key], policy) for key in keys) if it.common]
     came = arrivals(target, policy.received_tag, [it.common.name for it in found if it.common])
     for it in found:
@@ -5549,7 +5549,7 @@ def print_plan(it: Run, now: int) -> None:
     for key, step in sorted(plan.entries, key=lambda entry: places.get(entry[0], len(places))):
         print_step(it, key, step, sizes, now)
     it.trees = replace(it.trees, target=plan.target)
-    if receives:  # what moves the common snapshot may also need other holds to be known
+    if receives:  # after them other snapshots may be due to expire, and the holds on their twins must be known
         it.trees = it.lister.read_holds(it.trees, it.trees.source, now)
     source, target = dict(it.trees.source), dict(it.trees.target)
     for key, changes in all_hold_changes(it.trees, it.policy, plan.left_alone).items():
@@ -5729,7 +5729,7 @@ class Doctor:
         yield Finding(f"{self.policy.target_root}: " + ", ".join(f"{n} {word}" for word, n in counts.items()))
 
     def dates(self) -> Iterator[Finding]:
-        """Common snapshots with a date in the future. They would keep a mirror young for ever, and expire late."""
+        """Common snapshots with a date in the future: they expire late, and --check cannot tell how old they are."""
         for source, local in ((it, self.run.trees.target.get(key)) for key, it in self.run.trees.source.items()):
             common = newest_common(source, local) if local else None
             if common and common.local.creation > time.time() + MAX_CLOCK_SKEW:
