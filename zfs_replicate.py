@@ -5796,8 +5796,8 @@ class Doctor:
 
 @dataclass
 class Tally:
-    """What a run has done for one local dataset: the streams received, their bytes and seconds, the snapshots expired;
-    and what failed."""
+    """What a run has done for one local dataset: streams received, with their bytes and seconds; snapshots expired;
+    failures."""
 
     streams: int = 0
     bytes: int = 0
@@ -5807,18 +5807,16 @@ class Tally:
 
 
 class Report:
-    """What the user sees: nothing of a success, a paragraph for each failure; more with -v, at a terminal, as JSON.
-
-    `steps` is where the single steps are told, nowhere if None. Everything else goes to stderr.
-    """
+    """What the user sees: nothing if all goes well, and a paragraph for each failure; more with -v, at a terminal, and
+    as JSON. `steps` is the file that single steps are written to, if any; the rest goes to stderr."""
 
     def __init__(self, verbosity: int = 0, steps: IO[str] | None = None, meter: ProgressLine | None = None) -> None:
         self.verbosity = verbosity
         self.steps = steps or (sys.stderr if verbosity else None)
         self.meter = meter
         self.failures: list[str] = []
-        self.failed: set[str] = set()  # the texts of these, as a set: there may be thousands
-        self.overlapped = False  # another run was at work, and this one none
+        self.failed: set[str] = set()  # their texts, to find each one fast: there may be thousands
+        self.overlapped = False  # another run was at work, so this one did nothing
         self.events: list[dict[str, Any]] = []
         self.tallies: dict[str, Tally] = {}
 
@@ -5826,10 +5824,11 @@ class Report:
         return self.tallies.setdefault(dataset, Tally())
 
     def say(self, line: str, file: IO[str] | None = None) -> None:
-        """A line of its own, whatever progress is being shown; where it has more, these are indented."""
+        """Print a line. If `line` contains newlines, what follows them is indented."""
         if self.meter:
             self.meter.clear()
-        with contextlib.suppress(OSError):  # nobody listens any more: that ends no run
+        # If nobody reads any more, the run goes on all the same.
+        with contextlib.suppress(OSError):
             print(printable(line).replace("\n", "\n    "), file=file or sys.stderr, flush=True)
 
     def step(self, line: str) -> None:
@@ -5837,45 +5836,45 @@ class Report:
             self.say(line, self.steps)
 
     def event(self, kind: str, dataset: str, line: str, **facts: Any) -> None:
-        """A step, told in `line`, of which more is known than its text."""
+        """Record a step as an event for --json, and tell it as `line`."""
         self.events.append({"event": kind, "dataset": dataset, **facts})
         self.step(line)
 
     def holds(self, verb: str, tag: str, names: Iterable[str]) -> None:
-        """A tag was placed on snapshots, or released, or is to be."""
+        """A hold on each of these snapshots was placed or released, or will be."""
         for name in names:
             dataset, _, suffix = name.partition("@")
             self.event(verb, dataset, f"{name}: {verb} {tag}", snapshot=f"@{suffix}", tag=tag)
 
     def creation(self, name: str) -> None:
-        """A placeholder is made."""
+        """A placeholder will be created."""
         self.event("create", name, f"{name}: create, as a parent that never mounts")
 
     def in_step(self, dataset: str, what: str) -> None:
-        """There is nothing to do for a dataset, and what that means."""
+        """There is nothing to do for a dataset; `what` says why."""
         self.event(what, dataset, f"{dataset}: {what}")
 
     def stream(self, dataset: str, step: Receive) -> None:
-        """A stream is about to come."""
+        """A stream is about to be received."""
         if step.lost_origin:
             self.step(f"{dataset}: in full, for its origin {step.lost_origin} is not in this mirror")
         self.step(f"{dataset}: {step}")
 
     def exposure(self, dataset: str, it: Exposure) -> None:
-        """A local dataset is made inert."""
+        """A local dataset will be made inert."""
         if it.is_mounted:
             self.event("unmount", dataset, f"{dataset}: unmount what another tool has mounted")
         if it.missing:
             self.event("set", dataset, f"{dataset}: {it}", values=it.missing)
 
     def expired(self, snapshot: Snapshot, how: str) -> None:
-        """A local snapshot is gone, or is to go."""
+        """A local snapshot was destroyed, or will be; `how` is the word for that."""
         dataset = snapshot.name.partition("@")[0]
         self.tally(dataset).expired += 1
         self.event("expire", dataset, f"{snapshot.name}: {how}", snapshot=snapshot.short)
 
     def pulled(self, dataset: str, step: Receive, stream: ReceivedStream) -> None:
-        """A stream has arrived whole."""
+        """A stream was received completely."""
         tally = self.tally(dataset)
         tally.streams += 1
         tally.bytes += stream.bytes
@@ -5886,7 +5885,7 @@ class Report:
             self.say(f"{dataset}: {step}: {format_rate(stream.bytes, stream.seconds)}")
 
     def notice(self, kind: str, dataset: str, line: str) -> None:
-        """What nobody may miss, though nothing failed."""
+        """Tell what the user must not miss, although nothing failed."""
         self.events.append({"event": kind, "dataset": dataset})
         self.say(f"zfs_replicate: {line}")
 
@@ -5895,12 +5894,12 @@ class Report:
             self.say(f"    {line}")
 
     def finding(self, finding: Finding) -> None:
-        """One line of --doctor, on stdout, and the remedy below it."""
+        """Print a result of --doctor on stdout, and the remedy below it."""
         told = [f"{'!!' if finding.remedy else 'ok'}  {finding.what}", *filter(None, [finding.remedy])]
         self.say("\n".join(map(excerpt, told)), sys.stdout)
 
     def failure(self, subject: str, failure: Failure) -> None:
-        """Say it once, however often it is found."""
+        """Record a failure, and print it. One that is found again, word for word, is neither."""
         what, hint = excerpt(failure.what), excerpt(failure.hint)
         text = f"zfs_replicate: {subject}: {what}\n{hint}".strip()
         if text not in self.failed:
@@ -5923,7 +5922,7 @@ def status_table(found: Sequence[MirrorStatus], now: float) -> list[str]:
 
 
 def status_row(it: MirrorStatus, now: float) -> tuple[str, ...]:
-    """The cells of a line of the table; ? is what cannot be known without the source."""
+    """The cells of one row of the table. `?`: unknown without the source."""
     common = it.common.short if it.common else "none"
     held = {(True, True): "both", (True, False): "here only", (False, True): "there only", (False, False): "no"}
     sides = "here" if it.held_here else "no"
@@ -5957,7 +5956,7 @@ def status_data(it: MirrorStatus) -> dict[str, Any]:
 
 
 def format_age(seconds: float) -> str:
-    """An age at a glance: `45m`, `30h`, `12d`."""
+    """An age in one unit: `45m`, `30h`, `12d`."""
     seconds = tellable(seconds)
     for unit, size, most in (("m", 60, 120), ("h", 3600, 72)):
         if seconds < size * most:
@@ -5966,37 +5965,39 @@ def format_age(seconds: float) -> str:
 
 
 def is_ahead(it: MirrorStatus, now: float) -> bool:
-    """Whether its source dates the newest common snapshot into the future."""
+    """Whether the newest common snapshot has a date in the future."""
     return it.common is not None and it.common.creation > now + MAX_CLOCK_SKEW
 
 
 def nagios_result(
     found: Sequence[MirrorStatus], failing: int | None, ran: float | None, max_age: float, now: float
 ) -> tuple[int, str]:
-    """The exit code and the line of --check, as monitoring plugins have them
+    """Exit code and line of --check, in the form of a monitoring plugin
     (https://www.monitoring-plugins.org/doc/guidelines.html).
 
-    `failing` says since when runs fail, `ran` when there last was one. A mirror that is late is so for one of three
-    reasons: nothing runs, or runs fail, or they do not and the source has nothing newer. A snapshot is as old as its
-    source says, and at least as old as it has been here: so no date keeps a mirror young to which nothing comes.
+    `failing` is since when runs fail, `ran` when the last one moved something; None if that is not known. A dataset
+    whose newest common snapshot is older than `max_age` seconds is late.
     """
     fails = f"runs fail since {clock(failing)}" if failing else ""
     if not found:
         return 3, "; ".join(
             filter(None, ("ZFS_REPLICATE UNKNOWN - no dataset of this mirror has completed a run yet", fails))
         )
+    # A snapshot is as old as its source says, but at least as old as it has been here. So if nothing comes any more,
+    # the mirror gets late, whatever date its last snapshot has.
     ages = {it.name: now - min(it.common.creation, it.received or now, now) for it in found if it.common}
     late = [name for name, age in ages.items() if age > max_age]
     worst = max(ages, key=lambda name: ages[name])
     oldest = f"{worst} is of {format_age(ages[worst])} ago"
     figures = f"age={ages[worst]:.0f}s;;{max_age:.0f};0 datasets={len(ages)};;;0 late={len(late)};;;0"
     ahead = [it.common for it in found if it.common and is_ahead(it, now)]
-    if ahead:
+    if ahead:  # with that date, or that clock of ours, no age means anything
         what = f"{few([it.name for it in ahead], 1)} dated {clock(ahead[0].creation)}, in the future"
         fails = f"; {fails}" if fails else ""
         clocks = f"compare the clocks (date) on both hosts; {len(late)} of {len(ages)} late, {oldest}{fails}"
         return 2, f"ZFS_REPLICATE CRITICAL - {what}: {clocks} | {figures}"
     if late:
+        # For one of three reasons: nothing runs, runs fail, or neither and the source has nothing newer.
         idle = ran is None or now - ran > max_age
         none = f"no run since {clock(ran)}" if ran else "no run of root or this account since this machine came up"
         why = fails or (
@@ -6025,7 +6026,7 @@ METRICS = (
 
 
 def metrics(tree: str, report: Report, found: Sequence[MirrorStatus], ending: RunResult, succeeded: float) -> str:
-    """A run in the text format of Prometheus. `succeeded` is when one last did; 0: nobody knows."""
+    """A run in the text format of Prometheus. `succeeded` is when a run last succeeded; 0 if that is not known."""
     of_run = (ending.at, succeeded, ending.seconds, ending.status, len(report.failures))
     values = {name: {"": value} for (name, _), value in zip(METRICS, of_run)}
     for it in found:
@@ -6044,24 +6045,24 @@ def metrics(tree: str, report: Report, found: Sequence[MirrorStatus], ending: Ru
 
 
 def label(text: str) -> str:
-    """A value between quotes (https://prometheus.io/docs/instrumenting/exposition_formats/)."""
+    """The value of a label, escaped (https://prometheus.io/docs/instrumenting/exposition_formats/)."""
     return printable(text).replace("\\", r"\\").replace('"', r"\"").replace("\n", r"\n")
 
 
 def last_success(text: str) -> float:
-    """When a run last succeeded, by the metrics of the one before; 0: they do not say."""
+    """When a run last succeeded, by the metrics of an earlier one; 0 if they do not say."""
     number = r"[0-9]{1,11}(?:\.[0-9]{1,9})?"
     found = re.search(rf"^zfs_replicate_last_success_timestamp_seconds\{{.*\}} ({number})$", text, re.MULTILINE)
     return float(found[1]) if found else 0
 
 
 def format_rate(arrived: int, seconds: float) -> str:
-    """How much came in what time: `1.20G in 0:25, 49.1M/s`."""
+    """Amount, time and rate: `1.20G in 0:25, 49.1M/s`."""
     return f"{format_bytes(arrived)} in {format_clock(seconds)}, {format_bytes(arrived / max(seconds, 0.001))}/s"
 
 
 def format_clock(seconds: float) -> str:
-    """A time to go or gone by: `0:05`, `12:34`, `1:02:03`."""
+    """A duration as on a clock: `0:05`, `12:34`, `1:02:03`."""
     whole = int(tellable(seconds))
     return (
         f"{whole // 3600}:{whole // 60 % 60:02}:{whole % 60:02}" if whole >= 3600 else f"{whole // 60}:{whole % 60:02}"
@@ -6070,8 +6071,8 @@ def format_clock(seconds: float) -> str:
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a stream has come, or several at once: of `size` bytes, None if that is not known, `before` had come
-    already, and `arrived` have in the `seconds` since it began. More wait in the buffer."""
+    """How far a stream has come. It has `size` bytes, None if that is not known. Of these, `before` were here when it
+    was resumed, and `arrived` have come in the `seconds` since then. `buffered` bytes wait in mbuffer."""
 
     name: str
     size: int | None
@@ -6082,7 +6083,7 @@ class Progress:
 
 
 class ProgressLine:
-    """The progress of streams, on one line of a terminal that is written over and over."""
+    """The progress of a stream, on one line of a terminal that is overwritten again and again."""
 
     def __init__(self, out: IO[str], columns: Callable[[], int]) -> None:
         self.out = out
@@ -6094,6 +6095,7 @@ class ProgressLine:
     def show(self, it: Progress) -> None:
         if it.name != self.name:
             self.name, self.seen = it.name, [(0, 0)]
+        # The rate is that of the last seconds: the average since the beginning says little about when it will end.
         self.seen = [*self.seen[-RATE_SAMPLES:], (it.seconds, it.arrived)]
         (then, were), (now, are) = self.seen[0], self.seen[-1]
         rate = (are - were) / max(now - then, 0.001)
@@ -6118,13 +6120,13 @@ class ProgressLine:
         self.shown = False
 
 
+# The rate of a stream is measured over so many looks, one a second.
 RATE_SAMPLES = 10
-"""Over how many looks at a stream, one a second, its rate is taken."""
 
 
 @dataclass(frozen=True)
 class RunResult:
-    """When a run began and how long it took, in seconds; its exit code."""
+    """When a run began, how long it took, both in seconds, and its exit code."""
 
     began: float
     seconds: float
@@ -6132,11 +6134,12 @@ class RunResult:
 
     @property
     def at(self) -> float:
+        """When it ended."""
         return self.began + self.seconds
 
 
 def json_document(options: argparse.Namespace, report: Report, ending: RunResult) -> dict[str, Any]:
-    """A run as data, for --json; the README tells the fields."""
+    """A run as data, for --json. The README describes the fields."""
     return {
         "version": __version__,
         "host": options.remote_host,
@@ -6158,7 +6161,7 @@ def totals(report: Report) -> tuple[int, int, int]:
 
 
 def summary(options: argparse.Namespace, report: Report, ending: RunResult) -> str:
-    """One line on a whole run, for a person."""
+    """One line about a whole run, for a person."""
     streams, arrived, expired = totals(report)
     in_step = sum(event["event"] == "in step" for event in report.events)
     what = [f"{in_step} in step before", f"{streams} pulled ({format_bytes(arrived)})", f"{expired} expired"]
@@ -6167,7 +6170,7 @@ def summary(options: argparse.Namespace, report: Report, ending: RunResult) -> s
 
 
 def log_line(options: argparse.Namespace, report: Report, ending: RunResult) -> str:
-    """One line on a whole run, for the system's log; programs may rely on its form."""
+    """One line about a whole run, for the system's log. Programs may rely on its form."""
     streams, arrived, expired = totals(report)
     return (
         f"{options.remote_host}:{options.remote_fs} -> {options.local_fs}: exit={ending.status} streams={streams} "
