@@ -5794,18 +5794,6 @@ class Doctor:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-@dataclass
-class Tally:
-    """What a run has done for one local dataset: streams received, with their bytes and seconds; snapshots expired;
-    failures."""
-
-    streams: int = 0
-    bytes: int = 0
-    seconds: float = 0.0
-    expired: int = 0
-    failures: int = 0
-
-
 class Report:
     """What the user sees: nothing if all goes well, and a paragraph for each failure; more with -v, at a terminal, and
     as JSON. `steps` is the file that single steps are written to, if any; the rest goes to stderr."""
@@ -5818,10 +5806,6 @@ class Report:
         self.failed: set[str] = set()  # their texts, to find each one fast: there may be thousands
         self.overlapped = False  # another run was at work, so this one did nothing
         self.events: list[dict[str, Any]] = []
-        self.tallies: dict[str, Tally] = {}
-
-    def tally(self, dataset: str) -> Tally:
-        return self.tallies.setdefault(dataset, Tally())
 
     def say(self, line: str, file: IO[str] | None = None) -> None:
         """Print a line. If `line` contains newlines, what follows them is indented."""
@@ -5870,16 +5854,11 @@ class Report:
     def expired(self, snapshot: Snapshot, how: str) -> None:
         """A local snapshot was destroyed, or will be; `how` is the word for that."""
         dataset = snapshot.name.partition("@")[0]
-        self.tally(dataset).expired += 1
         self.event("expire", dataset, f"{snapshot.name}: {how}", snapshot=snapshot.short)
 
     def pulled(self, dataset: str, step: Receive, stream: ReceivedStream) -> None:
         """A stream was received completely."""
-        tally = self.tally(dataset)
-        tally.streams += 1
-        tally.bytes += stream.bytes
-        tally.seconds += stream.seconds
-        figures = {"bytes": stream.bytes, "seconds": round(stream.seconds, 3)}
+        figures = {"bytes": stream.bytes, "seconds": stream.seconds}
         self.events.append({"event": "pull", "dataset": dataset, **facts(step), **figures})
         if self.meter:
             self.say(f"{dataset}: {step}: {format_rate(stream.bytes, stream.seconds)}")
@@ -5905,7 +5884,7 @@ class Report:
         if text not in self.failed:
             self.failed.add(text)
             self.failures.append(printable(text).replace("\n", "\n    "))
-            self.tally(subject).failures += 1
+
             self.events.append({"event": "failure", "dataset": subject, "what": what, "hint": hint})
             self.say(text)
 
@@ -6009,38 +5988,58 @@ def nagios_result(
     return 0, f"ZFS_REPLICATE OK - none of {len(ages)} late, {oldest} | {figures}"
 
 
-METRICS = (
-    ("last_run_timestamp_seconds", "When the last run ended."),
-    ("last_success_timestamp_seconds", "When a run last ended in step."),
-    ("last_run_duration_seconds", "How long the last run took."),
-    ("last_run_exit_code", "Exit code of the last run: 0 is success."),
-    ("last_run_failures", "What failed in the last run."),
-    ("dataset_common_timestamp_seconds", "When the newest common snapshot was made, as its source says."),
-    ("dataset_received_timestamp_seconds", "When the newest common snapshot came here."),
-    ("dataset_last_run_received_bytes", "Bytes received by the last run."),
-    ("dataset_last_run_receive_seconds", "Seconds that the streams of the last run took."),
-    ("dataset_last_run_expired_snapshots", "Snapshots that the last run expired."),
-    ("dataset_last_run_failures", "What failed of this dataset in the last run."),
-)
-"""Gauges, as the textfile collector of node_exporter takes them."""
+@dataclass(frozen=True)
+class Totals:
+    """What a run has done: streams received, with their bytes and seconds; snapshots expired; failures."""
+
+    streams: int
+    bytes: int
+    seconds: float
+    expired: int
+    failures: int
+
+    @classmethod
+    def of(cls, events: Iterable[Mapping[str, Any]]) -> Totals:
+        """The sums over the events of a run, or over those of one dataset."""
+        kinds = [it["event"] for it in events]
+        pulls = [it for it in events if it["event"] == "pull"]
+        size, seconds = (sum(it[key] for it in pulls) for key in ("bytes", "seconds"))
+        return cls(len(pulls), size, seconds, kinds.count("expire"), kinds.count("failure"))
 
 
 def metrics(tree: str, report: Report, found: Sequence[MirrorStatus], ending: RunResult, succeeded: float) -> str:
     """A run in the text format of Prometheus. `succeeded` is when a run last succeeded; 0 if that is not known."""
-    of_run = (ending.at, succeeded, ending.seconds, ending.status, len(report.failures))
-    values = {name: {"": value} for (name, _), value in zip(METRICS, of_run)}
-    for it in found:
-        tally = report.tallies.get(it.name, Tally())
-        common = it.common.creation if it.common else 0
-        figures = (common, it.received or 0, tally.bytes, tally.seconds, tally.expired, tally.failures)
-        for (name, _), value in zip(METRICS[len(of_run) :], figures):
-            values.setdefault(name, {})[it.name] = value
+    events: dict[str, list[dict[str, Any]]] = {it.name: [] for it in found}
+    for event in report.events:
+        events.setdefault(event["dataset"], []).append(event)
+    done = [Totals.of(events[it.name]) for it in found]
+    common = [it.common.creation if it.common else 0 for it in found]
+    received = [it.received or 0 for it in found]
+    # Values of the run, or of each dataset in turn.
+    table: list[tuple[str, str, Sequence[float]]] = [
+        ("last_run_timestamp_seconds", "When the last run ended.", [ending.at]),
+        ("last_success_timestamp_seconds", "When a run last ended in step.", [succeeded]),
+        ("last_run_duration_seconds", "How long the last run took.", [ending.seconds]),
+        ("last_run_exit_code", "Exit code of the last run: 0 is success.", [ending.status]),
+        ("last_run_failures", "What failed in the last run.", [len(report.failures)]),
+        ("dataset_common_timestamp_seconds", "When the newest common snapshot was made, as its source says.", common),
+        ("dataset_received_timestamp_seconds", "When the newest common snapshot came here.", received),
+        ("dataset_last_run_received_bytes", "Bytes received by the last run.", [it.bytes for it in done]),
+        (
+            "dataset_last_run_receive_seconds",
+            "Seconds that the streams of the last run took.",
+            [it.seconds for it in done],
+        ),
+        ("dataset_last_run_expired_snapshots", "Snapshots that the last run expired.", [it.expired for it in done]),
+        ("dataset_last_run_failures", "What failed of this dataset in the last run.", [it.failures for it in done]),
+    ]
     lines = []
-    for name, meaning in METRICS:
+    for name, meaning, values in table:
+        # All are gauges, also what a run did: the next run does not add to it, but replaces the file.
         lines += [f"# HELP zfs_replicate_{name} {meaning}", f"# TYPE zfs_replicate_{name} gauge"]
-        for dataset, value in values.get(name, {}).items():
-            labels = f'tree="{label(tree)}"' + (f',dataset="{label(dataset)}"' if dataset else "")
-            lines.append(f"zfs_replicate_{name}{{{labels}}} {value:.15g}")
+        datasets = [f',dataset="{label(it.name)}"' for it in found] if name.startswith("dataset_") else [""]
+        for dataset, value in zip(datasets, values):
+            lines.append(f'zfs_replicate_{name}{{tree="{label(tree)}"{dataset}}} {value:.15g}')
     return "\n".join(lines) + "\n"
 
 
@@ -6150,31 +6149,26 @@ def json_document(options: argparse.Namespace, report: Report, ending: RunResult
         "began": int(ending.began),
         "seconds": round(ending.seconds, 3),
         "exit": ending.status,
-        "events": report.events,
+        # No more digits than anybody wants to see.
+        "events": [{**it, "seconds": round(it["seconds"], 3)} if "seconds" in it else it for it in report.events],
     }
-
-
-def totals(report: Report) -> tuple[int, int, int]:
-    """Streams, bytes and expired snapshots of a whole run."""
-    tallies = report.tallies.values()
-    return sum(it.streams for it in tallies), sum(it.bytes for it in tallies), sum(it.expired for it in tallies)
 
 
 def summary(options: argparse.Namespace, report: Report, ending: RunResult) -> str:
     """One line about a whole run, for a person."""
-    streams, arrived, expired = totals(report)
+    done = Totals.of(report.events)
     in_step = sum(event["event"] == "in step" for event in report.events)
-    what = [f"{in_step} in step before", f"{streams} pulled ({format_bytes(arrived)})", f"{expired} expired"]
-    what += [f"{len(report.failures)} failed"] if report.failures else []
+    what = [f"{in_step} in step before", f"{done.streams} pulled ({format_bytes(done.bytes)})"]
+    what += [f"{done.expired} expired"] + ([f"{done.failures} failed"] if done.failures else [])
     return f"zfs_replicate: {options.local_fs}: {', '.join(what)}, in {format_clock(ending.seconds)}"
 
 
 def log_line(options: argparse.Namespace, report: Report, ending: RunResult) -> str:
     """One line about a whole run, for the system's log. Programs may rely on its form."""
-    streams, arrived, expired = totals(report)
+    done = Totals.of(report.events)
     return (
-        f"{options.remote_host}:{options.remote_fs} -> {options.local_fs}: exit={ending.status} streams={streams} "
-        f"bytes={arrived} expired={expired} failures={len(report.failures)} seconds={ending.seconds:.0f}"
+        f"{options.remote_host}:{options.remote_fs} -> {options.local_fs}: exit={ending.status} streams={done.streams} "
+        f"bytes={done.bytes} expired={done.expired} failures={done.failures} seconds={ending.seconds:.0f}"
     )
 
 
