@@ -5805,7 +5805,13 @@ class Report:
         self.failures: list[str] = []
         self.failed: set[str] = set()  # their texts, to find each one fast: there may be thousands
         self.overlapped = False  # another run was at work, so this one did nothing
+        # What was done, or would be. Collected in any case: totals and metrics are sums over these as well.
         self.events: list[dict[str, Any]] = []
+
+    @property
+    def status(self) -> int:
+        """The exit code of what got as far as it could: 1 if anything failed, whether or not it could be printed."""
+        return 1 if self.failures else 0
 
     def say(self, line: str, file: IO[str] | None = None) -> None:
         """Print a line. If `line` contains newlines, what follows them is indented."""
@@ -5813,6 +5819,8 @@ class Report:
             self.meter.clear()
         # If nobody reads any more, the run goes on all the same.
         with contextlib.suppress(OSError):
+            # What the source said may be in it: no character of that gets to act on a terminal or begin a paragraph.
+            # flush: where both streams go to one file, lines keep their order.
             print(printable(line).replace("\n", "\n    "), file=file or sys.stderr, flush=True)
 
     def step(self, line: str) -> None:
@@ -5869,7 +5877,7 @@ class Report:
         self.say(f"zfs_replicate: {line}")
 
     def command(self, line: str) -> None:
-        if self.verbosity >= 2:
+        if self.verbosity >= 2:  # it is no event: these are what was done, and not by which command
             self.say(f"    {line}")
 
     def finding(self, finding: Finding) -> None:
@@ -5879,6 +5887,7 @@ class Report:
 
     def failure(self, subject: str, failure: Failure) -> None:
         """Record a failure, and print it. One that is found again, word for word, is neither."""
+        # A run lists and plans several times, and meets what it could not read each time.
         what, hint = excerpt(failure.what), excerpt(failure.hint)
         text = f"zfs_replicate: {subject}: {what}\n{hint}".strip()
         if text not in self.failed:
@@ -5896,6 +5905,7 @@ def status_table(found: Sequence[MirrorStatus], now: float) -> list[str]:
     """The lines of --status."""
     rows = [STATUS_HEAD, *(status_row(it, now) for it in found)]
     widths = [max(map(len, column)) for column in zip(*rows)]
+    # Names and words to the left, figures to the right.
     pads = "<<>>><>>"
     return ["  ".join(f"{cell:{pad}{width}}" for cell, pad, width in zip(row, pads, widths)).rstrip() for row in rows]
 
@@ -5904,6 +5914,8 @@ def status_row(it: MirrorStatus, now: float) -> tuple[str, ...]:
     """The cells of one row of the table. `?`: unknown without the source."""
     common = it.common.short if it.common else "none"
     held = {(True, True): "both", (True, False): "here only", (False, True): "there only", (False, False): "no"}
+    # Held on one side only: a run was cut off, or somebody has released the other hold; the next run repairs either.
+    # Or the source has only a bookmark left, which cannot be held.
     sides = "here" if it.held_here else "no"
     return (
         it.name,
@@ -5919,6 +5931,7 @@ def status_row(it: MirrorStatus, now: float) -> tuple[str, ...]:
 
 def status_data(it: MirrorStatus) -> dict[str, Any]:
     """A row of --status as data."""
+    # Guids are text, as in `facts`: many programs read no number of 64 bits.
     return {
         "dataset": it.name,
         "source": it.source,
@@ -5957,23 +5970,23 @@ def nagios_result(
     `failing` is since when runs fail, `ran` when the last one moved something; None if that is not known. A dataset
     whose newest common snapshot is older than `max_age` seconds is late.
     """
+    # The exit codes of a plugin: 0 OK, 1 WARNING, 2 CRITICAL, 3 UNKNOWN.
     fails = f"runs fail since {clock(failing)}" if failing else ""
     if not found:
-        return 3, "; ".join(
-            filter(None, ("ZFS_REPLICATE UNKNOWN - no dataset of this mirror has completed a run yet", fails))
-        )
+        return 3, join_hints("ZFS_REPLICATE UNKNOWN - no dataset of this mirror has completed a run yet", fails)
     # A snapshot is as old as its source says, but at least as old as it has been here. So if nothing comes any more,
     # the mirror gets late, whatever date its last snapshot has.
     ages = {it.name: now - min(it.common.creation, it.received or now, now) for it in found if it.common}
     late = [name for name, age in ages.items() if age > max_age]
     worst = max(ages, key=lambda name: ages[name])
     oldest = f"{worst} is of {format_age(ages[worst])} ago"
+    # Behind the bar, figures to draw: label=value;warning;critical;minimum.
     figures = f"age={ages[worst]:.0f}s;;{max_age:.0f};0 datasets={len(ages)};;;0 late={len(late)};;;0"
     ahead = [it.common for it in found if it.common and is_ahead(it, now)]
     if ahead:  # with that date, or that clock of ours, no age means anything
         what = f"{few([it.name for it in ahead], 1)} dated {clock(ahead[0].creation)}, in the future"
-        fails = f"; {fails}" if fails else ""
-        clocks = f"compare the clocks (date) on both hosts; {len(late)} of {len(ages)} late, {oldest}{fails}"
+        lates = f"{len(late)} of {len(ages)} late, {oldest}"
+        clocks = join_hints("compare the clocks (date) on both hosts", lates, fails)
         return 2, f"ZFS_REPLICATE CRITICAL - {what}: {clocks} | {figures}"
     if late:
         # For one of three reasons: nothing runs, runs fail, or neither and the source has nothing newer.
@@ -6050,6 +6063,7 @@ def label(text: str) -> str:
 
 def last_success(text: str) -> float:
     """When a run last succeeded, by the metrics of an earlier one; 0 if they do not say."""
+    # So few digits, because the file may be anybody's: nothing is read that no run of ours has written.
     number = r"[0-9]{1,11}(?:\.[0-9]{1,9})?"
     found = re.search(rf"^zfs_replicate_last_success_timestamp_seconds\{{.*\}} ({number})$", text, re.MULTILINE)
     return float(found[1]) if found else 0
@@ -6106,9 +6120,11 @@ class ProgressLine:
             so_far = f"{format_bytes(here):>5} of {format_bytes(it.size):>5} {percent:3}%"
             figures = f"{so_far} {format_bytes(rate):>5}/s {left:>5} left"
         figures += f" buf {format_bytes(it.buffered):>5}"
+        # One column less than there are: in the last one, some terminals begin a new line. The window may have got
+        # another width by now. Of a long name the end is shown: the beginning is the same for the whole tree.
         space = max(self.columns() - len(figures) - 2, 10)
         shown = it.name if len(it.name) <= space else "..." + it.name[3 - space :]
-        self.out.write(f"\r{shown:<{space}} {figures}\x1b[K")
+        self.out.write(f"\r{shown:<{space}} {figures}\x1b[K")  # ESC [K: clear what is left of a longer line
         self.out.flush()
         self.shown = True
 
@@ -6463,7 +6479,7 @@ def run_with_retries(options: argparse.Namespace, report: Report, alone: Lock) -
         raise lost[1]
     if lost:
         report.failure(*lost)
-    return 1 if report.failures else 0
+    return report.status
 
 
 def run_doctor(options: argparse.Namespace, report: Report) -> int:
@@ -6486,7 +6502,7 @@ def run_dry_run(options: argparse.Namespace, report: Report) -> int:
         now = int(time.time())
         it.begin(now)
         print_plan(it, now)
-    return 1 if report.failures else 0
+    return report.status
 
 
 def show_status(options: argparse.Namespace, report: Report) -> int:
@@ -6526,7 +6542,7 @@ def run_retire(options: argparse.Namespace, report: Report, alone: Lock) -> int:
     """What --retire does."""
     with open_run(options, report, alone) as it:
         retire(it.source_host, it.target_host, it.policy, report)
-    return 1 if report.failures else 0
+    return report.status
 
 
 def choose_compressor(options: argparse.Namespace, source: Host, compressible: bool, report: Report) -> str:
