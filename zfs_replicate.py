@@ -6196,19 +6196,21 @@ def log_line(options: argparse.Namespace, report: Report, ending: RunResult) -> 
 class Stopped(BaseException):
     """A signal asked us to end."""
 
+    # Not an Exception: nothing that handles errors on the way may take it for one.
     def __init__(self, number: int) -> None:
         self.number = number
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse, but a usage error is one line."""
+    """An ArgumentParser that reports a usage error in one line."""
 
+    # cron mails it at each run: the whole usage above it would bury it.
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: {message} (see --help)\n")
 
 
 def pattern_type(pattern: str, what: str, convert: Callable[[str], Any] = str) -> Callable[[str], Any]:
-    """A converter for argparse: takes what matches `pattern`, and refuses the rest as not `what`."""
+    """A converter for argparse. It accepts what matches `pattern`; of anything else it says that it is not `what`."""
 
     def converter(text: str) -> Any:
         if not re.fullmatch(pattern, text):
@@ -6219,11 +6221,11 @@ def pattern_type(pattern: str, what: str, convert: Callable[[str], Any] = str) -
 
 
 def dataset_name(text: str) -> str:
-    component = "[A-Za-z0-9_.: -]+"
     if len(text) > NAME_LIMIT:
         raise argparse.ArgumentTypeError(f"longer than the {NAME_LIMIT} bytes ZFS allows: {text!r}")
     what = "a dataset name (letters, digits, '-_.: ' between slashes)"
-    return str(pattern_type(f"(?=[A-Za-z]){component}(/{component})*", what)(text))
+    # A pool begins with a letter. So no name is ever taken for an option, by us or by zfs.
+    return str(pattern_type(f"(?=[A-Za-z]){DATASET_NAME.pattern}", what)(text))
 
 
 def seconds_of(text: str) -> float:
@@ -6231,18 +6233,24 @@ def seconds_of(text: str) -> float:
 
 
 def mbuffer_size(text: str) -> str:
-    """A size with its unit as mbuffer wants it."""
+    """A size as mbuffer takes it: with a small k, and a capital M or G."""
     return text[:-1] + {"k": "k", "m": "M", "g": "G"}[text[-1].lower()]
 
 
-LONGEST_TAG = NAME_LIMIT - len(":received")
+# A hold tag may be as long as a name. That of our local holds is longer than TAG by this suffix, so a tag must not end
+# in it either: it would be the other side's.
+LONGEST_TAG = NAME_LIMIT - len(RECEIVED)
 
+# Neither part may begin with `-`: ssh would take it for an option.
 host_name = pattern_type(r"[^\s@-][^\s@]*(@[^\s@-][^\s@]*)?", "a [USER@]HOST")
+# Stricter than zfs: `zfs holds` prints tags as they are, so one with a TAB or a newline could not be read back. zfs
+# keeps those that begin with `.` for itself.
 hold_tag = pattern_type(
-    rf"(?=.{{1,{LONGEST_TAG}}}$)(?![.-])[A-Za-z0-9_.:/+=@,-]+(?<!:received)",
+    rf"(?=.{{1,{LONGEST_TAG}}}$)(?![.-])[A-Za-z0-9_.:/+=@,-]+(?<!{RECEIVED})",
     f"a hold tag (letters, digits, '-_.:/+=@,', at most {LONGEST_TAG}, not starting with '.' or '-', not ending with "
     "':received')",
 )
+# Numbers have so few digits that no sum or product of them can be too large for anything.
 count = pattern_type("[0-9]{1,4}", "a number", int)
 job_count = pattern_type("[1-9][0-9]?", "a number from 1 to 99", int)
 day_count = pattern_type(
@@ -6273,7 +6281,9 @@ def readable_file(text: str) -> str:
 
 
 def parser() -> argparse.ArgumentParser:  # noqa: PLR0915 -- a statement for each option
-    """The options. Their defaults and names are a contract with crontabs out there; new ones are long only."""
+    """The options, in the groups and order of the README."""
+    # Names and defaults are a contract with crontabs out there: they stay as they are, and new ones are long only. -h
+    # is the host, so help is --help alone. No abbreviations: a new option could make one of them ambiguous.
     it = Parser(
         prog="zfs_replicate",
         description="Keep a mirror of a ZFS dataset tree: pull what is newer over SSH, hold the common snapshot, "
@@ -6384,7 +6394,7 @@ def parser() -> argparse.ArgumentParser:  # noqa: PLR0915 -- a statement for eac
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    """The options; exits with 2 if they make no sense."""
+    """The options of a command line. Exits with 2 if they make no sense, alone or together."""
     it = parser()
     options = it.parse_args(argv)
     if options.remote_host == "localhost" and overlap(options.remote_fs, options.local_fs):
@@ -6418,19 +6428,21 @@ def policy_of(options: argparse.Namespace) -> Policy:
 
 
 def job_of(options: argparse.Namespace) -> str:
-    """What makes a line one job, in words for its lock."""
+    """The words of a command line that make it one job, for its lock file."""
     words = ("-h", options.remote_host, "-r", options.remote_fs, "-l", options.local_fs, "-t", options.tag)
+    # Printable ASCII of one line: that is all that the lock's reader believes (`LockFile.holder`).
     return printable(shlex.join(words)).encode("ascii", errors="backslashreplace").decode()[:MAX_EXCERPT]
 
 
 def retry_delays(retries: int, draw: Callable[[float, float], float] = random.uniform) -> Iterator[float]:
-    """Seconds to wait before each retry: increasing, with jitter so that many hosts do not retry at once."""
+    """Seconds to wait before each retry: from 5 s, times 3 each, up to 5 minutes."""
+    # With jitter: if a server restarts, its many clients must not all come back at one moment.
     for number in range(retries):
         yield min(5.0 * 3**number, 300) * draw(0.5, 1.5)
 
 
 def replicate(options: argparse.Namespace, report: Report, alone: Lock) -> int:
-    """Run, and remember, or tell, since when the runs of this tree fail."""
+    """Run. If that fails, note at the local root since when runs fail, or tell since when they do."""
     now = int(time.time())
     try:
         status = run_with_retries(options, report, alone)
@@ -6445,18 +6457,20 @@ def replicate(options: argparse.Namespace, report: Report, alone: Lock) -> int:
 
 
 def run_with_retries(options: argparse.Namespace, report: Report, alone: Lock) -> int:
-    """Run, and run anew when the link was lost. Raises Failure if it could not even start."""
+    """Run, and run again if the link was lost. Raises Failure if no run could even start."""
+    # A retry is a new run: it logs in, lists and plans anew. So it repeats no step that the lost run has taken.
     started = False
     held: set[str] | None = None
     lost: tuple[str, Failure] | None = None
     for pause in (0.0, *retry_delays(options.retries)):
         if lost:
             report.step(f"{lost[0]}: {excerpt(lost[1].what)}; trying again in {pause:.0f} s")
-            alone.moved()
+            alone.moved()  # a run that waits is no stuck run
             time.sleep(pause)
         try:
             with open_run(options, report, alone) as it:
-                it.lister.held_before = held  # what the first attempt took over was not held before this run
+                # What an earlier attempt took over was not held before this run, so nothing of it may expire yet.
+                it.lister.held_before = held
                 now = int(time.time())
                 try:
                     it.begin(now)
@@ -6472,7 +6486,7 @@ def run_with_retries(options: argparse.Namespace, report: Report, alone: Lock) -
         except Failure as failure:
             if not started:
                 raise
-            lost = (options.local_fs, failure)  # a host that comes back may refuse us for a while
+            lost = (options.local_fs, failure)  # a host that has just come back may refuse us for a while
         if lost is None:
             break
     if lost and not started:
@@ -6483,7 +6497,8 @@ def run_with_retries(options: argparse.Namespace, report: Report, alone: Lock) -
 
 
 def run_doctor(options: argparse.Namespace, report: Report) -> int:
-    """What --doctor does. Without the lock: it may look while a run is at work."""
+    """What --doctor does."""
+    # Without the lock, as --dry-run and --status: looking does no harm while a run is at work.
     findings = []
     try:
         with open_run(options, report, None) as it:
@@ -6497,7 +6512,7 @@ def run_doctor(options: argparse.Namespace, report: Report) -> int:
 
 
 def run_dry_run(options: argparse.Namespace, report: Report) -> int:
-    """What --dry-run does. Without the lock, as --doctor."""
+    """What --dry-run does."""
     with open_run(options, report, None) as it:
         now = int(time.time())
         it.begin(now)
@@ -6506,7 +6521,7 @@ def run_dry_run(options: argparse.Namespace, report: Report) -> int:
 
 
 def show_status(options: argparse.Namespace, report: Report) -> int:
-    """What --status does. Without the source it tells what is known here."""
+    """What --status does. If the source cannot be asked, it shows what is known here."""
     try:
         with open_run(options, report, None) as it:
             it.begin(int(time.time()), in_full=True)
@@ -6524,11 +6539,13 @@ def show_status(options: argparse.Namespace, report: Report) -> int:
 
 def check(options: argparse.Namespace) -> int:
     """What --check does."""
+    # It asks this host alone: a monitoring system must get its answer at once, and also if the source is down.
     host = ReadOnly(here(options))
     try:
         found = list(local_statuses(host, policy_of(options)))
         mark = run(host, get_failing(options.local_fs))
     except Failure as failure:
+        # One line, and no bar: what follows a bar is read as figures.
         print(f"ZFS_REPLICATE UNKNOWN - {excerpt(failure.what)}".replace("\n", " ").replace("|", "/"))
         return 3
     now = time.time()
@@ -6546,10 +6563,10 @@ def run_retire(options: argparse.Namespace, report: Report, alone: Lock) -> int:
 
 
 def choose_compressor(options: argparse.Namespace, source: Host, compressible: bool, report: Report) -> str:
-    """Which of the COMPRESSORS a stream goes through; "" if none: no wire, of no use, or not installed at both ends."""
-    if options.remote_host == "localhost" or options.compress == "none":
+    """Which of the COMPRESSORS a stream goes through; "" for none."""
+    if options.remote_host == "localhost" or options.compress == "none":  # there is no wire, or it is not wanted
         return ""
-    if options.compress == "auto" and not compressible:
+    if options.compress == "auto" and not compressible:  # sent raw, or compressed as it is stored
         return ""
     compressor = "zstd" if options.compress == "auto" else str(options.compress)
     lacking = [
@@ -6563,19 +6580,19 @@ def choose_compressor(options: argparse.Namespace, source: Host, compressible: b
 
 
 def here(options: argparse.Namespace, note: Callable[[str], None] = ignore_line) -> Host:
-    """This host, as the options want it."""
+    """This host, with or without sudo."""
     host = LocalHost("this host", note, options.stall_timeout, options.local_fs)
     return SudoHost(host) if options.sudo in ("local", "both") else host
 
 
 @contextlib.contextmanager
 def open_run(options: argparse.Namespace, report: Report, alone: Lock | None) -> Iterator[Run]:
-    """Log in; yields a run that is to begin. Raises Failure if that does not work. Without the lock, only to look."""
+    """Yield a run that is ready to begin. Raises Failure if there cannot be one. Without the lock it can only look."""
     moved = alone.moved if alone else lambda: None
     inherit = alone.filenos if alone else ()
 
     def note(line: str) -> None:
-        moved()
+        moved()  # a run that runs commands is no stuck run
         report.command(line)
 
     target = here(options, note)
@@ -6591,7 +6608,7 @@ def open_run(options: argparse.Namespace, report: Report, alone: Lock | None) ->
 
     def carry(batch: StreamBatch) -> BatchResult:
         buffer = buffer_stage(options.mbuffer, options.rate_limit)
-        if not buffer and options.rate_limit:
+        if not buffer and options.rate_limit:  # that was asked for, maybe because others need the line
             raise StreamFailed("mbuffer is not installed here, and it is what limits the rate", "apt install mbuffer")
         if not buffer:
             report.step("mbuffer is not installed here: the stream goes without it")
@@ -6602,12 +6619,13 @@ def open_run(options: argparse.Namespace, report: Report, alone: Lock | None) ->
         return pull(source, target, batch, Transport(buffer, options.stall_timeout, moved, inherit, compressor), show)
 
     with contextlib.closing(source):
+        # Listing both sides at once hides the time of one. On one host they would only compete for its disks.
         both = both_in_turn if options.remote_host == "localhost" else both_at_once
         yield Run(policy_of(options), source, target, carry, report, both=both)
 
 
 def progress_feed(meter: ProgressLine, source: Host, batch: StreamBatch) -> Callable[[Pipeline], None]:
-    """What shows how far the streams of a batch have come. Asks the source for their sizes."""
+    """A function that shows how far the streams of a batch have come. Asks the source for their sizes."""
     found = parse_estimates(source.ask(*(estimate(sending) for sending, _ in batch.streams)).stdout)
     sizes = [*found, *[(None, 0)] * (len(batch.streams) - len(found))]
 
@@ -6631,14 +6649,15 @@ def progress_feed(meter: ProgressLine, source: Host, batch: StreamBatch) -> Call
 
 @contextlib.contextmanager
 def signals_stop_us() -> Iterator[None]:
-    """Turn the signals that ask a program to end into Stopped, so that everything we started is ended on the way.
-    The first one is enough: more of them must not break into that."""
+    """Raise Stopped on a signal that asks a program to end, so that everything we started is ended on the way out."""
 
     def stop(number: int, _frame: Any) -> NoReturn:
+        # One is enough. Another one must not interrupt what is being ended.
         for other in numbers:
             signal.signal(other, signal.SIG_IGN)
         raise Stopped(number)
 
+    # What is ignored stays ignored: nohup ignores SIGHUP.
     numbers = [n for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP) if signal.getsignal(n) != signal.SIG_IGN]
     before = {number: signal.signal(number, stop) for number in numbers}
     try:
@@ -6649,12 +6668,12 @@ def signals_stop_us() -> Iterator[None]:
 
 
 def is_run(options: argparse.Namespace) -> bool:
-    """Whether they ask for a run, and not only to look at something, or to end it all."""
+    """Whether the options ask for a run, and not for one of the modes instead of it."""
     return not (options.dry_run or options.status or options.check or options.doctor or options.retire)
 
 
 def columns() -> int:
-    """How wide the terminal is by now."""
+    """The current width of the terminal."""
     try:
         return os.get_terminal_size(sys.stderr.fileno()).columns
     except OSError:
@@ -6662,7 +6681,7 @@ def columns() -> int:
 
 
 def report_for(options: argparse.Namespace) -> Report:
-    """Who looks on? A terminal, cron, or a program that reads JSON."""
+    """The report for who looks on: a terminal, cron, or a program that reads JSON."""
     told = options.dry_run or options.retire
     is_seen = sys.stderr is not None and sys.stderr.isatty()
     shown = is_run(options) and (options.progress or (is_seen and not options.quiet))
@@ -6671,13 +6690,14 @@ def report_for(options: argparse.Namespace) -> Report:
 
 
 def conclude(options: argparse.Namespace, report: Report, ending: RunResult) -> int:
-    """Tell how it ended, to whoever was to be told. Returns the exit code."""
+    """Tell the user, --json, --syslog and --metrics how it ended. Returns the exit code."""
     if report.meter:
         report.say(summary(options, report, ending))
     if options.json:
         print(json.dumps(json_document(options, report, ending), indent=1))
     if options.syslog and is_run(options):
         write_log(options, report, ending)
+    # Not of a run that did nothing because another one is at work: that one writes its own.
     if options.metrics and is_run(options) and not report.overlapped:
         try:
             write_metrics(options, report, ending)
@@ -6688,7 +6708,7 @@ def conclude(options: argparse.Namespace, report: Report, ending: RunResult) -> 
 
 
 def write_log(options: argparse.Namespace, report: Report, ending: RunResult) -> None:
-    """Tell the system's log each failure, and how the run ended."""
+    """Write each failure to the system's log, and how the run ended."""
     syslog.openlog("zfs_replicate", syslog.LOG_PID, syslog.LOG_DAEMON)
     for failure in report.failures:
         syslog.syslog(syslog.LOG_ERR, excerpt(" ".join(failure.removeprefix("zfs_replicate: ").split())))
@@ -6696,14 +6716,16 @@ def write_log(options: argparse.Namespace, report: Report, ending: RunResult) ->
 
 
 def write_metrics(options: argparse.Namespace, report: Report, ending: RunResult) -> None:
-    """Replace the file at once, so that nobody ever reads half of it. Raises OSError."""
+    """Write the metrics of a run to the file of --metrics. Raises OSError."""
     found: list[MirrorStatus] = []
-    with contextlib.suppress(Failure):  # which has been told
+    with contextlib.suppress(Failure):  # the run itself has met and reported it
         found = list(local_statuses(ReadOnly(here(options)), policy_of(options)))
     succeeded = 0.0 if ending.status else ending.at
     if ending.status:
         succeeded = last_success(metrics_before(options.metrics))
     directory, name = os.path.split(options.metrics)
+    # A new file takes the place of the old one, so that nobody ever reads half of it. The directory must be the same,
+    # and the name must not end like the other's: the collector reads all *.prom.
     place, hidden = directory or ".", f".{name}."
     with tempfile.NamedTemporaryFile("w", dir=place, prefix=hidden, encoding="utf-8", delete=False) as file:
         try:
@@ -6716,12 +6738,14 @@ def write_metrics(options: argparse.Namespace, report: Report, ending: RunResult
             raise
 
 
+# Bytes that are read of the metrics of an earlier run.
 MAX_METRICS = 2**20
-"""Bytes that are read of the metrics of the run before."""
 
 
 def metrics_before(path: str) -> str:
-    """What the file says; "" if it is none. Its directory may be another user's, who may have put anything there."""
+    """The text of the metrics file; "" if there is none."""
+    # The directory is another user's as a rule (node_exporter's), who may have put anything there: a link to a secret
+    # file, or a FIFO, on which we would wait for ever.
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError:
@@ -6734,7 +6758,7 @@ def metrics_before(path: str) -> str:
 
 
 def dispatch(options: argparse.Namespace, report: Report) -> int:
-    """What the options ask for. Returns the exit code."""
+    """Do what the options ask for. Returns the exit code. Raises Failure, or Stopped after a signal."""
     with contextlib.ExitStack() as stack:
         stack.enter_context(signals_stop_us())
         if options.doctor:
@@ -6758,7 +6782,7 @@ def dispatch(options: argparse.Namespace, report: Report) -> int:
 def main(argv: list[str] | None = None) -> int:
     """The program. Returns its exit code."""
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # cron's locale knows ASCII alone
+        if isinstance(stream, io.TextIOWrapper):  # in cron's locale there is only ASCII: print what is not as escapes
             stream.reconfigure(errors="backslashreplace")
     options = parse(argv)
     report = report_for(options)
