@@ -6293,103 +6293,95 @@ def parser() -> argparse.ArgumentParser:  # noqa: PLR0915 -- a statement for eac
         add_help=False,
         allow_abbrev=False,
     )
+    # Two or three lines for each option, and not one for each of its arguments:
+    # fmt: off
     add = it.add_argument_group("The crontab line").add_argument
     add("-h", "--remote-host", required=True, type=host_name, metavar="[USER@]HOST",
-        help="source host, an ssh_config alias too; localhost runs without SSH")  # fmt: skip
+        help="source host, an ssh_config alias too; localhost runs without SSH")
     add("-r", "--remote-fs", required=True, type=dataset_name, metavar="DATASET", help="tree to mirror")
     add("-l", "--local-fs", required=True, type=dataset_name, metavar="DATASET", help="where to mirror it")
     add("-t", "--tag", required=True, type=hold_tag, metavar="TAG", help="hold tag; one for each mirror of a source")
     add("-k", "--keep-days", type=day_count, metavar="DAYS",
-        help="expire local snapshots older than this; without it none is destroyed")  # fmt: skip
+        help="expire local snapshots older than this; without it none is destroyed")
     add = it.add_argument_group("What is mirrored and kept").add_argument
-    add("-I", "--intermediates", action="store_true",
-        help="pull every snapshot between, not only the newest")  # fmt: skip
+    add("-I", "--intermediates", action="store_true", help="pull every snapshot between, not only the newest")
     add("--keep-min", type=count, default=0, metavar="N",
-        help="never expire the N newest snapshots of a dataset (default: %(default)s)")  # fmt: skip
+        help="never expire the N newest snapshots of a dataset (default: %(default)s)")
     add("--no-recursive", action="store_true", help="only the dataset itself, without its children")
     add("--exclude", type=name_glob, action="append", default=[], metavar="GLOB",
         help="leave out datasets, with their children, whose names below the tree's root match; may be repeated, as "
-        "those that follow")  # fmt: skip
+        "those that follow")
     add("--snapshots", type=name_glob, action="append", metavar="GLOB",
-        help="only these snapshots are pulled, and only these expire (default: all)")  # fmt: skip
+        help="only these snapshots are pulled, and only these expire (default: all)")
     add("--exclude-snapshots", type=name_glob, action="append", default=[], metavar="GLOB",
-        help="but not these snapshots")  # fmt: skip
+        help="but not these snapshots")
     add("--set", type=property_value, action="append", default=[], metavar="PROPERTY=VALUE",
-        help="what datasets have of their own here, set when they are first received")  # fmt: skip
+        help="what datasets have of their own here, set when they are first received")
     add("--ignore", type=property_name, action="append", default=[], metavar="PROPERTY",
-        help="neither take this property over from the source nor set it")  # fmt: skip
+        help="neither take this property over from the source nor set it")
     add("--decrypt", action="store_true",
         help="send encrypted datasets as plain ones; their keys must be loaded at the source, and a mirror stays as it "
-        "began")  # fmt: skip
+        "began")
     add("--bookmark", action="store_true",
         help="keep a bookmark of the newest common snapshot at the source: should that one have to go, the chain "
-        "lives on")  # fmt: skip
+        "lives on")
     add = it.add_argument_group("Connection and streams").add_argument
     add("-p", "--port", type=port_number, metavar="PORT", help="SSH port (default: as in ssh_config, else 22)")
-    add(
-        "-i",
-        "--identity",
-        type=readable_file,
-        metavar="FILE",
-        help="log in with this private key, and with none of the agent's",
-    )
+    add("-i", "--identity", type=readable_file, metavar="FILE",
+        help="log in with this private key, and with none of the agent's")
     add("--ssh-option", type=ssh_setting, action="append", default=[], metavar="KEY=VALUE",
-        help="a setting of ssh_config, for both connections; may be repeated")  # fmt: skip
+        help="a setting of ssh_config, for both connections; may be repeated")
     add("--cipher", type=cipher_names, metavar="NAMES", help="ciphers for streams, as ssh -c takes them")
     add("--sudo", choices=("remote", "local", "both"), metavar="SIDE",
-        help="run zfs by sudo: on the remote side, the local one, or both")  # fmt: skip
+        help="run zfs by sudo: on the remote side, the local one, or both")
     add("-j", "--jobs", type=job_count, default=1, metavar="N",
-        help="still accepted, and without effect: streams go one after another through one connection")  # fmt: skip
+        help="still accepted, and without effect: streams go one after another through one connection")
     add("-b", "--mbuffer", type=memory_size, default="256M", metavar="SIZE",
-        help="memory of mbuffer (default: %(default)s)")  # fmt: skip
+        help="memory of mbuffer (default: %(default)s)")
     add("--compress", choices=("auto", "none", *COMPRESSORS), default="auto", metavar="PROGRAM",
         help="compress streams on the wire by zstd, lz4 or pigz, where both ends have it; none; or auto: by zstd those "
-        "of datasets that are not compressed already (default: %(default)s)")  # fmt: skip
+        "of datasets that are not compressed already (default: %(default)s)")
     add("-n", "--no-pigz", action="store_const", dest="compress", const="none",
-        help="the same as --compress none, for old crontabs")  # fmt: skip
+        help="the same as --compress none, for old crontabs")
     add("--rate-limit", type=memory_size, metavar="SIZE",
-        help="let streams take no more than SIZE of the line a second; by mbuffer")  # fmt: skip
+        help="let streams take no more than SIZE of the line a second; by mbuffer")
     add("--stall-timeout", type=time_span, default=format_timeout(STALL_SECONDS), metavar="DURATION",
         help="give up a stream of which nothing comes for so long, or next to nothing, and a command that has not "
-        "ended by then: 90s, 30m, 2h (default: %(default)s)")  # fmt: skip
+        "ended by then: 90s, 30m, 2h (default: %(default)s)")
     add("--retries", type=count, default=0, metavar="N",
         help="when the link is lost, list and plan anew up to N times, with growing pauses (default: %(default)s, "
-        "the next run goes on)")  # fmt: skip
+        "the next run goes on)")
     ways = it.add_argument_group("When a dataset is blocked").add_mutually_exclusive_group()
     ways.add_argument("--rollback", action="store_true",
-        help="destroy local snapshots and changes that are newer than the newest common snapshot")  # fmt: skip
+        help="destroy local snapshots and changes that are newer than the newest common snapshot")
     ways.add_argument("--quarantine", action="store_true",
-        help="rename aside a local dataset that cannot be brought up to date, children and all, and pull it "
-        "afresh")  # fmt: skip
+        help="rename aside a local dataset that cannot be brought up to date, children and all, and pull it afresh")
     group = it.add_argument_group("Instead of a run")
     instead = group.add_mutually_exclusive_group()
     instead.add_argument("--dry-run", action="store_true",
-        help="no run: tell what one would send, hold, release and expire, and change nothing")  # fmt: skip
+        help="no run: tell what one would send, hold, release and expire, and change nothing")
     instead.add_argument("--status", action="store_true",
-        help="no run: tell for each dataset how far the mirror has come, and what it lacks")  # fmt: skip
+        help="no run: tell for each dataset how far the mirror has come, and what it lacks")
     instead.add_argument("--check", action="store_true",
-        help="no run: one line and an exit code for a monitoring system, by what is here alone")  # fmt: skip
+        help="no run: one line and an exit code for a monitoring system, by what is here alone")
     instead.add_argument("--doctor", action="store_true",
-        help="no run: look at all that one needs, change nothing; exit 1 if anything is not as it should "
-        "be")  # fmt: skip
+        help="no run: look at all that one needs, change nothing; exit 1 if anything is not as it should be")
     instead.add_argument("--retire", action="store_true",
-        help="no run, and none to follow: release all our holds on both sides, destroy our bookmarks, and nothing "
-        "else")  # fmt: skip
+        help="no run, and none to follow: release all our holds on both sides, destroy our bookmarks, and nothing else")
     group.add_argument("--max-age", type=hour_count, default=30, metavar="HOURS",
-        help="with --check: from what age on a newest common snapshot is too old (default: %(default)s)")  # fmt: skip
+        help="with --check: from what age on a newest common snapshot is too old (default: %(default)s)")
     add = it.add_argument_group("Output").add_argument
     add("-v", "--verbose", action="count", default=0, help="tell each step; twice: each command")
     add("--progress", action="store_true",
-        help="show the progress of each stream and a summary, also where stderr is no terminal")  # fmt: skip
+        help="show the progress of each stream and a summary, also where stderr is no terminal")
     add("-q", "--quiet", action="store_true", help="show neither, also at a terminal")
     add("--json", action="store_true",
-        help="print one JSON document at the end: what was done, or with --dry-run and --status what they "
-        "tell")  # fmt: skip
+        help="print one JSON document at the end: what was done, or with --dry-run and --status what they tell")
     add("--syslog", action="store_true", help="tell the system's log how the run ended")
-    add("--metrics", metavar="FILE",
-        help="write figures of the run to FILE, for the textfile collector of Prometheus")  # fmt: skip
+    add("--metrics", metavar="FILE", help="write figures of the run to FILE, for the textfile collector of Prometheus")
     add("--version", action="version", version=f"%(prog)s {__version__}")
     add("--help", action="help", help="show this help")
+    # fmt: on
     return it
 
 
