@@ -6241,7 +6241,7 @@ def mbuffer_size(text: str) -> str:
 # in it either: it would be the other side's.
 LONGEST_TAG = NAME_LIMIT - len(RECEIVED)
 
-# Neither part may begin with `-`: ssh would take it for an option.
+# Neither part may begin with `-`: ssh or a proxy command could take it for an option.
 host_name = pattern_type(r"[^\s@-][^\s@]*(@[^\s@-][^\s@]*)?", "a [USER@]HOST")
 # Stricter than zfs: `zfs holds` prints tags as they are, so one with a TAB or a newline could not be read back. zfs
 # keeps those that begin with `.` for itself.
@@ -6259,9 +6259,11 @@ day_count = pattern_type(
 hour_count = pattern_type(r"(?=.*[1-9])[0-9]{1,5}(\.[0-9]{1,3})?", "a number of hours", float)
 memory_size = pattern_type("[1-9][0-9]*[kKmMgG]", "a size like 256M or 1G", mbuffer_size)
 time_span = pattern_type("[1-9][0-9]{0,5}[smh]", "a duration like 90s, 30m or 2h", seconds_of)
+# These become words of ssh. No newline in a setting: it would be a second one.
 cipher_names = pattern_type("[A-Za-z0-9@.,+^-]+", "a list of ciphers (see ssh -Q cipher)")
 ssh_setting = pattern_type("[A-Za-z0-9]+[= ][^\n]+", "a KEY=VALUE of ssh_config")
 name_glob = pattern_type(r"[A-Za-z0-9_.:/ *?!\[\]-]+", "a glob of names (their characters, '*', '?', '[...]')")
+# A native property, or a user property, which has a colon in its name (zfsprops(7)).
 PROPERTY = "([a-z][a-z0-9_]*|[a-z0-9:._-]*:[a-z0-9:._-]*)"
 property_name = pattern_type(PROPERTY, "the name of a property")
 property_value = pattern_type(f"(?s:{PROPERTY}=.+)", "a PROPERTY=VALUE")
@@ -6398,6 +6400,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 def policy_of(options: argparse.Namespace) -> Policy:
     """What the options ask for."""
+    # By keyword, because --bookmark must not turn into --rollback when somebody reorders the fields.
     return Policy(
         source_root=options.remote_fs,
         target_root=options.local_fs,
@@ -6441,7 +6444,7 @@ def replicate(options: argparse.Namespace, report: Report, alone: Lock) -> int:
     except Failure as failure:
         report.failure(options.local_fs, failure)
         status = 3
-    if status:
+    if status:  # --check reads this mark; a success removes it (see `run_with_retries`)
         since = mark_failing(here(options), options.local_fs, now)
         if since < now:
             report.notice("failing", options.local_fs, f"{options.local_fs}: runs fail since {clock(since)}")
@@ -6466,7 +6469,7 @@ def run_with_retries(options: argparse.Namespace, report: Report, alone: Lock) -
                 now = int(time.time())
                 try:
                     it.begin(now)
-                    started = True
+                    started = True  # from here on a failure is one of the run: exit code 1, no longer 3
                     it.execute(now)
                 finally:
                     held = it.lister.held_before
@@ -6519,6 +6522,7 @@ def show_status(options: argparse.Namespace, report: Report) -> int:
             it.begin(int(time.time()), in_full=True)
             found = list(all_statuses(it))
     except Failure as failure:
+        # Most of all when the source is down, one wants to know how old the mirror is.
         report.failure(options.local_fs, failure)
         report.say("zfs_replicate: showing local information only")
         found = list(local_statuses(ReadOnly(here(options)), policy_of(options)))
@@ -6595,7 +6599,7 @@ def open_run(options: argparse.Namespace, report: Report, alone: Lock | None) ->
         source = SshHost(connection, note, options.stall_timeout, options.remote_fs)
     if options.sudo in ("remote", "both"):
         source = SudoHost(source)
-    if alone is None:
+    if alone is None:  # whatever looks may run beside a run, and so must not change anything
         source, target = ReadOnly(source), ReadOnly(target)
 
     def carry(batch: StreamBatch) -> BatchResult:
@@ -6604,7 +6608,7 @@ def open_run(options: argparse.Namespace, report: Report, alone: Lock | None) ->
             raise StreamFailed("mbuffer is not installed here, and it is what limits the rate", "apt install mbuffer")
         if not buffer:
             report.step("mbuffer is not installed here: the stream goes without it")
-        for sending, receiving in batch.streams:
+        for sending, receiving in batch.streams:  # for -vv: what runs is longer, with ssh and its options
             note(f"{source.label}: {shlex.join(sending)} | {target.label}: {shlex.join(receiving)}")
         compressor = choose_compressor(options, source, batch.compressible, report)
         show = progress_feed(report.meter, source, batch) if report.meter else None
@@ -6619,6 +6623,7 @@ def open_run(options: argparse.Namespace, report: Report, alone: Lock | None) ->
 def progress_feed(meter: ProgressLine, source: Host, batch: StreamBatch) -> Callable[[Pipeline], None]:
     """A function that shows how far the streams of a batch have come. Asks the source for their sizes."""
     found = parse_estimates(source.ask(*(estimate(sending) for sending, _ in batch.streams)).stdout)
+    # The source may tell fewer sizes than there are streams: the others are unknown.
     sizes = [*found, *[(None, 0)] * (len(batch.streams) - len(found))]
 
     def show(pipeline: Pipeline) -> None:
@@ -6674,7 +6679,7 @@ def columns() -> int:
 
 def report_for(options: argparse.Namespace) -> Report:
     """The report for who looks on: a terminal, cron, or a program that reads JSON."""
-    told = options.dry_run or options.retire
+    told = options.dry_run or options.retire  # whose steps are their result, so they go to stdout
     is_seen = sys.stderr is not None and sys.stderr.isatty()
     shown = is_run(options) and (options.progress or (is_seen and not options.quiet))
     meter = ProgressLine(sys.stderr, columns) if shown else None
@@ -6702,7 +6707,7 @@ def conclude(options: argparse.Namespace, report: Report, ending: RunResult) -> 
 def write_log(options: argparse.Namespace, report: Report, ending: RunResult) -> None:
     """Write each failure to the system's log, and how the run ended."""
     syslog.openlog("zfs_replicate", syslog.LOG_PID, syslog.LOG_DAEMON)
-    for failure in report.failures:
+    for failure in report.failures:  # each in one line: a log has no paragraphs
         syslog.syslog(syslog.LOG_ERR, excerpt(" ".join(failure.removeprefix("zfs_replicate: ").split())))
     syslog.syslog(syslog.LOG_ERR if ending.status else syslog.LOG_INFO, printable(log_line(options, report, ending)))
 
@@ -6713,7 +6718,7 @@ def write_metrics(options: argparse.Namespace, report: Report, ending: RunResult
     with contextlib.suppress(Failure):  # the run itself has met and reported it
         found = list(local_statuses(ReadOnly(here(options)), policy_of(options)))
     succeeded = 0.0 if ending.status else ending.at
-    if ending.status:
+    if ending.status:  # there is no state outside ZFS: only the file itself knows when a run last succeeded
         succeeded = last_success(metrics_before(options.metrics))
     directory, name = os.path.split(options.metrics)
     # A new file takes the place of the old one, so that nobody ever reads half of it. The directory must be the same,
@@ -6753,6 +6758,7 @@ def dispatch(options: argparse.Namespace, report: Report) -> int:
     """Do what the options ask for. Returns the exit code. Raises Failure, or Stopped after a signal."""
     with contextlib.ExitStack() as stack:
         stack.enter_context(signals_stop_us())
+        # These change nothing, and need no lock.
         if options.doctor:
             return run_doctor(options, report)
         if options.check:
@@ -6764,7 +6770,7 @@ def dispatch(options: argparse.Namespace, report: Report) -> int:
         alone = stack.enter_context(lock(options.local_fs, job_of(options), options.stall_timeout))
         if alone is None and options.retire:
             raise Failure("a run is at work", "retire it when that has ended")
-        if alone is None:
+        if alone is None:  # it is still at work when cron starts this one: no failure, and no mail
             report.overlapped = True
             report.event("overlap", options.local_fs, f"{options.local_fs}: another run is at work")
             return 0
