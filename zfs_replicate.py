@@ -2006,51 +2006,60 @@ def holds_to_read(source: Dataset, local: Dataset | None, policy: Policy, now: i
 # Room 5: Commands
 # ---------------------------------------------------------------------------------------------------------------------
 
+# A command as its words. It becomes text for a shell only in `joined_by_and` and `remote_line`, so only they quote.
 Command = tuple[str, ...]
-"""A command as its words. It becomes text in `remote_line` alone."""
 
+# Where zfs may be installed: the PATH of cron, and of a login without a terminal, often lacks the sbin directories.
 SBIN = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
-"""Where zfs may live; the PATH of a login without a terminal often lacks the sbin directories."""
 
+# Bytes of names in one command. A remote command travels as one word, and Linux takes at most 128 KiB in a word.
 BATCH_BYTES = 64 * 1024
-"""Names per command: Linux takes at most 128 KiB in one word, and a remote command travels as one word."""
 
+# What each name costs besides its own bytes, about: a space, and quotes if it contains one.
 NAME_COST = 8
-"""Bytes that each name takes besides its own."""
 
 
 def joined_by_and(commands: Sequence[Command]) -> str:
-    """Commands as a line for sh that runs them one after another, and ends with the first that fails."""
+    """A line for sh that runs commands one after another, up to the first that fails."""
     *first, last = map(shlex.join, commands)
+    # exec: no shell waits beside the last one, so its end, and a signal to it, is what the caller sees.
     return " && ".join([*first, f"exec {last}"])
 
 
 def remote_line(*commands: Command, then: Command = (), look_for: Iterable[str] = ()) -> str:
-    """One line for the remote login shell that runs `commands` one after another. The shell may be csh or fish, so
-    everything is single-quoted; names with a newline, `!` or a backslash are refused earlier.
+    """One line for the remote login shell that runs `commands` one after another.
 
-    With `then`, what they print goes through that one as well; the line's exit status is that of the first that failed,
-    which a pipe of sh would not tell. Where programs to `look_for` are told on stderr, one by line, before it begins.
+    With `then`, their output passes through that command, and the exit status is that of whichever failed first.
+    Before they run, the paths of programs to `look_for` are printed on stderr, one a line.
     """
     words = joined_by_and(commands)
     if then:
+        # A pipe of sh has the exit status of its last process alone. So each side writes its status to fd 4 if it
+        # failed; $( ) collects these, and the first is ours. The output reaches the real stdout through fd 3:
+        #
+        #     first | second >&3
+        #       \________\_______ >&4, which is $( )
+        #
+        # Neither process keeps 3 or 4 open itself: who reads there waits until the last of them has closed it.
         first, second = f"( {words} ) 3>&- 4>&-", f"{shlex.join(then)} >&3 3>&- 4>&-"
         statuses = f"$( ( ( {first} || echo $? >&4 ) | ( {second} || echo $? >&4 ) ) 4>&1 )"
         words = f"exec 3>&1; set -- {statuses}; exit ${{1:-0}}"
     look = f"for it in {' '.join(look_for)}; do command -v $it; done >&2; " if look_for else ""
+    # The login shell may be csh or fish. These agree with sh on what is single-quoted, unless it contains a newline,
+    # `!` or a backslash; names with one of those are refused earlier. LC_ALL: we look for messages in English.
     return f"sh -c {shlex.quote(f'PATH=$PATH:{SBIN} LC_ALL=C; export PATH LC_ALL; {look}{words}')}"
 
 
+# What compresses a stream for the wire, and what restores it.
 COMPRESSORS: dict[str, tuple[Command, Command]] = {
     "zstd": (("zstd", "-q", "-c", "-T0"), ("zstd", "-q", "-d", "-c")),
     "lz4": (("lz4", "-q", "-c"), ("lz4", "-q", "-d", "-c")),
     "pigz": (("pigz", "-c"), ("pigz", "-d", "-c")),
 }
-"""What compresses a stream for the wire, and what undoes it."""
 
 
 def batches(names: Iterable[str], most: int = BATCH_BYTES) -> Iterator[list[str]]:
-    """`names` in lists short enough for one command each, of `most` bytes."""
+    """Split `names` into lists of at most `most` bytes, so that each list fits into one command."""
     batch: list[str] = []
     size = 0
     for name in names:
@@ -2064,20 +2073,19 @@ def batches(names: Iterable[str], most: int = BATCH_BYTES) -> Iterator[list[str]
 
 
 def batches_by_count(commands: Sequence[Command], size: int) -> Iterator[Sequence[Command]]:
-    """`commands` in lists of at most that many."""
+    """Split `commands` into lists of at most `size`."""
     for start in range(0, len(commands), size):
         yield commands[start : start + size]
 
 
+# The property of the local root that says since when runs fail. The first run that fails sets it, and the first that
+# succeeds removes it. It is a property because there is no state outside ZFS.
 FAILING = "zfs_replicate:failing"
-"""The property of a local root that says since when runs fail: there is no state outside ZFS. Set by the first run that
-fails, gone with the first that does not."""
 
-
+# Set on another tool's mirror before our first stream into it: to the guid of its newest snapshot. While that one is
+# the newest, no stream of ours has arrived. We remove it after the first stream that brings properties. A source cannot
+# forge it: streams leave it out (`LEFT_OUT`), and only a value that was set here counts.
 TAKEN_OVER = "zfs_replicate:taken-over"
-"""Set where a mirror of another tool is taken over, before the first stream of ours: to the guid of its newest
-snapshot. While that is the newest one, no stream of ours has arrived. We remove it after the first one that brings
-properties. What a source says of it is left out, and would say nothing: it was not set here."""
 
 
 # Commands that look. What they are asked about follows at their end.
@@ -2142,159 +2150,162 @@ def list_fast(*names: str, alone: bool = False) -> tuple[Command, Command]:
     return datasets, list_tree(*names, alone=alone, kinds=POINT_KINDS, columns=FAST_COLUMNS)
 
 
+# Verbs of zfs that change nothing, on either side.
 LOOKING = ("list", "get", "holds", "send", "allow", "userspace", "version")
-"""Verbs of zfs that change nothing, on either side."""
 
 
 def changed_by(command: Command) -> list[str]:
-    """The datasets that a command changes, by name, or makes. Of a verb that is not known to only look, any word may
-    be one."""
+    """The datasets that a command changes or creates, by name."""
+    # The other programs change no dataset: `zpool sync` writes out what was written, `zpool get` and `date` look.
     if command[0] != "zfs" or (command[1] in LOOKING):
         return []
     words = command[2:]
     if command[1] in ("hold", "release"):
-        words = words[1:]
+        words = words[1:]  # without the tag
     elif command[1] in ("recv", "set", "create", "inherit", "bookmark"):
-        words = words[-1:]
+        words = words[-1:]  # without the options and values before it
+    # Of any other verb, also one that nobody has thought of here, each word may be a dataset.
     return [re.split("[@#]", word)[0] for word in words if not word.startswith("-")]
 
 
 def outside(command: Command, root: str) -> list[str]:
-    """Those datasets that a command would change beside a local tree, which it must not. To be made, its ancestors may;
-    and the root may be renamed aside, or make way."""
+    """The datasets outside the local tree that a command would change. It must not be run if there are any."""
+    # A root that makes way for itself is in the tree under both names (`MakeWay`).
     wrong = [name for name in changed_by(command) if not any(is_below(name, it) for it in (root, root + PLACEHOLDER))]
-    if command[1] == "create":
+    if command[1] == "create":  # the ancestors of the root as well
         return [name for name in wrong if name not in with_ancestors(root)]
-    if command[1] == "rename":
+    if command[1] == "rename":  # --quarantine of the root itself: its new name is beside it
         return [name for name in wrong if not (name.startswith(root + ASIDE) and command[-1] == name)]
     return wrong
 
 
+# Flags of zfs send that keep blocks as they are stored, over 128 KiB (-L) and compressed (-c), and the features that
+# the receiving pool needs for each.
 STREAM_FLAGS = {"-L": ("large_blocks",), "-c": ("lz4_compress", "zstd_compress")}
-"""What a stream keeps as it is stored, blocks over 128 KiB and compressed ones, and what a pool must know for that."""
 
 
 def stream_flags(features: Iterable[str]) -> Command:
-    """The flags for a pool with these features: a fixed choice, for pools gain features and never lose one. Dropping
-    -L between increments lost data once (https://github.com/openzfs/zfs/issues/6224) and is refused since."""
+    """The flags of zfs send for a receiving pool with these features."""
+    # Once used, a flag stays, because a pool gains features and never loses one. Dropping -L between increments lost
+    # data once (https://github.com/openzfs/zfs/issues/6224), and is refused since.
     return tuple(flag for flag, needs in STREAM_FLAGS.items() if set(needs) <= set(features))
 
 
-NOTHING_SET: Mapping[str, str] = {}
+# zfs get may list these as set, but zfs recv takes no value for them. Nor does a receive lose them.
 NEVER_SET_AGAIN = (
     "volsize", "volblocksize", "encryption", "keyformat", "keylocation", "pbkdf2iters", "version", "filesystem_count",
     "snapshot_count", TAKEN_OVER,
 )  # fmt: skip
-"""What zfs recv takes no value for, though zfs get may say of it that it is set; it is not lost by a receive either."""
 
 
+# The features that a stream may need of the receiving pool, by their bit in its header (zfs_ioctl.h of OpenZFS).
 FEATURE_BITS = {
     19: "large_blocks", 23: "large_dnode", 24: "encryption", 25: "zstd_compress", 28: "longname", 29: "large_microzap",
 }  # fmt: skip
-"""What a stream may need of the pool that receives it, by the bit that says so (zfs_ioctl.h of OpenZFS)."""
 
 
 def lacking(said: str, features: Iterable[str]) -> list[str]:
-    """Which features a pool with these `features` has to gain, after what zfs recv said of a stream."""
+    """The features that a pool must gain for a stream, by what zfs recv `said`. It has these `features`."""
     flags = re.search("unsupported feature, feature flags = ([0-9a-f]+)", said)
     if not flags and "pool must be upgraded" not in said:
         return []
-    bits = int(flags[1], 16) if flags else -1  # it does not say: any of them
+    bits = int(flags[1], 16) if flags else -1  # without the flags, any of them may be meant
     return [name for bit, name in FEATURE_BITS.items() if bits >> bit & 1 and name not in features]
 
 
 def send(dataset: Dataset, step: Receive, raw: bool, flags: Command) -> Command:
-    """The sending end of a step. With properties; but zfs sends those of an encrypted dataset in raw streams only."""
-    if step.token:
+    """The sending end of a step."""
+    if step.token:  # which contains the snapshots and the flags; zfs takes hardly any other beside it
         return ("zfs", "send", "-t", step.token)
     base: Command = ()
     if step.base is not None:
         base = ("-i", step.base.name)
+    # With properties; but zfs sends those of an encrypted dataset only in a raw stream.
     how = ("-p", "-w") if raw else () if dataset.encrypted else ("-p",)
+    # Never -R: it renames datasets at the receiver, and needs the snapshot on every child.
     return ("zfs", "send", *flags, *how, *base, step.snapshot.name)
 
 
 def estimate(sending: Command) -> Command:
-    """What that send would send, without sending it."""
+    """The command that tells the size of a stream instead of sending it."""
     return (*sending[:2], "-nP", *sending[2:])
 
 
+# What a mirror has of its own, whatever the source says: the properties of zfsprops(7) of OpenZFS 2.4 that belong to a
+# place and not to the data. All others come along: they belong to the data (recordsize, compression, acltype, ...), or
+# do nothing to a filesystem that is read-only and not mounted (sync, overlay, vscan, contexts, users' quotas). The
+# source's values of these are kept beside ours as the received ones, so `zfs send -b` gives them back.
 OVERRIDES = (
+    # Nobody writes to the mirror, mounts it, or sees it over the network. These are set and not only left out of the
+    # stream: what is left out is inherited, and the pool here may well be shared.
     "readonly=on",
     "canmount=noauto",
     "sharenfs=off",
     "sharesmb=off",
+    # Mounted by somebody who looks into it, it gives no rights away. (exec gives none away: it is as at the source.)
     "setuid=off",
     "devices=off",
+    # It belongs to this host and not to a container, which would also keep us from renaming it.
     "zoned=off",
+    # Volumes and their snapshots have no device nodes, in which this host would look for partitions and file systems.
     "volmode=none",
     "snapdev=hidden",
+    # Nothing limits what arrives. Set to none and not only left out: before OpenZFS 2.2, and from there up to 2.3.9 and
+    # 2.4.4, every second increment takes over those properties that -x excludes and that do not inherit.
     "quota=none",
     "refquota=none",
     "reservation=none",
     "refreservation=none",
     "snapshot_limit=none",
     "filesystem_limit=none",
+    # systemd's generator of mount units makes none for it. A unit for canmount=noauto would be started by whatever
+    # requires a path below it (https://github.com/openzfs/zfs/issues/17144).
     "org.openzfs.systemd:ignore=on",
 )
-"""What a mirror has of its own, whatever the source says: the properties of zfsprops(7) of OpenZFS 2.4 that are of a
-place, and not of the data.
 
-- Nobody writes to it, mounts it, or sees it over the network: readonly, canmount, sharenfs, sharesmb. What is only left
-  out is inherited, and the pool here may well be shared: so these are set.
-- Mounted to look into it, it hands out no rights: setuid, devices. But exec, which hands out none, is the source's.
-- It stays with this host, and not with a container, which would also keep us from renaming it: zoned.
-- Volumes and their snapshots have no device nodes, in which this host would look for partitions and file systems:
-  volmode, snapdev.
-- Nothing binds what arrives: quotas, reservations and limits. They are set to none and not only left out: before
-  OpenZFS 2.2, and from there to 2.3.9 and 2.4.4, every second increment takes over what -x excludes and what does not
-  inherit.
-- systemd's generator of mount units makes none for it: a unit for canmount=noauto would be started by whatever requires
-  a path below it (https://github.com/openzfs/zfs/issues/17144).
-
-All others come along: they are of the data (recordsize, compression, acltype, ...), or do nothing to a filesystem that
-is read-only and not mounted (sync, overlay, vscan, contexts, users' quotas). What the source said of ours is kept
-beside our value as the received one, so that `zfs send -b` gives it back."""
-
+# Properties that streams leave out, and that get no value of our own. `keylocation` cannot be left out: see
+# `key_places`.
+# - mountpoint: no fixed value would do. Left out, it follows from the parent's.
+# - our own: they are notes of this host, and a source could else forge them.
+# - those of systemd's generator, which reads them from a table with TABs and newlines: one value could forge the row of
+#   another dataset (history_event-zfs-list-cacher.sh of OpenZFS).
 GENERATED = ("requires", "requires-mounts-for", "before", "after", "wanted-by", "required-by", "nofail")
 LEFT_OUT = ("mountpoint", FAILING, TAKEN_OVER, *(f"org.openzfs.systemd:{name}" for name in GENERATED))
-"""What has no value here. The mountpoint cannot be said in a word: left out, it follows from the parent's. systemd's
-generator reads its properties from a table with TABs and newlines, with which one value could forge the row of another
-dataset (history_event-zfs-list-cacher.sh of OpenZFS). `keylocation` cannot be left out: see `key_places`."""
 
-# zfs recv refuses what the kind of dataset does not have (zfsprops(7)).
+# Properties that only one kind of dataset has (zfsprops(7)): zfs recv refuses them for the other kind.
 OF_FILESYSTEMS = (
     "aclinherit aclmode acltype atime canmount casesensitivity devices direct dnodesize exec filesystem_limit longname "
     "mountpoint nbmand normalization overlay quota recordsize refquota relatime setuid sharenfs sharesmb snapdir "
     "utf8only vscan xattr zoned"
 )
 OF_VOLUMES = "volblocksize volsize volthreading"
+NOT_OF = {"filesystem": OF_VOLUMES.split(), "volume": OF_FILESYSTEMS.split()}
 
 
 def first_receive_options(source: Dataset, parent: Dataset | None, step: Receive, policy: Policy) -> Command:
-    """Options for the first receive only, of a dataset with `parent` above it at the source: origin and encryption.
-
-    A plain stream carries encryption=off. Drop it (-x), so that the dataset inherits from its local parent; unless that
-    parent is a raw mirror, whose key we do not have.
-    """
+    """Options for the first receive only: origin and encryption. `parent` is the parent at the source."""
     origin = ("-o", f"origin={step.origin}") if step.origin else ()
     if source.encrypted:
         return origin
+    # A plain stream carries encryption=off. Drop it (-x), so that the dataset inherits from its local parent; unless
+    # that parent is a raw mirror, whose key we do not have.
     return (*origin, *(("-o", "encryption=off") if parent and policy.raw(parent) else ("-x", "encryption")))
 
 
 def kinds_values(kind: str, properties: Properties) -> dict[str, str]:
-    """What a mirror of this kind has of its own, if the user does not say otherwise."""
-    others = (OF_VOLUMES if kind == "filesystem" else OF_FILESYSTEMS).split()
+    """The OVERRIDES of this kind of dataset, without those that the user ignores."""
     values = dict(value.partition("=")[::2] for value in OVERRIDES)
-    return {key: value for key, value in values.items() if key not in others and key not in properties.ignored}
+    return {it: value for it, value in values.items() if it not in NOT_OF[kind] and it not in properties.ignored}
 
 
 @dataclass(frozen=True)
 class Exposure:
-    """What a local dataset lacks to be inert: values that are `missing`, it `is_mounted`, its `mountpoint_came` from
-    the source. `own` are the properties that are set here, and would be lost with the first ones to come (see
-    `receive`). It `is_marked` as one that is being taken over (`TAKEN_OVER`)."""
+    """What a local dataset lacks to be inert.
+
+    `missing` are the values to set. `own` are properties that are set here and would be lost with the first ones that a
+    stream brings (see `receive`). `mountpoint_came`: its mountpoint came from the source. `is_marked`: it is being
+    taken over, and `TAKEN_OVER` is set, or will be.
+    """
 
     key: str
     missing: dict[str, str]
@@ -2310,15 +2321,17 @@ class Exposure:
 def exposure(
     key: str, local: Dataset, sources: Mapping[str, str], properties: Properties, is_mounted: bool
 ) -> Exposure:
-    """By `sources`, which say by property whether it is set here, or was received."""
+    """What a local dataset lacks to be inert. `sources` say of its properties whether they are set here (`local`) or
+    were `received`."""
     missing = {it: value for it, value in kinds_values(local.kind, properties).items() if sources.get(it) != "local"}
     own = tuple(it for it, source in sources.items() if source == "local" and it not in NEVER_SET_AGAIN)
     is_marked = sources.get(TAKEN_OVER) == "local"
-    is_new = not (local.held_before or local.recognised)
+    is_new = not (local.held_before or local.recognised)  # so another tool's mirror, which we take over
+    # What is set here gets lost with the first properties that arrive, and only then.
     is_first = "received" not in sources.values() and (is_marked or is_new)
     marked = {TAKEN_OVER: str(local.snapshots[-1].guid)} if is_new and not is_marked else {}
     came = sources.get("mountpoint") == "received"
-    # An administrator may have mounted a mirror of ours, to look into it.
+    # What we held before stays mounted: an administrator may have mounted a mirror of ours, to look into it.
     shows = is_mounted and not local.held_before
     own = (*own, *missing) if is_first else ()
     return Exposure(key, {**missing, **marked}, own, shows, came, is_marked or bool(marked))
@@ -2331,19 +2344,21 @@ SHARES = ("sharenfs", "sharesmb")
 
 
 def shares_last(values: Mapping[str, str]) -> tuple[dict[str, str], dict[str, str]]:
-    """What to set first, and what then: as long as zoned is on, zfs lets nobody say anything of shares, and who says
-    that they are off while canmount is on has the dataset mounted (changelist_postfix in libzfs)."""
+    """Split values into those to set first, and those of shares to set then."""
+    # While zoned is on, zfs lets nobody set a share. And setting one to off while canmount is on mounts the dataset
+    # (changelist_postfix in libzfs). So zoned and canmount come first.
     others = {key: value for key, value in values.items() if key not in SHARES}
     return others, {key: value for key, value in values.items() if key in SHARES}
 
 
 def settable(key: str, value: str) -> str:
-    """A value as `zfs get -p` prints it, in the words in which it can be set: no limit is 0 there, or all ones."""
+    """A value that `zfs get -p` has printed, in the form that `zfs set` takes."""
+    # Without a limit it prints 0, or all ones.
     return "none" if key in LIMITS and value in ("0", str(2**64 - 1)) else value
 
 
+# The features of a pool that streams need.
 FEATURES = tuple(dict.fromkeys((*FEATURE_BITS.values(), *(need for needs in STREAM_FLAGS.values() for need in needs))))
-"""Those of a pool that streams need."""
 
 
 def list_features(pool: str) -> Command:
@@ -2356,11 +2371,12 @@ def list_features(pool: str) -> Command:
     return ("zpool", "get", "-Hp", "-o", "property,value", ",".join(names), pool)
 
 
-# Commands that change something. There are no others: a test looks for any tuple elsewhere that begins like one. What
-# they name is in the local tree (`outside`), but for `hold`, `release`, and our own bookmarks at the source.
+# Commands that change something. There are no others: a test searches the file for tuples that begin like one. They
+# name datasets of the local tree only (see `outside`), except `hold`, `release`, and our own bookmarks at the source.
 
 
 def set_failing(root: str, since: int) -> Command:
+    # With the root, so that a copy of the property (a clone, a restored dataset) says nothing: see `parse_failing`.
     return ("zfs", "set", f"{FAILING}={since} {root}", root)
 
 
@@ -2378,16 +2394,17 @@ def release(tag: str, snapshots: Iterable[str]) -> Command:
 
 
 def destroy(snapshots: Iterable[Snapshot]) -> Command:
-    """Destroys snapshots of one dataset. A name without `@` would be a dataset, `%` a range: neither gets through."""
+    """Destroy snapshots of one dataset. Raises AssertionError for any other names."""
     names = [snapshot.name for snapshot in snapshots]
     datasets = {name.split("@")[0] for name in names}
+    # Without `@` zfs would destroy the dataset itself. `%` is a range, `,` begins another name, `#` a bookmark.
     if len(datasets) != 1 or any(name.count("@") != 1 or re.search("[%,#]", name) for name in names):
         raise AssertionError(f"refusing to destroy anything but plain snapshots of one dataset: {names}")
     return ("zfs", "destroy", datasets.pop() + "@" + ",".join(name.split("@")[1] for name in names))
 
 
 def rollback(to: Snapshot) -> Command:
-    """-r destroys the newer snapshots, but never their clones (that would be -R), and none that is held."""
+    # -r destroys newer snapshots, but none that is held or has a clone (that would take -R).
     return ("zfs", "rollback", "-r", to.name)
 
 
@@ -2400,8 +2417,8 @@ def bookmark(snapshot: Snapshot, mark: str) -> Command:
 
 
 def destroy_bookmark(name: str) -> Command:
-    """A name without `#` would be a dataset or a snapshot."""
-    if name.count("#") != 1 or "@" in name:
+    """Destroy a bookmark. Raises AssertionError for any other name."""
+    if name.count("#") != 1 or "@" in name:  # it would be a dataset or a snapshot
         raise AssertionError(f"refusing to destroy anything but a bookmark: {name}")
     return ("zfs", "destroy", name)
 
@@ -2411,7 +2428,7 @@ def make_read_only(name: str) -> Command:
 
 
 def create_parent(name: str) -> Command:
-    """A placeholder that never mounts. `-u` also spares the mount that only root may do."""
+    # A placeholder never mounts. -u: without it zfs tries once, and an account that is not root may not.
     return ("zfs", "create", "-u", "-o", "canmount=off", name)
 
 
@@ -2432,7 +2449,7 @@ def abandon(name: str) -> Command:
 
 
 def sync_pool(pool: str) -> Command:
-    """Writes out what was written lately, so that it counts."""
+    # Until a transaction group is written out, `written` and `zfs userspace` do not count what is in it.
     return ("zpool", "sync", pool)
 
 
@@ -2443,34 +2460,36 @@ def receive(
     properties: Properties = Properties(),
     born: Command = (),
     *,
-    own: Mapping[str, str] = NOTHING_SET,
+    own: Mapping[str, str] = {},
 ) -> Command:
     """The receiving end of a step: resumable, unmounted, and read-only from the first moment.
 
-    What we set on the first receive stays as the administrator left it later: increments leave those properties out.
-    An existing dataset that never received any properties loses all that are set there when it does so first
-    (first_recvd_props in zfs_ioctl.c): `own` are to be set again in the same moment.
-
-    The snapshot to come is named: then zfs recv takes no package of several datasets or snapshots, which could rename,
-    roll back and destroy whatever is below. -h leaves out holds that the sender puts on it. -F only where it overwrites
-    nothing: into a filesystem known to be empty, with nothing below it.
+    `snapshot` is the full name of what comes; `born` are the options for the first receive. `own` are the properties
+    that are set on the dataset and would be lost with the first ones that arrive.
     """
-    others = (OF_VOLUMES if source.kind == "filesystem" else OF_FILESYSTEMS).split()
+    others = NOT_OF[source.kind]
     values = kinds_values(source.kind, properties)
     said = dict(value.partition("=")[::2] for value in properties.values)
     values.update({key: value for key, value in said.items() if key not in others and key not in properties.ignored})
     left_out = [key for key in (*LEFT_OUT, *properties.ignored) if key not in others and key not in values]
     if local is not None and local.snapshots:
+        # What was set on the first receive is left out of increments: the administrator may have changed it since.
+        # A dataset that never received a property loses all that are set there when the first ones arrive
+        # (first_recvd_props in zfs_ioctl.c). `own` sets them again in the same moment.
         left_out += values
         values = dict(own)
     options = [word for key, value in values.items() for word in ("-o", f"{key}={value}")]
     options += [word for key in left_out if key not in values for word in ("-x", key)]
     if local is None:
         options += born
+    # -F only where it overwrites nothing: on a filesystem known to be empty, with nothing below it.
     force = ("-F",) if local and local.empty and not local.snapshots and not local.parent else ()
+    # The snapshot is named, so that zfs recv takes no package of several datasets or snapshots: one could rename, roll
+    # back and destroy whatever is below. -h drops the holds that the sender puts on it.
     return ("zfs", "recv", "-s", "-u", "-h", *force, *options, snapshot)
 
 
+# What an account that is not root must be allowed for each verb, besides the properties that it sets (zfs-allow(8)).
 RIGHTS = {
     "send": "send",
     "hold": "hold",
@@ -2486,17 +2505,16 @@ RIGHTS = {
     "recv -A": "receive,destroy,mount",
     "userspace": "userused,userquota,userobjused,userobjquota",
 }
-"""What an account that is not root must be allowed for each verb, besides the properties that it sets."""
 
 
+# The verbs that a plain crontab line runs on either side.
 SOURCE_RIGHTS = ("send", "hold", "release")
 TARGET_RIGHTS = ("recv", "recv -A", "create", "destroy", "hold", "release", "userspace")
-"""Verbs of the crontab line, on either side."""
 
 
 @dataclass(frozen=True)
 class Account:
-    """Who runs zfs on a host without being root there, and the tree that it is for."""
+    """A `user` that runs zfs on a host without being root there, and the tree that it works on."""
 
     user: str
     host: str
@@ -2504,21 +2522,19 @@ class Account:
 
 
 def rights_of(text: str, user: str) -> set[str]:
-    """What `zfs allow` says that a user may do; as one of any group, for we do not know which are his."""
+    """The rights of a user, by what `zfs allow` has printed."""
+    # The rights of every group count: we do not know which groups he is in on that host.
     found = re.findall(r"^\t(?:user (\S+)|group \S+|everyone) (\S+)$", text, re.MULTILINE)
     return {right for name, rights in found if name in ("", user) for right in rights.split(",")}
 
 
 def right_to_set(key: str) -> str:
-    """What an account must be allowed to set a property."""
+    """The right that setting a property takes."""
     return "userprop" if ":" in key else key
 
 
 def allow_command(command: Command, account: Account) -> str:
-    """What root must run to let the account run `command` in all of the tree; "" if no right is known for it.
-
-    To make or move a dataset takes the rights on its parent, and on a tree that is not there yet zfs allows nothing.
-    """
+    """What root must run so that the account may run `command` anywhere in its tree; "" if no right is known for it."""
     verb = " ".join(command[1:3]) if "-A" in command[2:3] else command[1]
     if verb not in RIGHTS:
         return ""
@@ -2526,6 +2542,8 @@ def allow_command(command: Command, account: Account) -> str:
     properties = [name for name, is_set, _ in (word.partition("=") for word in values) if is_set and name != "origin"]
     rights = [RIGHTS[verb], *map(right_to_set, properties)]
     place = re.split("[@#]", command[-1])[0]
+    # Creating or moving a dataset takes the rights on its parent. And on a tree that does not exist yet, zfs allows
+    # nothing.
     if verb in ("create", "rename") or (verb == "recv" and properties):
         place = place.rpartition("/")[0] or place
     if f"{place}/".startswith(f"{account.tree}/"):
@@ -2539,39 +2557,40 @@ def allow_command(command: Command, account: Account) -> str:
 # ---------------------------------------------------------------------------------------------------------------------
 
 CONNECT_SECONDS = 30.0
+# Longest silence of a command, and of a stream. It is an hour because `zfs list` prints nothing until it has sorted
+# everything, and an incremental `zfs send` prints nothing until it has found what changed.
 STALL_SECONDS = 3600
-"""Longest silence of a command, and of a stream: `zfs list` prints nothing until it has sorted everything, and an
-incremental `zfs send` nothing until it has found what changed."""
 KEEPALIVE_SECONDS = 15
+# How long a link may leave bytes unacknowledged before it counts as lost.
 LINK_SECONDS = 60
-"""How long a link may leave bytes unacknowledged before it counts as lost."""
+# How long a process may take to end when told to.
 END_SECONDS = 5
-"""How long a process may take to end when told to."""
 
+# The most that a listing may print, and any other command. The longest is the listing of a tree: a million snapshots
+# with names of 130 bytes are that long. All of it is in memory, as bytes and then as text.
 OUTPUT_BYTES = 192 << 20
 ANSWER_BYTES = 32 << 20
-"""The most that a command may print. The longest answer is the listing of a tree: of a million snapshots, with names of
-130 bytes, it is as long. All of it is in memory, as bytes and then as text."""
+# How much is kept of a command's stderr: the end of it. zfs says a line for each name, some 6 times as long as a short
+# name. So what it says of BATCH_BYTES of names is kept whole, and can be read name by name.
 COMPLAINT_BYTES = 8 * BATCH_BYTES
-"""How much is kept of a command's stderr, the last of it. zfs says a line of each name, some 6 times as long as a short
-one: what it says of BATCH_BYTES of names is kept whole, and read name by name."""
+# How much to read at a time: what a pipe holds.
 READ_BYTES = 64 * 1024
-"""How much to read at a time: what a pipe holds."""
 
+# For every ssh client that we start.
 ALIVE_SETTINGS = (
+    # No endless wait, and no question asked.
     f"ServerAliveInterval={KEEPALIVE_SECONDS}",
     f"ServerAliveCountMax={LINK_SECONDS // KEEPALIVE_SECONDS}",
     f"ConnectTimeout={CONNECT_SECONDS:.0f}",
     "BatchMode=yes",
+    # Learn no further key of a host: with it somebody could pose as that host after it was installed anew.
     "UpdateHostKeys=no",
 )
-"""Of every ssh client we start: no question asked, no endless wait; and no further key of a host is taken over, with
-which somebody could pose as it after it was made anew."""
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What a command said, and its exit status."""
+    """Exit status and output of a command."""
 
     status: int
     stdout: str
@@ -2579,43 +2598,44 @@ class Answer:
 
     @classmethod
     def of(cls, status: int, stdout: bytes | bytearray, stderr: bytes | bytearray) -> Answer:
-        # A long text with one character beyond Latin takes four bytes for each; names are ASCII.
+        # In a str with one character beyond Latin, each character takes two bytes or four. What is long is a listing,
+        # whose names are ASCII: read as that, a million snapshots cannot take four times the memory.
         encoding = "utf-8" if len(stdout) <= ANSWER_BYTES else "ascii"
         return cls(status, stdout.decode(encoding, errors="surrogateescape"), stderr.decode(errors="surrogateescape"))
 
 
 class Host(Protocol):
-    """Where commands run. `label` names it to the user; `account` is whose rights count there, if not root's."""
+    """Where commands run. `label` names it to the user. `account` is who runs them there; None if that is root."""
 
     label: str
     account: Account | None
 
     def ask(self, *commands: Command) -> Answer:
-        """Run commands in turn, until one fails. Any exit status is an answer; raises LinkLost or Stuck where there was
-        none."""
+        """Run commands one after another, up to the first that fails. Any exit status is an answer. Raises LinkLost or
+        Stuck if none came."""
 
     def has(self, program: str) -> bool:
         """Whether one of the COMPRESSORS is installed there. Valid only after the first command."""
 
     def stream_command(self, *commands: Command, then: Command = ()) -> Command:
-        """The local command whose standard input and output are those of `commands` in turn on this host; `then` what
-        they print goes through that one."""
+        """A local command that runs `commands` one after another on this host. Its standard input and output are
+        theirs; with `then`, their output passes through that command first."""
 
     def connected(self) -> bool:
-        """Whether the connection of the `stream_command` commands stands, after one of them has failed."""
+        """Whether the connection that `stream_command` uses still stands, after a stream has failed."""
 
     def close(self) -> None:
-        """Let go of the connection."""
+        """Close the connection."""
 
 
 def run(host: Host, *commands: Command) -> str:
-    """What `commands` print in turn; raises CommandFailed on any exit status but 0."""
+    """Run commands one after another, and return their output. Raises CommandFailed if one fails."""
     return output(host, commands[0], host.ask(*commands))
 
 
 def output(host: Host, command: Command, answer: Answer) -> str:
-    """What `command` printed; raises CommandFailed unless it ended well."""
-    if answer.status == 127:
+    """What `command` printed. Raises CommandFailed unless its exit status is 0."""
+    if answer.status == 127:  # a shell's word for "not found"
         raise CommandFailed(
             f"{host.label} has no program {command[0]!r} in its PATH or in {SBIN}",
             "install it there, or check that the login may run it",
@@ -2629,7 +2649,7 @@ def output(host: Host, command: Command, answer: Answer) -> str:
 
 
 def allow_hint(host: Host, command: Command, said: str) -> str:
-    """The way out where zfs says that our account lacks a right; "" where it says something else."""
+    """What gives our account the right that zfs says it lacks; "" if zfs says something else."""
     return allow_command(command, host.account) if host.account and "permission denied" in said else ""
 
 
@@ -2641,8 +2661,11 @@ def stuck(host: Host, command: Command, stall_timeout: float) -> Stuck:
 
 
 class Output:
-    """All that a command prints, as it comes: `add` raises Failure when it is more than OUTPUT_BYTES, if it lists, or
-    else ANSWER_BYTES. `doing` names the command, `label` its host."""
+    """Collects what a command prints. `doing` names the command, `label` its host.
+
+    `add` raises Failure for more than OUTPUT_BYTES of `zfs list`, or ANSWER_BYTES of any other command: a host that
+    never stops talking must not fill our memory.
+    """
 
     def __init__(self, doing: str, label: str) -> None:
         self.doing = doing
@@ -2661,7 +2684,7 @@ class Output:
 
 
 class Tail:
-    """The last `most` bytes of what a program says, however much that is."""
+    """Keeps the last `most` bytes of what a program says, however much that is."""
 
     def __init__(self, most: int) -> None:
         self.most = most
@@ -2669,20 +2692,21 @@ class Tail:
 
     def add(self, data: bytes) -> None:
         self.kept += data
-        if len(self.kept) > 2 * self.most:  # not at each word, or every one would move all of it
+        if len(self.kept) > 2 * self.most:  # not at every call, because each cut moves all that is kept
             del self.kept[: -self.most]
 
     def last(self) -> bytearray:
         return self.kept[-self.most :]
 
 
+# Seconds of one wait: epoll counts milliseconds in 32 bits, and --stall-timeout may be years.
 LONGEST_WAIT = 86400.0
-"""Seconds: epoll counts milliseconds in 32 bits."""
 
 
 def listen(process: subprocess.Popen[bytes], output: Output, complaints: Tail, until: float) -> None:
-    """Take what a process prints, both ends side by side, until it has ended. Raises TimeoutExpired if it has not by
-    then, however much it still has to say."""
+    """Read stdout and stderr of a process until it has ended. Raises TimeoutExpired if it has not ended by `until`,
+    however much it still says."""
+    # Both at once: a process that waits until somebody reads its stderr prints nothing on stdout.
     with selectors.DefaultSelector() as selector:
         selector.register(process.stdout, selectors.EVENT_READ, output.add)  # type: ignore[arg-type]  # it is a pipe
         selector.register(process.stderr, selectors.EVENT_READ, complaints.add)  # type: ignore[arg-type]
@@ -2704,13 +2728,14 @@ def ignore_line(line: str) -> None:
 
 
 def in_background(work: Callable[[], Any]) -> Future[Any]:
-    """What `work` will return. Its thread is left to itself if a signal ends us meanwhile."""
+    """Start `work` in a thread. Returns its future result, or exception."""
+    # Not a ThreadPoolExecutor: at exit Python waits for the threads of one, and a signal must end us at once.
     answer: Future[Any] = Future()
 
     def run() -> None:
         try:
             answer.set_result(work())
-        except BaseException as error:  # noqa: BLE001 -- it is raised where the answer is wanted
+        except BaseException as error:  # noqa: BLE001 -- it is raised again by whoever asks for the result
             answer.set_exception(error)
 
     threading.Thread(target=run, daemon=True).start()
@@ -2718,11 +2743,12 @@ def in_background(work: Callable[[], Any]) -> Future[Any]:
 
 
 def end(process: subprocess.Popen[bytes]) -> None:
-    """End a process that still runs because we are leaving early. One that waits for a suspended pool cannot be
-    ended by anybody: it is left alone then."""
+    """End a process that still runs because we are leaving early."""
     for signal_it in (process.terminate, process.kill):
         if process.poll() is None:
-            with contextlib.suppress(subprocess.TimeoutExpired, PermissionError):  # what runs by sudo is root's
+            # Nobody can end a process that waits for a suspended pool, and we may not end one that runs by sudo, as
+            # root. Either is left alone then.
+            with contextlib.suppress(subprocess.TimeoutExpired, PermissionError):
                 signal_it()
                 process.wait(timeout=END_SECONDS)
 
@@ -2732,8 +2758,7 @@ def account_of(user: str, host: str, tree: str) -> Account | None:
 
 
 def own_name() -> str:
-    """The user of this process; not $USER, which su and cron may leave as it was."""
-    return user_name(os.geteuid())
+    return user_name(os.geteuid())  # not $USER, which su and cron may leave as it was
 
 
 def user_name(number: int) -> str:
@@ -2744,8 +2769,8 @@ def user_name(number: int) -> str:
 
 
 class LocalHost:
-    """This machine. A command that has not ended after `stall_timeout` seconds is given up, and one that prints more
-    than OUTPUT_BYTES as well."""
+    """This machine. A command that has not ended after `stall_timeout` seconds is ended, as is one that prints too
+    much. `note` is told each command; `tree` is what `account` works on."""
 
     def __init__(
         self,
@@ -2795,7 +2820,7 @@ class LocalHost:
 
 
 class SudoHost:
-    """A host on which every command is run by sudo, without a question asked."""
+    """A host on which every command runs by sudo, which must not ask for a password."""
 
     def __init__(self, host: Host) -> None:
         self.host = host
@@ -2806,10 +2831,10 @@ class SudoHost:
         self.close = host.close
 
     def ask(self, *commands: Command) -> Answer:
-        if commands == (CLOCK_TIME,):  # for which nobody needs to be root, and sudo may permit zfs alone
+        if commands == (CLOCK_TIME,):  # nobody needs to be root for that, and sudo may be set up to permit zfs alone
             return self.host.ask(*commands)
         answer = self.host.ask(*map(by_sudo, commands))
-        if answer.status == 127:
+        if answer.status == 127:  # of a missing zfs sudo says so itself, and exits with 1
             return Answer(1, "", "sudo is not installed\n")
         return answer
 
@@ -2818,8 +2843,11 @@ class SudoHost:
 
 
 class FencedHost:
-    """This host, on which no command changes anything beside the local tree. That holds of all that is planned here;
-    this is the belt beside the braces, for a mistake in that would cost what nobody has a copy of."""
+    """A host on which no command can change anything outside the local tree `root`.
+
+    No plan contains such a command. But if that were wrong, it would cost data of which nobody has a copy, so each
+    command is checked once more before it runs.
+    """
 
     def __init__(self, host: Host, root: str) -> None:
         self.host = host
@@ -2839,7 +2867,7 @@ class FencedHost:
         return self.host.stream_command(*commands, then=then)
 
     def check(self, *commands: Command) -> None:
-        """Raises Failure for what would change anything outside."""
+        """Raises Failure for a command that would change anything outside."""
         for command in commands:
             wrong = outside(command, self.root)
             if wrong:
@@ -2850,14 +2878,14 @@ class FencedHost:
 
 
 class ReadOnly(FencedHost):
-    """A host on which nothing can be changed: all that --dry-run, --status, --check and --doctor get. So what they do
-    need not be read to know that they are harmless."""
+    """A host on which no command can change anything. --dry-run, --status, --check and --doctor get no other, so an
+    auditor need not read what they do."""
 
     def __init__(self, host: Host) -> None:
         super().__init__(host, root="")
 
     def check(self, *commands: Command) -> None:
-        """Raises AssertionError for what would change anything."""
+        """Raises AssertionError for a command that would change anything."""
         for command in commands:
             if changed_by(command):
                 raise AssertionError(f"a mode that only looks must not change anything: {command}")
@@ -2871,27 +2899,27 @@ def by_sudo(command: Command) -> Command:
 
 
 def environment() -> dict[str, str]:
-    """Ours, with untranslated messages, and the sbin directories that cron leaves out of PATH."""
-    path = ":".join(filter(None, (os.environ.get("PATH"), SBIN)))  # an empty entry would be the current directory
+    """Our environment, with untranslated messages, and with the sbin directories that cron leaves out of PATH."""
+    path = ":".join(filter(None, (os.environ.get("PATH"), SBIN)))  # an empty entry would mean the current directory
     return {**os.environ, "LC_ALL": "C", "PATH": path}
 
 
 def installed(program: str) -> bool:
-    """Whether this host has it."""
+    """Whether this host has a program."""
     return shutil.which(program, path=environment()["PATH"]) is not None
 
 
+# Beyond any number of 64 bits, so no count of anything. Some formats raise for much larger ones.
 MAX_FIGURE = 1e24
-"""What is beyond any number of 64 bits is no count of anything; a format may not even take it."""
 
 
 def tellable(figure: float) -> float:
-    """The figure, or the nearest that can be written in some digits; 0 for none at all (NaN)."""
+    """The nearest figure that any format takes; 0 for NaN."""
     return max(min(figure, MAX_FIGURE), -MAX_FIGURE) if figure == figure else 0  # noqa: PLR0124 -- NaN is not itself
 
 
 def format_timeout(seconds: float) -> str:
-    """As --stall-timeout takes it: `90s`, `30m`, `2h`."""
+    """A duration as --stall-timeout takes it: `90s`, `30m`, `2h`."""
     seconds = tellable(seconds)
     for unit, size in (("h", 3600), ("m", 60)):
         if seconds >= size and seconds % size == 0:
@@ -2900,10 +2928,10 @@ def format_timeout(seconds: float) -> str:
 
 
 def format_bytes(count: float) -> str:
-    """A number of bytes, as zfs says it: `512B`, `1.50K`, `12.0M`, `345G`."""
+    """A number of bytes, as zfs prints it: `512B`, `1.50K`, `12.0M`, `345G`."""
     count, unit = tellable(count), "B"
     for larger in "KMGTPE":
-        if count < 999.5:
+        if count < 999.5:  # it would be rounded to four digits
             break
         count, unit = count / 1024, larger
     digits = 0 if unit == "B" or count >= 99.95 else 1 if count >= 9.995 else 2
@@ -2917,9 +2945,9 @@ def settings(values: Iterable[str]) -> Command:
 
 @dataclass(frozen=True)
 class Connection:
-    """How to reach a host, resolved once by `ssh -G` and used for both connections, paramiko's and the ssh client's.
+    """How to reach a host: resolved once by `ssh -G`, and used for both connections, paramiko's and the ssh client's.
 
-    `options` are what the user gave (`-p`, `-i`), in the words of ssh.
+    `options` are those of our command line (`-p`, `-i`, ...), in the words of ssh. `config` is what `ssh -G` printed.
     """
 
     destination: str
@@ -2928,16 +2956,15 @@ class Connection:
 
     @classmethod
     def resolve(cls, destination: str, port: int | None, identity: str | None, more: Command = ()) -> Connection:
-        """Ask OpenSSH itself, so that Include, Match and everything else in ssh_config counts. `more` are options of
-        ssh.
-
-        Raises CommandFailed if there is no ssh client, or its configuration makes no sense to it.
-        """
+        """Resolve a destination. `more` are further options of ssh. Raises CommandFailed if there is no ssh client, or
+        if it refuses its configuration."""
+        # Asking OpenSSH itself is the only way in which Include, Match and everything else in ssh_config counts:
+        # paramiko's own reader knows less.
         options = list(more)
         if port is not None:
             options += ["-p", str(port)]
         if identity is not None:
-            options += ["-i", identity, "-o", "IdentitiesOnly=yes"]
+            options += ["-i", identity, "-o", "IdentitiesOnly=yes"]  # else ssh also tries an agent's keys
         config: dict[str, tuple[str, ...]] = {}
         for line in run(LocalHost(), ("ssh", "-G", *options, "--", destination)).splitlines():
             key, _, value = line.partition(" ")
@@ -2945,7 +2972,7 @@ class Connection:
         return cls(destination, tuple(options), config)
 
     def get(self, key: str) -> str:
-        """The first value ssh_config has for `key`; "" where it has none, or `none`."""
+        """The first value of `key`; "" if there is none, or if it is `none`."""
         value = self.config.get(key, ("",))[0]
         return "" if value == "none" else value
 
@@ -2954,7 +2981,7 @@ class Connection:
         return int(self.get("port"))
 
     def expand(self, text: str) -> str:
-        """The %-tokens of ssh_config, which `ssh -G` leaves as they are."""
+        """Replace the %-tokens of ssh_config, which `ssh -G` leaves as they are."""
         values = {
             "%h": self.get("hostname"),
             "%p": self.get("port"),
@@ -2966,13 +2993,14 @@ class Connection:
         return re.sub("%.", lambda found: values.get(found[0], found[0]), text)
 
     def files(self, words: Iterable[str]) -> list[str]:
-        """Those files among `words` of ssh_config that we can read; ssh passes over the others too."""
+        """The files among `words` of ssh_config that we can read."""
+        # ssh ignores the others as well: by default it looks for a key of each type.
         paths = [os.path.expanduser(self.expand(word)) for word in words]
         return [path for path in paths if os.path.isfile(path) and os.access(path, os.R_OK)]
 
     @property
     def identities(self) -> list[str]:
-        """The key files; those for security keys are beyond paramiko."""
+        """The key files, without those for security keys (FIDO), which paramiko cannot use."""
         return [path for path in self.files(self.config.get("identityfile", ())) if not path.endswith("_sk")]
 
     @property
@@ -2981,8 +3009,9 @@ class Connection:
 
     @property
     def known_as(self) -> tuple[str, int]:
-        """Name and port under which known_hosts lists the host. ssh adds no port to a HostKeyAlias."""
+        """Name and port under which known_hosts lists the host."""
         alias = self.get("hostkeyalias")
+        # ssh adds no port to an alias, and paramiko adds none to a name if it is 22.
         return (alias, 22) if alias else (self.get("hostname"), self.port)
 
     @property
@@ -2994,6 +3023,7 @@ class Connection:
             *first, last = self.get("proxyjump").split(",")
             jumps = ("-J", ",".join(first)) if first else ()
             via = last if last.startswith("ssh://") else f"ssh://{last}"
+            # As ssh does itself: log in at the last jump, through those before it, and forward stdin and stdout to %h.
             return ("ssh", *settings(ALIVE_SETTINGS), *jumps, "-W", self.expand("[%h]:%p"), "--", via)
         return None
 
@@ -3003,20 +3033,18 @@ class Connection:
 
 
 def open_socket(connection: Connection) -> socket.socket:
-    """A socket to the SSH port of the host: over TCP, or to the proxy command.
-
-    Raises OSError if the host cannot be reached.
-    """
+    """A socket to the SSH port of the host: over TCP, or to the proxy command. Raises OSError if the host cannot be
+    reached."""
     if connection.proxy is None:
         link = socket.create_connection((connection.get("hostname"), connection.port), CONNECT_SECONDS)
-        # A peer that went away without a word: the kernel gives up on unacknowledged keepalives after this time.
+        # If the peer goes away without a word, the kernel gives up unacknowledged keepalives after this time.
         if hasattr(socket, "TCP_USER_TIMEOUT"):  # Linux
             link.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, LINK_SECONDS * 1000)
         # paramiko leaves Nagle's algorithm on, which costs each command one delayed acknowledgement, 40 ms.
         link.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         return link
     link, other = socket.socketpair()
-    # The proxy ends by itself when our end of the socket closes.
+    # Nobody waits for the proxy: it ends by itself when our end of the socket closes.
     end = other.fileno()
     subprocess.Popen(connection.proxy, stdin=end, stdout=end, stderr=subprocess.DEVNULL, env=environment())
     other.close()
@@ -3024,7 +3052,7 @@ def open_socket(connection: Connection) -> socket.socket:
 
 
 class KnownHostsOnly:
-    """paramiko's missing host key policy: refuse, with the way out."""
+    """The policy of paramiko for an unknown host key: refuse it, and tell what to do."""
 
     def __init__(self, connection: Connection) -> None:
         self.connection = connection
@@ -3039,13 +3067,12 @@ class KnownHostsOnly:
 
 
 def why(error: Exception) -> str:
-    """Its message; paramiko raises timeouts and ends of file without a word."""
-    return str(error) or type(error).__name__
+    return str(error) or type(error).__name__  # paramiko raises timeouts and ends of file without a message
 
 
 class SshHost:
-    """A host behind one paramiko login, which takes place when something is asked first; commands run over it one at a
-    time. Streams share a login of the ssh client."""
+    """A host behind SSH. Commands run over one paramiko login, one at a time. Streams share one login of the ssh
+    client, so that no byte of them passes through Python. Either login is made when it is needed first."""
 
     def __init__(
         self,
@@ -3058,10 +3085,9 @@ class SshHost:
         self.label = connection.destination
         self.account = account_of(connection.get("user"), self.label.rpartition("@")[2], tree)
         self.note = note
-        self.stall_timeout = max(
-            stall_timeout, 2 * LINK_SECONDS
-        )  # by then a lost link has shown, and it is the command
-        self.programs: set[str] | None = None  # which of the COMPRESSORS are there, told with the first answer
+        # By then a lost link has shown itself as lost. So what still does not answer is the command.
+        self.stall_timeout = max(stall_timeout, 2 * LINK_SECONDS)
+        self.programs: set[str] | None = None  # the COMPRESSORS that are installed there; None before the first answer
         self.next_channel: Future[Any] | None = None
         self.opens_ahead = True
         self.streams: tempfile.TemporaryDirectory[str] | None = None
@@ -3069,7 +3095,7 @@ class SshHost:
 
     @functools.cached_property
     def client(self) -> Any:
-        """The login. Raises LinkLost if the host cannot be reached, Failure if it or we are not recognised."""
+        """The login. Raises LinkLost if the host cannot be reached, and Failure if either side refuses the other."""
         client = log_in(self.connection)
         get = self.connection.get
         self.note(f"{self.label}: logged in as {get('user')} at {get('hostname')}:{self.connection.port}")
@@ -3082,24 +3108,26 @@ class SshHost:
         try:
             if self.programs is not None:
                 return self.exchange(transport, doing, remote_line(*commands))
+            # The first answer also tells which compressors are there. A command of its own would cost a round trip.
             answer = self.exchange(transport, doing, remote_line(*commands, look_for=COMPRESSORS))
             found = f"^/.*/({'|'.join(COMPRESSORS)})\n"
             self.programs = set(re.findall(found, answer.stderr, re.MULTILINE))
             return replace(answer, stderr=re.sub(found, "", answer.stderr, flags=re.MULTILINE))
         except Failure:
             raise
-        except Exception as error:  # noqa: BLE001 -- paramiko hands on what its thread met in a malformed packet
-            if isinstance(error, socket.timeout) and error.errno is None:  # ours; the kernel's own has ETIMEDOUT
+        except Exception as error:  # noqa: BLE001 -- paramiko raises here whatever its thread met in a malformed packet
+            if isinstance(error, socket.timeout) and error.errno is None:  # our own; that of the kernel has ETIMEDOUT
                 raise stuck(self, commands[0], self.stall_timeout) from None
             raise LinkLost(f"lost the connection to {self.label} during {doing}: {why(error)}") from None
 
     def exchange(self, transport: Any, doing: str, line: str) -> Answer:
+        """Run one line of shell. Raises OSError or socket.timeout if no exit status came."""
         if transport is None or not transport.is_active():
             raise OSError("it is closed")
         until = time.monotonic() + self.stall_timeout
         channel = self.channel(transport)
         output, complaints = Output(doing, self.label), Tail(COMPLAINT_BYTES)
-        # Both ends are drained before the status is asked for: an undrained stderr stalls stdout after some 2 MiB.
+        # Drain both ends before asking for the status: an undrained stderr stalls stdout after some 2 MiB.
         with contextlib.closing(channel):
             channel.settimeout(self.stall_timeout)
             with time_limit(transport):
@@ -3109,11 +3137,11 @@ class SshHost:
             try:
                 drain(channel, channel.recv, output.add, until)
             except Failure:
-                transport.close()  # of a closed channel paramiko keeps all that still comes
+                transport.close()  # closing the channel is not enough: paramiko keeps in memory what still comes on it
                 raise
             complained.result()
             if not channel.status_event.wait(CONNECT_SECONDS) or channel.exit_status == -1:
-                if channel.eof_received:  # sshd itself closed it; a dead link only looks like an end
+                if channel.eof_received:  # sshd itself said that this is the end; a dead link only looks like one
                     raise LinkLost(
                         f"a signal ended {doing} on {self.label}",
                         "a shutdown, or was memory short? its kernel's log tells: dmesg",
@@ -3122,12 +3150,13 @@ class SshHost:
         return Answer.of(channel.exit_status, output.kept, complaints.last())
 
     def channel(self, transport: Any) -> Any:
-        """A channel for one command. That for the next one is opened while this one is at work, which saves it a round
-        trip; but not if the host allows no second one (MaxSessions 1)."""
+        """A channel for one command."""
+        # The channel for the next command is opened while this one is at work. That saves a round trip for each
+        # command, but a host with MaxSessions 1 refuses it: then none is opened ahead any more.
         channel: Any = None
         try:
             channel = self.next_channel.result() if self.next_channel else None
-        except Exception:  # noqa: BLE001 -- as in `ask`; if it is the link, the next one tells
+        except Exception:  # noqa: BLE001 -- as in `ask`; if the link is lost, opening the next one will tell
             self.opens_ahead = False
         if channel is None or channel.closed:
             channel = self.open_channel(transport)
@@ -3137,10 +3166,10 @@ class SshHost:
         return channel
 
     def open_channel(self, transport: Any) -> Any:
-        """Open a channel, retrying for a while: with MaxSessions 1 the server needs a moment to notice that the last
-        one was closed."""
+        """Open a channel, and retry for a while if that is refused."""
         import paramiko
 
+        # With MaxSessions 1 the server needs a moment to notice that we closed the last one.
         until = time.monotonic() + CONNECT_SECONDS
         while True:
             try:
@@ -3155,6 +3184,7 @@ class SshHost:
 
     def stream_command(self, *commands: Command, then: Command = ()) -> Command:
         if self.streams is None:
+            # A directory that nobody else can enter: who can reach the master's socket can use our login.
             try:
                 self.streams = tempfile.TemporaryDirectory(prefix="zfs_replicate-")
             except OSError as error:
@@ -3166,7 +3196,7 @@ class SshHost:
         return self.control("check")
 
     def control(self, request: str) -> bool:
-        """Ask the master of the streams; whether it did so."""
+        """Send a request to the ssh master of the streams. Returns whether it complied."""
         command = (*self.ssh, "-O", request, "--", self.connection.destination)
         with contextlib.suppress(Stuck):
             return LocalHost(stall_timeout=CONNECT_SECONDS).ask(command).status == 0
@@ -3176,14 +3206,14 @@ class SshHost:
         if "client" in vars(self):
             self.client.close()
         if self.streams is not None:
-            self.control("exit")  # or it ends by itself, when nothing has used it for a while
+            self.control("exit")  # if we cannot ask it to, it ends by itself after a while (ControlPersist)
             self.streams.cleanup()
 
 
 def drain(channel: Any, receive: Callable[[int], bytes], take: Callable[[bytes], None], until: float) -> None:
-    """Take all that comes at one end of a channel. Raises socket.timeout if that is not all by then: paramiko's own
-    timeout is for each piece of it."""
+    """Read all that comes at one end of a channel. Raises socket.timeout if the end has not come by `until`."""
     while True:
+        # A timeout of paramiko is for one read. A host that says a word now and then would keep us for ever.
         left = until - time.monotonic()
         if left <= 0:
             raise socket.timeout
@@ -3206,19 +3236,22 @@ def time_limit(transport: Any) -> Iterator[None]:
 
 
 def log_in(connection: Connection) -> Any:
-    """A connected paramiko client. Raises LinkLost if the host is out of reach, Failure if it or we are refused."""
+    """A connected paramiko client. Raises LinkLost if the host is out of reach, and Failure if either side refuses the
+    other."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # an older paramiko beside a newer cryptography: not the user's business
+        # An older paramiko warns beside a newer cryptography. That is not the user's business.
+        warnings.simplefilter("ignore")
         try:
-            # Here, not above: it costs a quarter of a second that --help and localhost runs need not pay. A third of
-            # it goes to invoke, where that is installed: paramiko wants it for a `Match exec`, which is ssh -G's here.
-            sys.modules.setdefault("invoke", None)  # type: ignore[arg-type]  # an ImportError to whoever imports it
+            # Not at the top of the file: it takes a quarter of a second, which --help and localhost need not pay. A
+            # third of that is invoke, if it is installed. paramiko needs it only for `Match exec`, which we leave to
+            # ssh -G. With None there, importing it is an ImportError.
+            sys.modules.setdefault("invoke", None)  # type: ignore[arg-type]
             import paramiko
         except ImportError as error:
             raise Failure(f"cannot use paramiko: {error}", "install it: apt install python3-paramiko") from None
 
     logging.getLogger("paramiko").setLevel(logging.CRITICAL + 1)  # its transport thread logs tracebacks to stderr
-    if hasattr(paramiko.client, "DSSKey"):  # before 4.0: reads a rejected RSA key as a DSS one, and chokes on it
+    if hasattr(paramiko.client, "DSSKey"):  # before 4.0 it tries a rejected RSA key as a DSS one, and fails over that
         paramiko.client.DSSKey = paramiko.RSAKey
     client = paramiko.SSHClient()
     try:
@@ -3232,7 +3265,8 @@ def log_in(connection: Connection) -> Any:
 
 
 def load_known_hosts(client: Any, connection: Connection) -> None:
-    """Let the client know the hosts ssh knows, and no other. Raises Failure for a file it cannot read."""
+    """Make the client accept the hosts that ssh knows, and no others. Raises Failure for a file that paramiko cannot
+    read."""
     import paramiko
 
     client.set_missing_host_key_policy(KnownHostsOnly(connection))
@@ -3271,8 +3305,8 @@ def connect(client: Any, connection: Connection) -> None:
     except Failure:
         raise
     except Exception as error:  # noqa: BLE001 -- as in SshHost.ask
-        # Once keys are exchanged the host is reached, and unless the link broke it is our login that failed: the
-        # exception often says no more than that the key is not of the kind paramiko tried last.
+        # Once keys are exchanged, the host is reached; unless the link broke, it is our login that failed. The
+        # exception does not tell: often it says only that the key is not of the type that paramiko tried last.
         transport = client.get_transport()
         broke = isinstance(error, (OSError, EOFError)) or "timeout" in str(error)
         if broke or transport is None or not transport.initial_kex_done:
@@ -3292,21 +3326,21 @@ def host_pattern(name: str, port: int) -> str:
 
 
 def ssh_client(connection: Connection, control_path: str) -> Command:
-    """The ssh client for streams: no questions, no terminal, no forwarding, no compression, a fast cipher.
-
-    The streams of a run share one login, through a master of our own at `control_path`: the first of them leaves it
-    behind, and should we be killed it ends by itself.
-    """
+    """The ssh client for streams: no questions, no terminal, no forwarding, no compression, a fast cipher. Its master
+    process listens at `control_path`."""
     quiet = (
         *ALIVE_SETTINGS,
         "StrictHostKeyChecking=yes",
-        "LogLevel=INFO",  # a broken link must be told
-        "Compression=no",
+        "LogLevel=INFO",  # with less, a broken link is not told
+        "Compression=no",  # see --compress: ssh has zlib only, on one core
+        # What the user's ssh_config may ask for, and a stream must not have.
         "ClearAllForwardings=yes",
         "ForwardAgent=no",
         "ForwardX11=no",
         "PermitLocalCommand=no",
         "RemoteCommand=none",
+        # The streams of a run share one login. The first of them leaves the master behind; if we are killed, that ends
+        # by itself. It is our own master: the user's may have other settings.
         "ControlMaster=auto",
         f"ControlPath={control_path}",
         f"ControlPersist={LINK_SECONDS}",
@@ -3315,13 +3349,15 @@ def ssh_client(connection: Connection, control_path: str) -> Command:
     return ("ssh", "-T", *connection.options, *settings(quiet))
 
 
+# Ciphers that need no separate MAC. AES is the fastest one where the processor has instructions for it, and by far the
+# slowest where it has not.
 AES = ("aes128-gcm@openssh.com", "aes256-gcm@openssh.com")
 CHACHA = ("chacha20-poly1305@openssh.com",)
-"""Ciphers that need no MAC. AES is the fastest by instructions of the processor, and the slowest by far without."""
 
 
 def fast_cipher(connection: Connection) -> list[str]:
-    """Prefer the cipher that is the fastest here, unless the user's configuration names ciphers."""
+    """A setting of ssh that prefers the fastest cipher, unless the user's configuration names ciphers."""
+    # It does if the result differs from that of an empty configuration.
     default = LocalHost().ask(("ssh", "-G", "-F", "none", "--", "localhost")).stdout
     configured = connection.get("ciphers")
     if f"\nciphers {configured}\n" not in default:
@@ -3332,7 +3368,7 @@ def fast_cipher(connection: Connection) -> list[str]:
 
 
 def has_aes_instructions(path: str = "/proc/cpuinfo") -> bool:
-    """Whether this processor has instructions for AES. Small ARM boards have not; where nothing is told, it may."""
+    """Whether this processor has instructions for AES; True if that cannot be known. Small ARM boards have none."""
     try:
         with open(path, encoding="ascii", errors="replace") as file:
             told = re.search(r"^(?:flags|Features)\s*:(.*)", file.read(), re.MULTILINE)
@@ -3347,19 +3383,22 @@ def has_aes_instructions(path: str = "/proc/cpuinfo") -> bool:
 
 
 def buffer_stage(size: str, rate: str | None = None) -> tuple[Command, ...]:
-    """mbuffer, where it is installed, to even out the bursts of both ends; it reads no more than `rate` a second."""
+    """The stage of mbuffer, with `size` of memory and reading at most `rate` a second; none if it is not installed."""
+    # It evens out the bursts of both ends: zfs send waits for disks, and zfs recv writes once every few seconds.
     limit = ("-r", rate) if rate else ()
     return (("mbuffer", "-q", "-m", size, *limit),) if installed("mbuffer") else ()
 
 
+# How much is kept of the stderr of a process: the end of it. zfs recv says less than that of all properties together.
 STDERR_BYTES = 64 * 1024
-"""How much is kept of what a process of a stream says, the last of it: more than zfs recv says of all properties."""
 
 
 @dataclass(frozen=True)
 class Stage:
-    """One process of a pipeline. What it says on its stderr is read as it comes: else the pipe would fill up, and the
-    process wait for ever. Nobody waits for the end of that pipe: others may keep it open, as a master of ssh does."""
+    """One process of a pipeline. `errors` is the pipe from its stderr, `tail` what it has said last."""
+
+    # stderr is read as it comes. If it were not, the pipe could fill up, and the process would wait for ever. But
+    # nobody waits for the end of that pipe, because others may keep it open, as a master of ssh does.
 
     program: str
     process: subprocess.Popen[bytes]
@@ -3367,19 +3406,19 @@ class Stage:
     tail: Tail
 
     def hear(self) -> bool:
-        """Take what it has said by now, and no more. Returns whether there was anything."""
+        """Take what it has said by now, without waiting for more. Returns whether there was anything."""
         waiting = 0 if self.errors.closed else unread_bytes(self.errors)
         if waiting:
             self.tail.add(os.read(self.errors.fileno(), waiting))
         return waiting > 0
 
     def has_ended(self) -> bool:
-        """Does not reap the process, so its /proc/PID/io stays readable."""
+        # WNOWAIT does not reap the process, so its /proc/PID/io stays readable.
         look = os.WEXITED | os.WNOHANG | os.WNOWAIT
         return self.process.returncode is not None or os.waitid(os.P_PID, self.process.pid, look) is not None
 
     def io_bytes(self) -> tuple[int, int]:
-        """Bytes that it has read and written so far, as its kernel counts them; 0 where that cannot be known."""
+        """Bytes that it has read and written so far, as the kernel counts them; 0 where that cannot be known."""
         try:
             with open(f"/proc/{self.process.pid}/io", encoding="ascii") as counters:
                 found = dict(line.split(": ") for line in counters)
@@ -3388,27 +3427,25 @@ class Stage:
         return int(found["rchar"]), int(found["wchar"])
 
     def said(self, lines: int = 5) -> str:
-        """The last lines it wrote to its stderr; 0: all that is kept of them."""
+        """The last `lines` of its stderr; with 0, all that is kept."""
         self.hear()
         return "\n".join(self.tail.last().decode(errors="replace").strip().splitlines()[-lines:])
 
     def ended(self) -> ExitedProcess:
-        """How it ended, once it has."""
         return self.program, self.process.wait(), self.said()
 
 
+# A program, its exit status, and the last lines of its stderr.
 ExitedProcess = tuple[str, int, str]
-"""A program, its exit status, its last words."""
 
 
 @dataclass(frozen=True)
 class Transport:
-    """How streams are carried: through what `buffer`, by which of the COMPRESSORS ("": none), and what is done about
-    them meanwhile.
+    """How streams are carried: through which `buffer`, and by which of the COMPRESSORS ("" for none).
 
-    A pipeline whose receiver has been given nothing for `stall_timeout` seconds, or less than FLOOR, is ended;
-    `on_progress` is called when it has been given something. `inherit` are open files that what receives keeps open
-    should we be killed.
+    A pipeline is ended if its receiver has been given nothing for `stall_timeout` seconds, or less than FLOOR.
+    `on_progress` is called when it has been given something. Receivers inherit the open files `inherit` (the lock), and
+    keep them open if we are killed.
     """
 
     buffer: tuple[Command, ...] = ()
@@ -3427,23 +3464,22 @@ class ReceivedStream:
     said: str = ""
 
 
+# How often to look whether bytes move, and how often to show it to a user.
 WATCH_SECONDS = 5.0
-"""How often to look whether bytes move."""
 SHOW_SECONDS = 1.0
-"""How often to show it, if somebody looks on."""
+# How much longer zfs recv may be quiet once it has all bytes: it still has to write them and account for them.
 LAST_BYTES_FACTOR = 4
-"""How much longer zfs recv may be quiet when all bytes are in its hands: it still has to write and account for them."""
+# Bytes a second that a stream must bring once it has begun, on the average of a stall timeout: a mebibyte in an hour.
+# No line is so slow, but a peer may want to keep us, and the lock, waiting for ever.
 FLOOR = 300
-"""Bytes a second that a stream brings at least, once it has begun, on the average of a patience: in an hour that is a
-mebibyte. No line is so slow; but a peer that keeps us waiting is."""
 
 
 class StallWatch:
-    """Tells when a stream that brings nothing, or next to nothing, is to be given up.
+    """Tells when to give up a stream that brings nothing, or next to nothing, for `stall_timeout` seconds."""
 
-    A stream begins with the first byte after the first look, by which a receiver has read its own libraries: until then
-    zfs send may search as long as `stall_timeout` lasts. From then on it brings FLOOR bytes a second, on the average.
-    """
+    # Until a stream begins, zfs send may search for as long as the stall timeout lasts. From then on it must bring
+    # FLOOR bytes a second, on the average. It begins with the first byte after the first look: by then a receiver has
+    # read its own libraries, which are counted like bytes of the stream.
 
     def __init__(self, stall_timeout: float) -> None:
         self.stall_timeout = stall_timeout
@@ -3451,14 +3487,13 @@ class StallWatch:
         self.restart()
 
     def restart(self) -> None:
-        """Another receiver begins."""
-        self.started = self.moved_at = time.monotonic()  # when a byte came last
+        """Begin anew, for another receiver."""
+        self.started = self.moved_at = time.monotonic()  # moved_at: when a byte came last
         self.next_look = self.started + self.pause
         self.count: int | None = None  # bytes at the last look
-        self.mark: tuple[float, int] | None = None  # when FLOOR was kept last, and the bytes by then
+        self.mark: tuple[float, int] | None = None  # when the stream was last seen to keep FLOOR, and its bytes then
 
     def is_due(self) -> bool:
-        """Whether it is time for a look."""
         now = time.monotonic()
         if now < self.next_look:
             return False
@@ -3466,7 +3501,7 @@ class StallWatch:
         return True
 
     def look(self, count: int) -> bool:
-        """So many bytes have come by now. Returns whether they are more than at the last look."""
+        """Take note that `count` bytes have come by now. Returns whether that differs from the last look."""
         now = time.monotonic()
         if count == self.count:
             return False
@@ -3476,12 +3511,12 @@ class StallWatch:
         return True
 
     def spare_floor(self) -> None:
-        """That few bytes come is not the sender's fault."""
+        """Measure FLOOR anew from now on: it was not the sender that was slow."""
         if self.mark:
             self.mark = (time.monotonic(), self.count or 0)
 
     def too_few(self, factor: int) -> int | None:
-        """The bytes that have come lately, where these are too few for `factor` times the limit; None where not."""
+        """The bytes that came lately, if these are too few for `factor` times the stall timeout; else None."""
         now, limit = time.monotonic(), self.stall_timeout * factor
         since, then = self.mark or (now, self.count or 0)
         if now - self.moved_at >= limit:
@@ -3490,12 +3525,16 @@ class StallWatch:
 
 
 class Pipeline:
-    """Processes joined by kernel pipes: `upstream`, and at their end one of the `receivers` after the other. Each of
-    these reads its own stream and no byte more, as zfs recv does, so that the line is never idle between two streams.
+    """Processes joined by kernel pipes: those `upstream`, and at their end one receiver after another.
 
-    A stream that ended is not a stream that arrived: `arrived` are those whose receiver ended well. If any process did
-    not, `failure` says so, and what was to follow is lost.
+    `arrived` are the streams whose receiver exited with 0. If any process did not, `failure` says so, and the streams
+    behind it are lost.
     """
+
+    # Each zfs recv reads exactly its own stream, and leaves the next one in the pipe. So one `ssh HOST zfs send` after
+    # another can fill that pipe, and the line is never idle between two streams.
+    #
+    # The end of a stream does not mean that it arrived: every exit status is read.
 
     def __init__(self, upstream: Sequence[Command], receivers: Sequence[Command], transport: Transport) -> None:
         self.receivers_left = list(receivers)
@@ -3522,12 +3561,12 @@ class Pipeline:
             raise
 
     def close(self) -> None:
-        """End what still runs."""
+        """End the processes that still run."""
         self.close_pipe()
         self.stack.close()
 
     def start(self, command: Command, stdout: int) -> Stage:
-        """Start a process at the open end of the pipe. Raises StreamFailed if that cannot be done."""
+        """Start a process that reads the open end of the pipe. Raises StreamFailed if it cannot be started."""
         is_last = stdout == subprocess.DEVNULL
         try:
             process = subprocess.Popen(
@@ -3543,7 +3582,7 @@ class Pipeline:
         errors = self.stack.enter_context(process.stderr)  # type: ignore[arg-type]  # it is a pipe
         self.stack.callback(end, process)
         if not is_last:
-            self.close_pipe()  # ours would keep it open after this process has gone
+            self.close_pipe()  # if we kept it open, the process before would not notice that this one has ended
             enlarge_pipe(process.stdout)  # type: ignore[arg-type]  # it is a pipe
         return Stage(command[0], process, errors, Tail(STDERR_BYTES))
 
@@ -3562,7 +3601,7 @@ class Pipeline:
         self.close()
 
     def poll(self) -> bool:
-        """Go on if a process has ended; returns whether one has. Else see to it that bytes move."""
+        """Go on if a process has ended; else check that bytes move. Returns whether one had ended."""
         if self.receiver and self.receiver.has_ended():
             self.receiver_ended(self.receiver)
         elif not self.receiver and all(stage.has_ended() for stage in self.upstream):
@@ -3573,7 +3612,7 @@ class Pipeline:
         return True
 
     def receiver_ended(self, receiver: Stage) -> None:
-        """A receiver has ended: the next one takes its place, unless it failed."""
+        """Start the next receiver in the place of one that has ended, unless that failed."""
         arrival = ReceivedStream(self.bytes_received(receiver), time.monotonic() - self.stall.started, receiver.said(0))
         ended = receiver.ended()
         receiver.errors.close()
@@ -3586,7 +3625,7 @@ class Pipeline:
             self.failed = [ended]
             self.stall.moved_at = time.monotonic()
         if self.failed or not self.receivers_left:
-            self.close_pipe()
+            self.close_pipe()  # so that the sender notices
             return
         try:
             self.receive_next()
@@ -3594,7 +3633,7 @@ class Pipeline:
             self.fail(failure)
 
     def finish(self) -> None:
-        """All have ended."""
+        """All processes have ended: read the exit statuses of those upstream."""
         self.is_over = True
         try:
             raise_for_status([stage.ended() for stage in self.upstream], self.failed)
@@ -3602,25 +3641,25 @@ class Pipeline:
             self.failure = failure
 
     def check_stall(self) -> None:
-        """Give up when for too long no byte has come to the receiver, or too few. What others read and write does not
-        count: a peer can make ssh do that as slowly as it likes. Where the kernel counts nothing, only keepalives guard
-        the link."""
+        """Fail if for too long the receiver has been given nothing, or too little."""
         if self.failed and time.monotonic() - self.stall.moved_at >= LINK_SECONDS:
             try:
-                # A sender that says nothing does not notice that nobody reads any more.
+                # A sender that has nothing to send does not notice that nobody reads any more. Do not wait for it.
                 raise_for_status([], self.failed)
             except StreamFailed as failure:
                 self.fail(failure)
             return
         if not self.stall.is_due():
             return
+        # Only what the receiver is given counts. What ssh reads and writes does not: a peer can make it do that as
+        # slowly as it likes, and would keep the lock fresh for ever.
         given = self.bytes_given()
         if self.stall.look(sum(sum(stage.io_bytes()) for stage in self.stages()) if given is None else given):
             self.transport.on_progress()
-        if given is None:
+        if given is None:  # then only the keepalives of ssh guard the link
             return
         if self.pipe and unread_bytes(self.pipe):
-            self.stall.spare_floor()  # it is the receiver that is slow: the stall limit alone is for that
+            self.stall.spare_floor()  # bytes wait, so it is the receiver that is slow; it may be, until the timeout
         running = self.running()
         may_be_tail = self.upstream and (self.receivers_left or running == [self.receiver])
         factor = LAST_BYTES_FACTOR if may_be_tail else 1
@@ -3630,8 +3669,8 @@ class Pipeline:
             self.fail(stalled(self.transport.stall_timeout * factor, self.bytes_received(self.receiver), programs, few))
 
     def bytes_given(self) -> int | None:
-        """Bytes that the receivers have been given so far. None where the kernel counts none: without /proc, or of a
-        process that is root's by sudo."""
+        """Bytes that the receivers have been given so far. None if that is unknown: without /proc, or if the process
+        runs by sudo, as root."""
         if self.receiver and not any(self.counter(self.receiver).io_bytes()):
             return None
         return self.bytes_before + self.bytes_received(self.receiver)
@@ -3640,17 +3679,18 @@ class Pipeline:
         return [*self.upstream, *([self.receiver] if self.receiver else [])]
 
     def running(self) -> list[Stage]:
-        """The processes that have not ended."""
+        """The processes that have not ended yet."""
         return [stage for stage in self.stages() if not stage.has_ended()]
 
     def bytes_received(self, receiver: Stage | None) -> int:
-        """Bytes of the stream at hand that its receiver has been given. What that has read itself is some thousands
-        more, for programs read other things as well; and may be secret, if it is root's by sudo."""
+        """Bytes of the current stream that its receiver has been given."""
         if not receiver:
             return 0
         counter = self.counter(receiver)
         if counter is receiver:
             return receiver.io_bytes()[0]
+        # What the last process before it has written, less what still waits in the pipe. The two are not counted at one
+        # instant: count again until nothing has moved in between.
         written = waiting = 0
         for _ in range(MAX_RECOUNTS):
             written, waiting = counter.io_bytes()[1], unread_bytes(self.pipe)
@@ -3659,32 +3699,33 @@ class Pipeline:
         return max(written - waiting - self.bytes_before, 0)
 
     def counter(self, receiver: Stage) -> Stage:
-        """By whose counts it is known what a receiver has been given: those of the last feeder, if it does nothing but
-        feed."""
+        """The process whose counts tell what a receiver has been given."""
+        # The receiver's own are too large by some thousand bytes, because it reads its libraries as well, and they are
+        # secret if it runs by sudo. Those of the process before it are exact, if it does nothing but pass on bytes.
         feeder = self.upstream[-1] if self.upstream else receiver
         return feeder if feeder.program in ("mbuffer", *COMPRESSORS) else receiver
 
     def buffered(self) -> int:
-        """Bytes that wait in the buffer."""
+        """Bytes that wait in mbuffer."""
         counts = [stage.io_bytes() for stage in self.upstream if stage.program == "mbuffer"]
         return sum(read - written for read, written in counts)
 
 
+# A call of Linux. Python has its name since 3.10.
 F_SETPIPE_SZ = 1031
-"""Of Linux; Python knows it since 3.10."""
+# The most that Linux gives to any user (/proc/sys/fs/pipe-max-size).
 PIPE_BYTES = 1 << 20
-"""The most that Linux gives to anybody (/proc/sys/fs/pipe-max-size)."""
 
 
 def enlarge_pipe(pipe: IO[bytes]) -> None:
-    """Let a pipe hold more than 64 KiB, if we may: its two ends then wait for each other less often, which was measured
-    to be worth a seventh of the time of a stream."""
+    """Let a pipe hold more than 64 KiB, if we may."""
+    # Its two ends then wait for each other less often. That was measured to save a seventh of the time of a stream.
     with contextlib.suppress(OSError):
         fcntl.fcntl(pipe, F_SETPIPE_SZ, PIPE_BYTES)
 
 
+# How often to count again at most. It ends earlier: when nobody reads a pipe, it is soon full, and nothing moves.
 MAX_RECOUNTS = 100
-"""How often to count anew if bytes come in meanwhile: when nobody takes them, a pipe is soon full."""
 
 
 def unread_bytes(pipe: IO[bytes] | None) -> int:
@@ -3693,7 +3734,7 @@ def unread_bytes(pipe: IO[bytes] | None) -> int:
 
 
 def carry_out(pipeline: Pipeline, show: Callable[[], None] | None = None) -> None:
-    """Look after a pipeline until it is over. `show` is called every second meanwhile."""
+    """Watch over a pipeline until it has ended. `show` is called every second meanwhile."""
     shown = time.monotonic()
     while not pipeline.is_over:
         running = [stage.process.pid for stage in pipeline.running()]
@@ -3705,17 +3746,16 @@ def carry_out(pipeline: Pipeline, show: Callable[[], None] | None = None) -> Non
                 shown = time.monotonic()
                 show()
             until = min(until, shown + SHOW_SECONDS)
-        # Not the end of those that run now: one may have ended since we looked.
+        # `running` is of before the poll: a process that has ended since then wakes us at once.
         await_news(running, pipeline.stages(), until - time.monotonic())
 
 
+# How often to look whether a process has ended, on a kernel that cannot wake us then.
 POLL_SECONDS = 0.02
-"""How often to look for the end of a process where it cannot be awaited."""
 
 
 def await_news(pids: Iterable[int], stages: Iterable[Stage], seconds: float) -> None:
-    """Wait until one of our processes ends, or a stage says something, which is taken, or for some seconds; a moment
-    where the kernel cannot tell of an end."""
+    """Wait until a process ends, or until a stage says something, but no longer than `seconds`. Takes what is said."""
     with contextlib.ExitStack() as stack:
         speakers = {stage.errors.fileno(): stage for stage in stages if not stage.errors.closed}
         watched: list[int] = []
@@ -3728,11 +3768,11 @@ def await_news(pids: Iterable[int], stages: Iterable[Stage], seconds: float) -> 
         ready, _, _ = select.select([*watched, *speakers], [], [], max(seconds, 0))
         for speaker in (speakers[it] for it in ready if it in speakers):
             if not speaker.hear():
-                speaker.errors.close()  # nobody has it open any more
+                speaker.errors.close()  # end of file: it would wake us again at once, for ever
 
 
 def stalled(stall_timeout: float, moved: int, running: Sequence[str], few: int = 0) -> StreamFailed:
-    """What to say of a stream that stands still after `moved` bytes, or nearly: a `few` of them have come lately."""
+    """The failure of a stream that stands still after `moved` bytes, or nearly so: `few` of these came lately."""
     came = f"only {few:,} bytes came" if few else "no data came"
     return StreamFailed(
         f"the stream stalled: {came} for {format_timeout(stall_timeout)}, after about {moved:,} bytes "
@@ -3746,14 +3786,14 @@ SSH_FAILED = 255
 
 
 def raise_for_status(upstream: Sequence[ExitedProcess], receivers: Sequence[ExitedProcess]) -> None:
-    """Raise for the stages that failed: what those say that say something. The first of the upstream is the sender."""
+    """Raise StreamFailed if any process failed, with what those have said. The first one upstream is the sender."""
     ended = [*upstream, *receivers]
     failed = [(program, status, text) for program, status, text in ended if status != 0]
     if not failed:
         return
     silent = [f"{program} ended {f'with status {n}' if n > 0 else f'by signal {-n}'}" for program, n, _ in failed]
     spoken = [(program, text) for program, _, text in failed if text]
-    # That the next process went away is no cause: it says itself why.
+    # mbuffer complains when the process behind it has ended. That is no cause: the other one says itself why.
     causes = [each for each in spoken if each[0] != "mbuffer" or "Broken pipe" not in each[1]]
     what = "; ".join([f"{program}: {text}" for program, text in causes or spoken] or silent)
     sender_said = "".join(text for _, status, text in upstream[:1] if status != 0)
@@ -3761,7 +3801,7 @@ def raise_for_status(upstream: Sequence[ExitedProcess], receivers: Sequence[Exit
     raise StreamFailed(
         f"the stream failed: {what}",
         hint_for(sender_said, "send") or hint_for(receiver_said, "receive"),
-        # ssh ends with 255 if the link broke, or if a signal ended the command there; else with its own status.
+        # ssh exits with 255 if the link broke, or if a signal ended the command there; else with the command's status.
         link_held=ended[0][1] != SSH_FAILED,
         sender_said=sender_said,
         receiver_said=receiver_said,
@@ -3770,8 +3810,8 @@ def raise_for_status(upstream: Sequence[ExitedProcess], receivers: Sequence[Exit
 
 @dataclass(frozen=True)
 class StreamBatch:
-    """Streams that go one after another: for each, what sends it and what receives it. `compressible` says that a
-    compressor could make less of them."""
+    """Streams that go one after another: for each, the sending and the receiving command. `compressible` says that a
+    compressor would make them smaller."""
 
     streams: tuple[tuple[Command, Command], ...]
     compressible: bool = False
@@ -3779,7 +3819,7 @@ class StreamBatch:
 
 @dataclass(frozen=True)
 class BatchResult:
-    """What became of a batch: the streams that arrived, and why the next one did not, if one was lost."""
+    """What became of a batch: the streams that arrived; and, if one was lost, why."""
 
     arrived: tuple[ReceivedStream, ...] = ()
     failure: Failure | None = None
@@ -3792,8 +3832,8 @@ def pull(
     transport: Transport,
     show: Callable[[Pipeline], None] | None = None,
 ) -> BatchResult:
-    """Stream a batch from the source into the target. A failure is LinkLost if it was the link. Raises StreamFailed if
-    it cannot even begin."""
+    """Send a batch from the source into the target. The failure in the result is LinkLost if the link broke. Raises
+    StreamFailed if the batch cannot even begin."""
     compress, decompress = COMPRESSORS.get(transport.compressor, ((), ()))
     upstream = (
         source.stream_command(*(sending for sending, _ in batch.streams), then=compress),
@@ -3803,14 +3843,16 @@ def pull(
     receivers = [target.stream_command(receiving) for _, receiving in batch.streams]
     with contextlib.closing(Pipeline(upstream, receivers, transport)) as pipeline:
         carry_out(pipeline, show and (lambda: show(pipeline)))
+        # The stream that was lost is the one behind those that arrived; all may have, and ssh fail after that.
         sending, receiving = batch.streams[min(len(pipeline.arrived), len(batch.streams) - 1)]
         failure = pipeline.failure and with_hint(pipeline.failure, source, sending, target, receiving)
         return BatchResult(tuple(pipeline.arrived), failure)
 
 
 def with_hint(failure: StreamFailed, source: Host, sending: Command, target: Host, receiving: Command) -> Failure:
-    """A failed stream with its way out; LinkLost if it was the link. Where ssh does not say, the shared connection is
-    asked; not otherwise, for it ends by itself while a receive is still busy with the last of a stream."""
+    """A failed stream with a hint what to do; or LinkLost, if the link broke."""
+    # If the exit status of ssh leaves it open, ask its master. Not otherwise: the master also ends by itself, while a
+    # receiver is still busy with the last bytes of a stream.
     if not failure.link_held and not source.connected():
         return LinkLost(
             f"the link to {source.label} broke: {failure.what}", "what arrived is kept; the next run goes on from there"
@@ -3825,13 +3867,15 @@ def with_hint(failure: StreamFailed, source: Host, sending: Command, target: Hos
 
 
 def refused_properties(said: str) -> dict[str, str]:
-    """Which properties zfs recv could not set, and why: to it that is no failure. STDERR_BYTES have room for all."""
+    """The properties that zfs recv could not set, and why."""
+    # It exits with 0 all the same. STDERR_BYTES have room for such a message of each property.
     return dict(re.findall(r"cannot receive (\S+) property on .*: (.*)", said))
 
 
 def unset_properties(target: Host, receiving: Command, refused: dict[str, str]) -> StreamFailed | None:
-    """What is wrong if a property that we set is not set. What merely did not come along from the source is nothing
-    wrong to us: an account without the right to set it shall have its mirror."""
+    """The failure to report if zfs recv could not set a property that we told it to set."""
+    # Only those. A property of the source that did not come along is no failure: an account without the right to set it
+    # gets its mirror all the same.
     unset = [word for word in receiving if "=" in word and word.partition("=")[0] in refused]
     if not unset:
         return None
@@ -5301,7 +5345,7 @@ def aside_of(name: str, now: int) -> str:
 
 
 def all_statuses(it: Run) -> Iterator[MirrorStatus]:
-    """Where all datasets of the source stand, then what is here alone."""
+    """The status of each dataset of the source, then of those that are only here."""
     source, target, root = it.trees.source, it.trees.target, it.policy.target_root
     usage = parse_usage(run(it.source_host, (*LIST_USAGE, it.policy.source_root)))
     for key in sorted(source, key=lambda key: key.split("/")):
@@ -5311,9 +5355,12 @@ def all_statuses(it: Run) -> Iterator[MirrorStatus]:
 
 
 def local_statuses(target: Host, policy: Policy) -> Iterator[MirrorStatus]:
-    """Where all local datasets stand that ever were in step, by what is here. Raises Failure if that is unknown."""
+    """The status of each local dataset that was ever in step, without asking the source. Raises Failure if the tree
+    cannot be listed."""
     tree = whole(target, policy.target_root, policy.selection)
+    # What was set aside is no mirror any more: it would be late for ever.
     keys = sorted((key for key in tree if ASIDE not in key), key=lambda key: key.split("/"))
+    # Nor is a placeholder, or somebody else's dataset: of those we hold nothing.
     found = [it for it in (local_status(tree[key], policy) for key in keys) if it.common]
     came = arrivals(target, policy.received_tag, [it.common.name for it in found if it.common])
     for it in found:
@@ -5321,25 +5368,25 @@ def local_statuses(target: Host, policy: Policy) -> Iterator[MirrorStatus]:
 
 
 def arrivals(target: Host, tag: str, names: Iterable[str]) -> dict[str, float]:
-    """When these local snapshots came, by our own clock: that is when `tag` was placed on them. When a snapshot was
-    made, its source says."""
+    """When these local snapshots came, by our own clock: when `tag` was placed on them."""
+    # Their creation would not do: what that is, the source says, and it may say 2100.
     found = {}
     for batch in batches(names):
         for name, date in parse_hold_dates(target.ask((*LIST_HOLDS, *batch)).stdout, tag).items():
-            with contextlib.suppress(ValueError, OverflowError):
+            with contextlib.suppress(ValueError, OverflowError):  # no date: --check then goes by the creation alone
                 found[name] = time.mktime(time.strptime(date, HOLD_DATE))
     return found
 
 
+# As zfs prints it, in local time. Seconds since 1970 (zfs holds -p) exist from 2.2 on.
 HOLD_DATE = "%a %b %d %H:%M %Y"
-"""As zfs prints it, in local time; since 1970 (-p) only from 2.2 on."""
 
 
 def retire(source: Host, target: Host, policy: Policy, report: Report) -> None:
-    """Release all our holds on both sides, and destroy our bookmarks. Nothing else goes. What is gone of either side is
-    passed over. Raises Failure if one cannot be listed."""
+    """Release all our holds on both sides, and destroy our bookmarks; nothing else. A tree that no longer exists is
+    skipped. Raises Failure if one cannot be listed."""
     for mark in release_all(source, policy.source_root, policy.tag, report):
-        if mark.short == policy.mark(mark.guid):
+        if mark.short == policy.mark(mark.guid):  # else it is the bookmark of somebody else, or of another tag
             try:
                 run(source, destroy_bookmark(mark.name))
             except CommandFailed as failure:
@@ -5347,13 +5394,14 @@ def retire(source: Host, target: Host, policy: Policy, report: Report) -> None:
             else:
                 report.event("unmark", mark.name.partition("#")[0], f"{mark.name}: destroyed", bookmark=mark.short)
     release_all(target, policy.target_root, policy.received_tag, report)
-    if target.ask((*LIST_EXISTING, policy.target_root + PLACEHOLDER)).status == 0:  # a run was killed meanwhile
+    # A run that was killed while the root made way has left children under this name (`MakeWay`).
+    if target.ask((*LIST_EXISTING, policy.target_root + PLACEHOLDER)).status == 0:
         release_all(target, policy.target_root + PLACEHOLDER, policy.received_tag, report)
     target.ask(clear_failing(policy.target_root))
 
 
 def release_all(host: Host, root: str, tag: str, report: Report) -> list[Snapshot]:
-    """Release `tag` in all of a tree, and tell what was done. Returns the tree's bookmarks."""
+    """Release `tag` in a whole tree, and report what was done. Returns the bookmarks of the tree."""
     answer = host.ask((*LIST_EXISTING, root))
     if says_absent(answer, root):
         report.step(f"{root}: not there (any more)")
@@ -5361,6 +5409,7 @@ def release_all(host: Host, root: str, tag: str, report: Report) -> list[Snapsho
     tree = whole(host, root, Selection())
     ours = [s for dataset in tree.values() for s in dataset.snapshots if tag in (s.tags or ())]
     said = "".join(host.ask(release(tag, batch)).stderr for batch in batches(snapshot.name for snapshot in ours))
+    # An exit status does not tell which of the holds are gone. List again, and believe only that.
     after = whole(host, root, Selection()) if ours else {}
     still = {s.name for dataset in after.values() for s in dataset.snapshots if tag in (s.tags or ())}
     for snapshot in ours:
@@ -5376,17 +5425,20 @@ def release_all(host: Host, root: str, tag: str, report: Report) -> list[Snapsho
 
 def print_plan(it: Run, now: int) -> None:
     """What --dry-run does: print the plan that a run would carry out, then the holds and the expiry that follow."""
+    # Everything is planned and worded by what a run uses. Only the changes that it makes on the way are made here in
+    # `it.trees` instead, so that the next step is planned on what the steps before it would leave.
     plan = permitted_plan(it)
     receives = {key: step for key, step in plan.entries if isinstance(step, Receive)}
     mirrors = [key for key in receives if newest_common(it.trees.source[key], it.trees.target.get(key))]
     for exposed in it.executor.inert.exposures(it.trees, mirrors):
         it.report.exposure(it.executor.local_name(exposed.key), exposed)
     sizes = estimated_sizes(it, plan)
+    # A plan has all renames first, as a run takes them. A person looks for what happens to one dataset.
     places = {key: number for number, key in enumerate(in_order(it.trees.source))}
     for key, step in sorted(plan.entries, key=lambda entry: places.get(entry[0], len(places))):
         print_step(it, key, step, sizes, now)
     it.trees = replace(it.trees, target=plan.target)
-    if receives:
+    if receives:  # after them other snapshots may be due to expire, and the holds on their twins must be known
         it.trees = it.lister.read_holds(it.trees, it.trees.source, now)
     source, target = dict(it.trees.source), dict(it.trees.target)
     for key, changes in all_hold_changes(it.trees, it.policy, plan.left_alone).items():
@@ -5401,12 +5453,12 @@ def print_plan(it: Run, now: int) -> None:
 
 
 def permitted_plan(it: Run) -> TreePlan:
-    """The plan, without the renames that would be refused for what is below."""
+    """The plan, with a Failure for each rename that a run would refuse because of another line's mirror below."""
     executor = it.executor
     for key, step in TreePlan(it.trees, it.policy).entries:
         if isinstance(step, (Rename, Quarantine)):
             try:
-                # What is to be renamed before that has another name as yet, and is not found.
+                # A dataset that an earlier step of the plan renames still has its old name: it is not found.
                 with contextlib.suppress(CommandFailed):
                     executor.local_steps.check_below(step.old if isinstance(step, Rename) else key)
             except Failure as failure:
@@ -5423,7 +5475,7 @@ def print_hold_changes(it: Run, changes: HoldChanges) -> None:
 
 
 def print_step(it: Run, key: str, step: Entry, sizes: Mapping[str, int], now: int) -> None:
-    """One step of the plan, as it is going to be."""
+    """Print one step of the plan."""
     report, name = it.report, it.policy.target_root + key
     if isinstance(step, Failure):
         report.failure(name, step)
@@ -5450,7 +5502,7 @@ def print_step(it: Run, key: str, step: Entry, sizes: Mapping[str, int], now: in
 
 
 def estimated_sizes(it: Run, plan: TreePlan) -> dict[str, int]:
-    """Bytes of the streams of a plan, by snapshot: many in one request, and what that leaves out by itself."""
+    """The estimated bytes of each stream of a plan, by snapshot. What the source cannot tell is left out."""
     found: dict[str, int] = {}
     source, raw = it.trees.source, it.policy.raw
     sendings: dict[str, Command] = {
@@ -5463,42 +5515,45 @@ def estimated_sizes(it: Run, plan: TreePlan) -> dict[str, int]:
         some = names[start : start + MAX_PER_REQUEST]
         sizes = parse_estimates(it.source_host.ask(*(sendings[name] for name in some)).stdout)
         found.update((name, size) for name, (size, _) in zip(some, sizes))
+    # The first that fails ends a request, and nothing is known of those behind it. Ask for each of them alone.
     for name in sendings.keys() - found.keys():
         found.update((name, size) for size, _ in parse_estimates(it.source_host.ask(sendings[name]).stdout)[:1])
     return found
 
 
+# From here on a pool gets slow, and a snapshot or two may fill it.
 FULL_PERCENT = 90
-"""From here on a pool is slow, and a snapshot or two may fill it."""
 
 
 @dataclass(frozen=True)
 class Finding:
-    """What --doctor has looked at. With a `remedy` it is not as it should be."""
+    """A result of --doctor: what was looked at, and a `remedy` if something is wrong with it."""
 
     what: str
     remedy: str = ""
 
 
 class Doctor:
-    """Looks at all that a run needs, and changes nothing."""
+    """Looks at everything that a run needs. Changes nothing, because its hosts are `ReadOnly`."""
 
     def __init__(self, run: Run) -> None:
         self.run = run
         self.policy = run.policy
 
     def examine(self) -> Iterator[Finding]:
-        """All findings. One that cannot be made does not keep the others from being made; but without both trees
-        there is nothing to say of them."""
+        """All findings. Raises Failure if the source cannot be reached, or a tree cannot be listed."""
+        # The first command makes the connection. Asking for the time needs no rights, and the answer is wanted anyway.
         there = run(self.run.source_host, CLOCK_TIME)
         yield Finding(f"{self.run.source_host.label}: connection, host key and login OK")
         for look in (self.programs, lambda: self.clocks(there)):
             yield from self.tried(look)
+        # Without both trees there is nothing to say about the rest.
         self.run.begin(int(time.time()), in_full=True)
         for look in (self.trees, self.rights, self.plans, self.dates, self.pool, self.mirror):
             yield from self.tried(look)
 
     def tried(self, look: Callable[[], Iterator[Finding]]) -> Iterator[Finding]:
+        """The findings of one look. If it fails, that is a finding too, and the other looks follow."""
         try:
             yield from look()
         except (LinkLost, Stuck):
@@ -5516,7 +5571,7 @@ class Doctor:
         yield Finding(f"mbuffer: {'missing' if missing else 'here'}", "apt install mbuffer" if missing else "")
 
     def clocks(self, there: str) -> Iterator[Finding]:
-        """What the clock `there` has told, beside ours."""
+        """Whether both clocks agree. `there` is what `date` has printed on the source."""
         here = run(self.run.target_host, CLOCK_TIME)
         theirs = number(there.strip(), f"the date on {self.run.source_host.label}")
         skew = abs(theirs - number(here.strip(), f"the date on {self.run.target_host.label}"))
@@ -5533,7 +5588,7 @@ class Doctor:
             yield Finding(f"{what}, the newest of {clock(max(snapshot.creation for snapshot in snapshots))}")
 
     def rights(self) -> Iterator[Finding]:
-        """Of accounts that are not root: what the crontab line needs."""
+        """Whether accounts that are not root have the rights that the crontab line needs."""
         ours = [right_to_set(value.partition("=")[0]) for value in OVERRIDES]
         for host, place, verbs, properties in (
             (self.run.source_host, self.policy.source_root, SOURCE_RIGHTS, []),
@@ -5549,8 +5604,9 @@ class Doctor:
             yield Finding(what, remedy if missing else "")
 
     def plans(self) -> Iterator[Finding]:
-        """What a run would do, or be refused."""
+        """How many datasets a run would pull, and each that it could not."""
         what = {UpToDate: "in step", Receive: "to be pulled", Failure: "blocked"}
+        # Without the overrides, a dataset that needs one is a finding.
         plan = TreePlan(self.run.trees, replace(self.policy, rollback=False, quarantine=False))
         found: dict[str, str] = {}
         for key, step in plan.entries:
@@ -5562,7 +5618,7 @@ class Doctor:
         yield Finding(f"{self.policy.target_root}: " + ", ".join(f"{n} {word}" for word, n in counts.items()))
 
     def dates(self) -> Iterator[Finding]:
-        """What was made in the future."""
+        """Common snapshots with a date in the future: they expire late, and --check cannot tell how old they are."""
         for source, local in ((it, self.run.trees.target.get(key)) for key, it in self.run.trees.source.items()):
             common = newest_common(source, local)
             if common and common.local.creation > time.time() + MAX_CLOCK_SKEW:
@@ -5579,17 +5635,17 @@ class Doctor:
         yield Finding(
             f"{name}: {percent} % full", "make room, or expire earlier: -k" if percent >= FULL_PERCENT else ""
         )
-        if not self.run.trees.target:
+        if not self.run.trees.target:  # only the first pull moves all of a tree
             used, _ = parse_space(run(self.run.source_host, (*LIST_SPACE, self.policy.source_root)))
             _, available = parse_space(run(self.run.target_host, (*LIST_SPACE, self.run.trees.existing[-1])))
             what = f"{name}: {available:,} bytes available, {used:,} used by {self.policy.source_root}"
             yield Finding(what, "make room: a first pull may not fit" if available < used else "")
         lacks = [f for f in FEATURE_BITS.values() if known.get(f"feature@{f}") not in ("enabled", "active")]
-        if lacks:
+        if lacks:  # no remedy, because most sources never send such a stream
             yield Finding(f"{name}: without {', '.join(lacks)}; a stream that needs one of them will be refused")
 
     def mirror(self) -> Iterator[Finding]:
-        """Whether nobody can write to the mirror, or see it, by accident; and what has made way and is left."""
+        """Whether somebody could write to the mirror, or see it, by accident; and placeholders that are left over."""
         if not self.run.trees.target:
             return
         for key, local in self.run.trees.target.items():
@@ -5603,6 +5659,7 @@ class Doctor:
         wrong = 0
         for row in fields(run(self.run.target_host, (*LIST_STATE, self.policy.target_root)), len(STATE_COLUMNS)):
             name, _, readonly, canmount, mounted, nfs, smb = row
+            # A placeholder never mounts, and what the source does not have is not ours to judge.
             if canmount == "off" or name[len(self.policy.target_root) :] not in self.run.trees.source:
                 continue
             it = shlex.quote(name)
@@ -5626,42 +5683,33 @@ class Doctor:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-@dataclass
-class Tally:
-    """What a run has done for one local dataset: the streams received, their bytes and seconds, the snapshots expired;
-    and what failed."""
-
-    streams: int = 0
-    bytes: int = 0
-    seconds: float = 0.0
-    expired: int = 0
-    failures: int = 0
-
-
 class Report:
-    """What the user sees: nothing of a success, a paragraph for each failure; more with -v, at a terminal, as JSON.
-
-    `steps` is where the single steps are told, nowhere if None. Everything else goes to stderr.
-    """
+    """What the user sees: nothing if all goes well, and a paragraph for each failure; more with -v, at a terminal, and
+    as JSON. `steps` is the file that single steps are written to, if any; the rest goes to stderr."""
 
     def __init__(self, verbosity: int = 0, steps: IO[str] | None = None, meter: ProgressLine | None = None) -> None:
         self.verbosity = verbosity
         self.steps = steps or (sys.stderr if verbosity else None)
         self.meter = meter
         self.failures: list[str] = []
-        self.failed: set[str] = set()  # the texts of these, as a set: there may be thousands
-        self.overlapped = False  # another run was at work, and this one none
+        self.failed: set[str] = set()  # their texts, to find each one fast: there may be thousands
+        self.overlapped = False  # another run was at work, so this one did nothing
+        # What was done, or would be. Collected in any case: totals and metrics are sums over these as well.
         self.events: list[dict[str, Any]] = []
-        self.tallies: dict[str, Tally] = {}
 
-    def tally(self, dataset: str) -> Tally:
-        return self.tallies.setdefault(dataset, Tally())
+    @property
+    def status(self) -> int:
+        """The exit code of what got as far as it could: 1 if anything failed, whether or not it could be printed."""
+        return 1 if self.failures else 0
 
     def say(self, line: str, file: IO[str] | None = None) -> None:
-        """A line of its own, whatever progress is being shown; where it has more, these are indented."""
+        """Print a line. If `line` contains newlines, what follows them is indented."""
         if self.meter:
             self.meter.clear()
-        with contextlib.suppress(OSError):  # nobody listens any more: that ends no run
+        # If nobody reads any more, the run goes on all the same.
+        with contextlib.suppress(OSError):
+            # What the source said may be in it: no character of that gets to act on a terminal or begin a paragraph.
+            # flush: where both streams go to one file, lines keep their order.
             print(printable(line).replace("\n", "\n    "), file=file or sys.stderr, flush=True)
 
     def step(self, line: str) -> None:
@@ -5669,76 +5717,72 @@ class Report:
             self.say(line, self.steps)
 
     def event(self, kind: str, dataset: str, line: str, **facts: Any) -> None:
-        """A step, told in `line`, of which more is known than its text."""
+        """Record a step as an event for --json, and tell it as `line`."""
         self.events.append({"event": kind, "dataset": dataset, **facts})
         self.step(line)
 
     def holds(self, verb: str, tag: str, names: Iterable[str]) -> None:
-        """A tag was placed on snapshots, or released, or is to be."""
+        """A hold on each of these snapshots was placed or released, or will be."""
         for name in names:
             dataset, _, suffix = name.partition("@")
             self.event(verb, dataset, f"{name}: {verb} {tag}", snapshot=f"@{suffix}", tag=tag)
 
     def creation(self, name: str) -> None:
-        """A placeholder is made."""
+        """A placeholder will be created."""
         self.event("create", name, f"{name}: create, as a parent that never mounts")
 
     def in_step(self, dataset: str, what: str) -> None:
-        """There is nothing to do for a dataset, and what that means."""
+        """There is nothing to do for a dataset; `what` says why."""
         self.event(what, dataset, f"{dataset}: {what}")
 
     def stream(self, dataset: str, step: Receive) -> None:
-        """A stream is about to come."""
+        """A stream is about to be received."""
         if step.lost_origin:
             self.step(f"{dataset}: in full, for its origin {step.lost_origin} is not in this mirror")
         self.step(f"{dataset}: {step}")
 
     def exposure(self, dataset: str, it: Exposure) -> None:
-        """A local dataset is made inert."""
+        """A local dataset will be made inert."""
         if it.is_mounted:
             self.event("unmount", dataset, f"{dataset}: unmount what another tool has mounted")
         if it.missing:
             self.event("set", dataset, f"{dataset}: {it}", values=it.missing)
 
     def expired(self, snapshot: Snapshot, how: str) -> None:
-        """A local snapshot is gone, or is to go."""
+        """A local snapshot was destroyed, or will be; `how` is the word for that."""
         dataset = snapshot.name.partition("@")[0]
-        self.tally(dataset).expired += 1
         self.event("expire", dataset, f"{snapshot.name}: {how}", snapshot=snapshot.short)
 
     def pulled(self, dataset: str, step: Receive, stream: ReceivedStream) -> None:
-        """A stream has arrived whole."""
-        tally = self.tally(dataset)
-        tally.streams += 1
-        tally.bytes += stream.bytes
-        tally.seconds += stream.seconds
-        figures = {"bytes": stream.bytes, "seconds": round(stream.seconds, 3)}
+        """A stream was received completely."""
+        figures = {"bytes": stream.bytes, "seconds": stream.seconds}
         self.events.append({"event": "pull", "dataset": dataset, **facts(step), **figures})
         if self.meter:
             self.say(f"{dataset}: {step}: {format_rate(stream.bytes, stream.seconds)}")
 
     def notice(self, kind: str, dataset: str, line: str) -> None:
-        """What nobody may miss, though nothing failed."""
+        """Tell what the user must not miss, although nothing failed."""
         self.events.append({"event": kind, "dataset": dataset})
         self.say(f"zfs_replicate: {line}")
 
     def command(self, line: str) -> None:
-        if self.verbosity >= 2:
+        if self.verbosity >= 2:  # it is no event: these are what was done, and not by which command
             self.say(f"    {line}")
 
     def finding(self, finding: Finding) -> None:
-        """One line of --doctor, on stdout, and the remedy below it."""
+        """Print a result of --doctor on stdout, and the remedy below it."""
         told = [f"{'!!' if finding.remedy else 'ok'}  {finding.what}", *filter(None, [finding.remedy])]
         self.say("\n".join(map(excerpt, told)), sys.stdout)
 
     def failure(self, subject: str, failure: Failure) -> None:
-        """Say it once, however often it is found."""
+        """Record a failure, and print it. One that is found again, word for word, is neither."""
+        # A run lists and plans several times, and meets what it could not read each time.
         what, hint = excerpt(failure.what), excerpt(failure.hint)
         text = f"zfs_replicate: {subject}: {what}\n{hint}".strip()
         if text not in self.failed:
             self.failed.add(text)
             self.failures.append(printable(text).replace("\n", "\n    "))
-            self.tally(subject).failures += 1
+
             self.events.append({"event": "failure", "dataset": subject, "what": what, "hint": hint})
             self.say(text)
 
@@ -5750,14 +5794,17 @@ def status_table(found: Sequence[MirrorStatus], now: float) -> list[str]:
     """The lines of --status."""
     rows = [STATUS_HEAD, *(status_row(it, now) for it in found)]
     widths = [max(map(len, column)) for column in zip(*rows)]
+    # Names and words to the left, figures to the right.
     pads = "<<>>><>>"
     return ["  ".join(f"{cell:{pad}{width}}" for cell, pad, width in zip(row, pads, widths)).rstrip() for row in rows]
 
 
 def status_row(it: MirrorStatus, now: float) -> tuple[str, ...]:
-    """The cells of a line of the table; ? is what cannot be known without the source."""
+    """The cells of one row of the table. `?`: unknown without the source."""
     common = it.common.short if it.common else "none"
     held = {(True, True): "both", (True, False): "here only", (False, True): "there only", (False, False): "no"}
+    # Held on one side only: a run was cut off, or somebody has released the other hold; the next run repairs either.
+    # Or the source has only a bookmark left, which cannot be held.
     sides = "here" if it.held_here else "no"
     return (
         it.name,
@@ -5773,6 +5820,7 @@ def status_row(it: MirrorStatus, now: float) -> tuple[str, ...]:
 
 def status_data(it: MirrorStatus) -> dict[str, Any]:
     """A row of --status as data."""
+    # Guids are text, as in `facts`: many programs read no number of 64 bits.
     return {
         "dataset": it.name,
         "source": it.source,
@@ -5789,7 +5837,7 @@ def status_data(it: MirrorStatus) -> dict[str, Any]:
 
 
 def format_age(seconds: float) -> str:
-    """An age at a glance: `45m`, `30h`, `12d`."""
+    """An age in one unit: `45m`, `30h`, `12d`."""
     seconds = tellable(seconds)
     for unit, size, most in (("m", 60, 120), ("h", 3600, 72)):
         if seconds < size * most:
@@ -5798,37 +5846,39 @@ def format_age(seconds: float) -> str:
 
 
 def is_ahead(it: MirrorStatus, now: float) -> bool:
-    """Whether its source dates the newest common snapshot into the future."""
+    """Whether the newest common snapshot has a date in the future."""
     return it.common is not None and it.common.creation > now + MAX_CLOCK_SKEW
 
 
 def nagios_result(
     found: Sequence[MirrorStatus], failing: int | None, ran: float | None, max_age: float, now: float
 ) -> tuple[int, str]:
-    """The exit code and the line of --check, as monitoring plugins have them
+    """Exit code and line of --check, in the form of a monitoring plugin
     (https://www.monitoring-plugins.org/doc/guidelines.html).
 
-    `failing` says since when runs fail, `ran` when there last was one. A mirror that is late is so for one of three
-    reasons: nothing runs, or runs fail, or they do not and the source has nothing newer. A snapshot is as old as its
-    source says, and at least as old as it has been here: so no date keeps a mirror young to which nothing comes.
+    `failing` is since when runs fail, `ran` when the last one moved something; None if that is not known. A dataset
+    whose newest common snapshot is older than `max_age` seconds is late.
     """
+    # The exit codes of a plugin: 0 OK, 1 WARNING, 2 CRITICAL, 3 UNKNOWN.
     fails = f"runs fail since {clock(failing)}" if failing else ""
     if not found:
-        return 3, "; ".join(
-            filter(None, ("ZFS_REPLICATE UNKNOWN - no dataset of this mirror has completed a run yet", fails))
-        )
+        return 3, join_hints("ZFS_REPLICATE UNKNOWN - no dataset of this mirror has completed a run yet", fails)
+    # A snapshot is as old as its source says, but at least as old as it has been here. So if nothing comes any more,
+    # the mirror gets late, whatever date its last snapshot has.
     ages = {it.name: now - min(it.common.creation, it.received or now, now) for it in found if it.common}
     late = [name for name, age in ages.items() if age > max_age]
     worst = max(ages, key=lambda name: ages[name])
     oldest = f"{worst} is of {format_age(ages[worst])} ago"
+    # Behind the bar, figures to draw: label=value;warning;critical;minimum.
     figures = f"age={ages[worst]:.0f}s;;{max_age:.0f};0 datasets={len(ages)};;;0 late={len(late)};;;0"
     ahead = [it.common for it in found if it.common and is_ahead(it, now)]
-    if ahead:
+    if ahead:  # with that date, or that clock of ours, no age means anything
         what = f"{few([it.name for it in ahead], 1)} dated {clock(ahead[0].creation)}, in the future"
-        fails = f"; {fails}" if fails else ""
-        clocks = f"compare the clocks (date) on both hosts; {len(late)} of {len(ages)} late, {oldest}{fails}"
+        lates = f"{len(late)} of {len(ages)} late, {oldest}"
+        clocks = join_hints("compare the clocks (date) on both hosts", lates, fails)
         return 2, f"ZFS_REPLICATE CRITICAL - {what}: {clocks} | {figures}"
     if late:
+        # For one of three reasons: nothing runs, runs fail, or neither and the source has nothing newer.
         idle = ran is None or now - ran > max_age
         none = f"no run since {clock(ran)}" if ran else "no run of root or this account since this machine came up"
         why = fails or (
@@ -5840,60 +5890,81 @@ def nagios_result(
     return 0, f"ZFS_REPLICATE OK - none of {len(ages)} late, {oldest} | {figures}"
 
 
-METRICS = (
-    ("last_run_timestamp_seconds", "When the last run ended."),
-    ("last_success_timestamp_seconds", "When a run last ended in step."),
-    ("last_run_duration_seconds", "How long the last run took."),
-    ("last_run_exit_code", "Exit code of the last run: 0 is success."),
-    ("last_run_failures", "What failed in the last run."),
-    ("dataset_common_timestamp_seconds", "When the newest common snapshot was made, as its source says."),
-    ("dataset_received_timestamp_seconds", "When the newest common snapshot came here."),
-    ("dataset_last_run_received_bytes", "Bytes received by the last run."),
-    ("dataset_last_run_receive_seconds", "Seconds that the streams of the last run took."),
-    ("dataset_last_run_expired_snapshots", "Snapshots that the last run expired."),
-    ("dataset_last_run_failures", "What failed of this dataset in the last run."),
-)
-"""Gauges, as the textfile collector of node_exporter takes them."""
+@dataclass(frozen=True)
+class Totals:
+    """What a run has done: streams received, with their bytes and seconds; snapshots expired; failures."""
+
+    streams: int
+    bytes: int
+    seconds: float
+    expired: int
+    failures: int
+
+    @classmethod
+    def of(cls, events: Iterable[Mapping[str, Any]]) -> Totals:
+        """The sums over the events of a run, or over those of one dataset."""
+        kinds = [it["event"] for it in events]
+        pulls = [it for it in events if it["event"] == "pull"]
+        size, seconds = (sum(it[key] for it in pulls) for key in ("bytes", "seconds"))
+        return cls(len(pulls), size, seconds, kinds.count("expire"), kinds.count("failure"))
 
 
 def metrics(tree: str, report: Report, found: Sequence[MirrorStatus], ending: RunResult, succeeded: float) -> str:
-    """A run in the text format of Prometheus. `succeeded` is when one last did; 0: nobody knows."""
-    of_run = (ending.at, succeeded, ending.seconds, ending.status, len(report.failures))
-    values = {name: {"": value} for (name, _), value in zip(METRICS, of_run)}
-    for it in found:
-        tally = report.tallies.get(it.name, Tally())
-        common = it.common.creation if it.common else 0
-        figures = (common, it.received or 0, tally.bytes, tally.seconds, tally.expired, tally.failures)
-        for (name, _), value in zip(METRICS[len(of_run) :], figures):
-            values.setdefault(name, {})[it.name] = value
+    """A run in the text format of Prometheus. `succeeded` is when a run last succeeded; 0 if that is not known."""
+    events: dict[str, list[dict[str, Any]]] = {it.name: [] for it in found}
+    for event in report.events:
+        events.setdefault(event["dataset"], []).append(event)
+    done = [Totals.of(events[it.name]) for it in found]
+    common = [it.common.creation if it.common else 0 for it in found]
+    received = [it.received or 0 for it in found]
+    # Values of the run, or of each dataset in turn.
+    table: list[tuple[str, str, Sequence[float]]] = [
+        ("last_run_timestamp_seconds", "When the last run ended.", [ending.at]),
+        ("last_success_timestamp_seconds", "When a run last ended in step.", [succeeded]),
+        ("last_run_duration_seconds", "How long the last run took.", [ending.seconds]),
+        ("last_run_exit_code", "Exit code of the last run: 0 is success.", [ending.status]),
+        ("last_run_failures", "What failed in the last run.", [len(report.failures)]),
+        ("dataset_common_timestamp_seconds", "When the newest common snapshot was made, as its source says.", common),
+        ("dataset_received_timestamp_seconds", "When the newest common snapshot came here.", received),
+        ("dataset_last_run_received_bytes", "Bytes received by the last run.", [it.bytes for it in done]),
+        (
+            "dataset_last_run_receive_seconds",
+            "Seconds that the streams of the last run took.",
+            [it.seconds for it in done],
+        ),
+        ("dataset_last_run_expired_snapshots", "Snapshots that the last run expired.", [it.expired for it in done]),
+        ("dataset_last_run_failures", "What failed of this dataset in the last run.", [it.failures for it in done]),
+    ]
     lines = []
-    for name, meaning in METRICS:
+    for name, meaning, values in table:
+        # All are gauges, also what a run did: the next run does not add to it, but replaces the file.
         lines += [f"# HELP zfs_replicate_{name} {meaning}", f"# TYPE zfs_replicate_{name} gauge"]
-        for dataset, value in values.get(name, {}).items():
-            labels = f'tree="{label(tree)}"' + (f',dataset="{label(dataset)}"' if dataset else "")
-            lines.append(f"zfs_replicate_{name}{{{labels}}} {value:.15g}")
+        datasets = [f',dataset="{label(it.name)}"' for it in found] if name.startswith("dataset_") else [""]
+        for dataset, value in zip(datasets, values):
+            lines.append(f'zfs_replicate_{name}{{tree="{label(tree)}"{dataset}}} {value:.15g}')
     return "\n".join(lines) + "\n"
 
 
 def label(text: str) -> str:
-    """A value between quotes (https://prometheus.io/docs/instrumenting/exposition_formats/)."""
+    """The value of a label, escaped (https://prometheus.io/docs/instrumenting/exposition_formats/)."""
     return printable(text).replace("\\", r"\\").replace('"', r"\"").replace("\n", r"\n")
 
 
 def last_success(text: str) -> float:
-    """When a run last succeeded, by the metrics of the one before; 0: they do not say."""
+    """When a run last succeeded, by the metrics of an earlier one; 0 if they do not say."""
+    # So few digits, because the file may be anybody's: nothing is read that no run of ours has written.
     number = r"[0-9]{1,11}(?:\.[0-9]{1,9})?"
     found = re.search(rf"^zfs_replicate_last_success_timestamp_seconds\{{.*\}} ({number})$", text, re.MULTILINE)
     return float(found[1]) if found else 0
 
 
 def format_rate(arrived: int, seconds: float) -> str:
-    """How much came in what time: `1.20G in 0:25, 49.1M/s`."""
+    """Amount, time and rate: `1.20G in 0:25, 49.1M/s`."""
     return f"{format_bytes(arrived)} in {format_clock(seconds)}, {format_bytes(arrived / max(seconds, 0.001))}/s"
 
 
 def format_clock(seconds: float) -> str:
-    """A time to go or gone by: `0:05`, `12:34`, `1:02:03`."""
+    """A duration as on a clock: `0:05`, `12:34`, `1:02:03`."""
     whole = int(tellable(seconds))
     return (
         f"{whole // 3600}:{whole // 60 % 60:02}:{whole % 60:02}" if whole >= 3600 else f"{whole // 60}:{whole % 60:02}"
@@ -5902,8 +5973,8 @@ def format_clock(seconds: float) -> str:
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a stream has come, or several at once: of `size` bytes, None if that is not known, `before` had come
-    already, and `arrived` have in the `seconds` since it began. More wait in the buffer."""
+    """How far a stream has come. It has `size` bytes, None if that is not known. Of these, `before` were here when it
+    was resumed, and `arrived` have come in the `seconds` since then. `buffered` bytes wait in mbuffer."""
 
     name: str
     size: int | None
@@ -5914,7 +5985,7 @@ class Progress:
 
 
 class ProgressLine:
-    """The progress of streams, on one line of a terminal that is written over and over."""
+    """The progress of a stream, on one line of a terminal that is overwritten again and again."""
 
     def __init__(self, out: IO[str], columns: Callable[[], int]) -> None:
         self.out = out
@@ -5926,6 +5997,7 @@ class ProgressLine:
     def show(self, it: Progress) -> None:
         if it.name != self.name:
             self.name, self.seen = it.name, [(0, 0)]
+        # The rate is that of the last seconds: the average since the beginning says little about when it will end.
         self.seen = [*self.seen[-RATE_SAMPLES:], (it.seconds, it.arrived)]
         (then, were), (now, are) = self.seen[0], self.seen[-1]
         rate = (are - were) / max(now - then, 0.001)
@@ -5937,9 +6009,11 @@ class ProgressLine:
             so_far = f"{format_bytes(here):>5} of {format_bytes(it.size):>5} {percent:3}%"
             figures = f"{so_far} {format_bytes(rate):>5}/s {left:>5} left"
         figures += f" buf {format_bytes(it.buffered):>5}"
+        # One column less than there are: in the last one, some terminals begin a new line. The window may have got
+        # another width by now. Of a long name the end is shown: the beginning is the same for the whole tree.
         space = max(self.columns() - len(figures) - 2, 10)
         shown = it.name if len(it.name) <= space else "..." + it.name[3 - space :]
-        self.out.write(f"\r{shown:<{space}} {figures}\x1b[K")
+        self.out.write(f"\r{shown:<{space}} {figures}\x1b[K")  # ESC [K: clear what is left of a longer line
         self.out.flush()
         self.shown = True
 
@@ -5950,13 +6024,13 @@ class ProgressLine:
         self.shown = False
 
 
+# The rate of a stream is measured over so many looks, one a second.
 RATE_SAMPLES = 10
-"""Over how many looks at a stream, one a second, its rate is taken."""
 
 
 @dataclass(frozen=True)
 class RunResult:
-    """When a run began and how long it took, in seconds; its exit code."""
+    """When a run began, how long it took, both in seconds, and its exit code."""
 
     began: float
     seconds: float
@@ -5964,11 +6038,12 @@ class RunResult:
 
     @property
     def at(self) -> float:
+        """When it ended."""
         return self.began + self.seconds
 
 
 def json_document(options: argparse.Namespace, report: Report, ending: RunResult) -> dict[str, Any]:
-    """A run as data, for --json; the README tells the fields."""
+    """A run as data, for --json. The README describes the fields."""
     return {
         "version": __version__,
         "host": options.remote_host,
@@ -5979,31 +6054,26 @@ def json_document(options: argparse.Namespace, report: Report, ending: RunResult
         "began": int(ending.began),
         "seconds": round(ending.seconds, 3),
         "exit": ending.status,
-        "events": report.events,
+        # No more digits than anybody wants to see.
+        "events": [{**it, "seconds": round(it["seconds"], 3)} if "seconds" in it else it for it in report.events],
     }
 
 
-def totals(report: Report) -> tuple[int, int, int]:
-    """Streams, bytes and expired snapshots of a whole run."""
-    tallies = report.tallies.values()
-    return sum(it.streams for it in tallies), sum(it.bytes for it in tallies), sum(it.expired for it in tallies)
-
-
 def summary(options: argparse.Namespace, report: Report, ending: RunResult) -> str:
-    """One line on a whole run, for a person."""
-    streams, arrived, expired = totals(report)
+    """One line about a whole run, for a person."""
+    done = Totals.of(report.events)
     in_step = sum(event["event"] == "in step" for event in report.events)
-    what = [f"{in_step} in step before", f"{streams} pulled ({format_bytes(arrived)})", f"{expired} expired"]
-    what += [f"{len(report.failures)} failed"] if report.failures else []
+    what = [f"{in_step} in step before", f"{done.streams} pulled ({format_bytes(done.bytes)})"]
+    what += [f"{done.expired} expired"] + ([f"{done.failures} failed"] if done.failures else [])
     return f"zfs_replicate: {options.local_fs}: {', '.join(what)}, in {format_clock(ending.seconds)}"
 
 
 def log_line(options: argparse.Namespace, report: Report, ending: RunResult) -> str:
-    """One line on a whole run, for the system's log; programs may rely on its form."""
-    streams, arrived, expired = totals(report)
+    """One line about a whole run, for the system's log. Programs may rely on its form."""
+    done = Totals.of(report.events)
     return (
-        f"{options.remote_host}:{options.remote_fs} -> {options.local_fs}: exit={ending.status} streams={streams} "
-        f"bytes={arrived} expired={expired} failures={len(report.failures)} seconds={ending.seconds:.0f}"
+        f"{options.remote_host}:{options.remote_fs} -> {options.local_fs}: exit={ending.status} streams={done.streams} "
+        f"bytes={done.bytes} expired={done.expired} failures={done.failures} seconds={ending.seconds:.0f}"
     )
 
 
@@ -6015,19 +6085,21 @@ def log_line(options: argparse.Namespace, report: Report, ending: RunResult) -> 
 class Stopped(BaseException):
     """A signal asked us to end."""
 
+    # Not an Exception: nothing that handles errors on the way may take it for one.
     def __init__(self, number: int) -> None:
         self.number = number
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse, but a usage error is one line."""
+    """An ArgumentParser that reports a usage error in one line."""
 
+    # cron mails it at each run: the whole usage above it would bury it.
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: {message} (see --help)\n")
 
 
 def pattern_type(pattern: str, what: str, convert: Callable[[str], Any] = str) -> Callable[[str], Any]:
-    """A converter for argparse: takes what matches `pattern`, and refuses the rest as not `what`."""
+    """A converter for argparse. It accepts what matches `pattern`; of anything else it says that it is not `what`."""
 
     def converter(text: str) -> Any:
         if not re.fullmatch(pattern, text):
@@ -6038,11 +6110,11 @@ def pattern_type(pattern: str, what: str, convert: Callable[[str], Any] = str) -
 
 
 def dataset_name(text: str) -> str:
-    component = "[A-Za-z0-9_.: -]+"
     if len(text) > NAME_LIMIT:
         raise argparse.ArgumentTypeError(f"longer than the {NAME_LIMIT} bytes ZFS allows: {text!r}")
     what = "a dataset name (letters, digits, '-_.: ' between slashes)"
-    return str(pattern_type(f"(?=[A-Za-z]){component}(/{component})*", what)(text))
+    # A pool begins with a letter. So no name is ever taken for an option, by us or by zfs.
+    return str(pattern_type(f"(?=[A-Za-z]){DATASET_NAME.pattern}", what)(text))
 
 
 def seconds_of(text: str) -> float:
@@ -6050,18 +6122,24 @@ def seconds_of(text: str) -> float:
 
 
 def mbuffer_size(text: str) -> str:
-    """A size with its unit as mbuffer wants it."""
+    """A size as mbuffer takes it: with a small k, and a capital M or G."""
     return text[:-1] + {"k": "k", "m": "M", "g": "G"}[text[-1].lower()]
 
 
-LONGEST_TAG = NAME_LIMIT - len(":received")
+# A hold tag may be as long as a name. That of our local holds is longer than TAG by this suffix, so a tag must not end
+# in it either: it would be the other side's.
+LONGEST_TAG = NAME_LIMIT - len(RECEIVED)
 
+# Neither part may begin with `-`: ssh or a proxy command could take it for an option.
 host_name = pattern_type(r"[^\s@-][^\s@]*(@[^\s@-][^\s@]*)?", "a [USER@]HOST")
+# Stricter than zfs: `zfs holds` prints tags as they are, so one with a TAB or a newline could not be read back. zfs
+# keeps those that begin with `.` for itself.
 hold_tag = pattern_type(
-    rf"(?=.{{1,{LONGEST_TAG}}}$)(?![.-])[A-Za-z0-9_.:/+=@,-]+(?<!:received)",
+    rf"(?=.{{1,{LONGEST_TAG}}}$)(?![.-])[A-Za-z0-9_.:/+=@,-]+(?<!{RECEIVED})",
     f"a hold tag (letters, digits, '-_.:/+=@,', at most {LONGEST_TAG}, not starting with '.' or '-', not ending with "
     "':received')",
 )
+# Numbers have so few digits that no sum or product of them can be too large for anything.
 count = pattern_type("[0-9]{1,4}", "a number", int)
 job_count = pattern_type("[1-9][0-9]?", "a number from 1 to 99", int)
 day_count = pattern_type(
@@ -6070,9 +6148,11 @@ day_count = pattern_type(
 hour_count = pattern_type(r"(?=.*[1-9])[0-9]{1,5}(\.[0-9]{1,3})?", "a number of hours", float)
 memory_size = pattern_type("[1-9][0-9]*[kKmMgG]", "a size like 256M or 1G", mbuffer_size)
 time_span = pattern_type("[1-9][0-9]{0,5}[smh]", "a duration like 90s, 30m or 2h", seconds_of)
+# These become words of ssh. No newline in a setting: it would be a second one.
 cipher_names = pattern_type("[A-Za-z0-9@.,+^-]+", "a list of ciphers (see ssh -Q cipher)")
 ssh_setting = pattern_type("[A-Za-z0-9]+[= ][^\n]+", "a KEY=VALUE of ssh_config")
 name_glob = pattern_type(r"[A-Za-z0-9_.:/ *?!\[\]-]+", "a glob of names (their characters, '*', '?', '[...]')")
+# A native property, or a user property, which has a colon in its name (zfsprops(7)).
 PROPERTY = "([a-z][a-z0-9_]*|[a-z0-9:._-]*:[a-z0-9:._-]*)"
 property_name = pattern_type(PROPERTY, "the name of a property")
 property_value = pattern_type(f"(?s:{PROPERTY}=.+)", "a PROPERTY=VALUE")
@@ -6092,7 +6172,9 @@ def readable_file(text: str) -> str:
 
 
 def parser() -> argparse.ArgumentParser:  # noqa: PLR0915 -- a statement for each option
-    """The options. Their defaults and names are a contract with crontabs out there; new ones are long only."""
+    """The options, in the groups and order of the README."""
+    # Names and defaults are a contract with crontabs out there: they stay as they are, and new ones are long only. -h
+    # is the host, so help is --help alone. No abbreviations: a new option could make one of them ambiguous.
     it = Parser(
         prog="zfs_replicate",
         description="Keep a mirror of a ZFS dataset tree: pull what is newer over SSH, hold the common snapshot, "
@@ -6102,108 +6184,100 @@ def parser() -> argparse.ArgumentParser:  # noqa: PLR0915 -- a statement for eac
         add_help=False,
         allow_abbrev=False,
     )
+    # Two or three lines for each option, and not one for each of its arguments:
+    # fmt: off
     add = it.add_argument_group("The crontab line").add_argument
     add("-h", "--remote-host", required=True, type=host_name, metavar="[USER@]HOST",
-        help="source host, an ssh_config alias too; localhost runs without SSH")  # fmt: skip
+        help="source host, an ssh_config alias too; localhost runs without SSH")
     add("-r", "--remote-fs", required=True, type=dataset_name, metavar="DATASET", help="tree to mirror")
     add("-l", "--local-fs", required=True, type=dataset_name, metavar="DATASET", help="where to mirror it")
     add("-t", "--tag", required=True, type=hold_tag, metavar="TAG", help="hold tag; one for each mirror of a source")
     add("-k", "--keep-days", type=day_count, metavar="DAYS",
-        help="expire local snapshots older than this; without it none is destroyed")  # fmt: skip
+        help="expire local snapshots older than this; without it none is destroyed")
     add = it.add_argument_group("What is mirrored and kept").add_argument
-    add("-I", "--intermediates", action="store_true",
-        help="pull every snapshot between, not only the newest")  # fmt: skip
+    add("-I", "--intermediates", action="store_true", help="pull every snapshot between, not only the newest")
     add("--keep-min", type=count, default=0, metavar="N",
-        help="never expire the N newest snapshots of a dataset (default: %(default)s)")  # fmt: skip
+        help="never expire the N newest snapshots of a dataset (default: %(default)s)")
     add("--no-recursive", action="store_true", help="only the dataset itself, without its children")
     add("--exclude", type=name_glob, action="append", default=[], metavar="GLOB",
         help="leave out datasets, with their children, whose names below the tree's root match; may be repeated, as "
-        "those that follow")  # fmt: skip
+        "those that follow")
     add("--snapshots", type=name_glob, action="append", metavar="GLOB",
-        help="only these snapshots are pulled, and only these expire (default: all)")  # fmt: skip
+        help="only these snapshots are pulled, and only these expire (default: all)")
     add("--exclude-snapshots", type=name_glob, action="append", default=[], metavar="GLOB",
-        help="but not these snapshots")  # fmt: skip
+        help="but not these snapshots")
     add("--set", type=property_value, action="append", default=[], metavar="PROPERTY=VALUE",
-        help="what datasets have of their own here, set when they are first received")  # fmt: skip
+        help="what datasets have of their own here, set when they are first received")
     add("--ignore", type=property_name, action="append", default=[], metavar="PROPERTY",
-        help="neither take this property over from the source nor set it")  # fmt: skip
+        help="neither take this property over from the source nor set it")
     add("--decrypt", action="store_true",
         help="send encrypted datasets as plain ones; their keys must be loaded at the source, and a mirror stays as it "
-        "began")  # fmt: skip
+        "began")
     add("--bookmark", action="store_true",
         help="keep a bookmark of the newest common snapshot at the source: should that one have to go, the chain "
-        "lives on")  # fmt: skip
+        "lives on")
     add = it.add_argument_group("Connection and streams").add_argument
     add("-p", "--port", type=port_number, metavar="PORT", help="SSH port (default: as in ssh_config, else 22)")
-    add(
-        "-i",
-        "--identity",
-        type=readable_file,
-        metavar="FILE",
-        help="log in with this private key, and with none of the agent's",
-    )
+    add("-i", "--identity", type=readable_file, metavar="FILE",
+        help="log in with this private key, and with none of the agent's")
     add("--ssh-option", type=ssh_setting, action="append", default=[], metavar="KEY=VALUE",
-        help="a setting of ssh_config, for both connections; may be repeated")  # fmt: skip
+        help="a setting of ssh_config, for both connections; may be repeated")
     add("--cipher", type=cipher_names, metavar="NAMES", help="ciphers for streams, as ssh -c takes them")
     add("--sudo", choices=("remote", "local", "both"), metavar="SIDE",
-        help="run zfs by sudo: on the remote side, the local one, or both")  # fmt: skip
+        help="run zfs by sudo: on the remote side, the local one, or both")
     add("-j", "--jobs", type=job_count, default=1, metavar="N",
-        help="still accepted, and without effect: streams go one after another through one connection")  # fmt: skip
+        help="still accepted, and without effect: streams go one after another through one connection")
     add("-b", "--mbuffer", type=memory_size, default="256M", metavar="SIZE",
-        help="memory of mbuffer (default: %(default)s)")  # fmt: skip
+        help="memory of mbuffer (default: %(default)s)")
     add("--compress", choices=("auto", "none", *COMPRESSORS), default="auto", metavar="PROGRAM",
         help="compress streams on the wire by zstd, lz4 or pigz, where both ends have it; none; or auto: by zstd those "
-        "of datasets that are not compressed already (default: %(default)s)")  # fmt: skip
+        "of datasets that are not compressed already (default: %(default)s)")
     add("-n", "--no-pigz", action="store_const", dest="compress", const="none",
-        help="the same as --compress none, for old crontabs")  # fmt: skip
+        help="the same as --compress none, for old crontabs")
     add("--rate-limit", type=memory_size, metavar="SIZE",
-        help="let streams take no more than SIZE of the line a second; by mbuffer")  # fmt: skip
+        help="let streams take no more than SIZE of the line a second; by mbuffer")
     add("--stall-timeout", type=time_span, default=format_timeout(STALL_SECONDS), metavar="DURATION",
         help="give up a stream of which nothing comes for so long, or next to nothing, and a command that has not "
-        "ended by then: 90s, 30m, 2h (default: %(default)s)")  # fmt: skip
+        "ended by then: 90s, 30m, 2h (default: %(default)s)")
     add("--retries", type=count, default=0, metavar="N",
         help="when the link is lost, list and plan anew up to N times, with growing pauses (default: %(default)s, "
-        "the next run goes on)")  # fmt: skip
+        "the next run goes on)")
     ways = it.add_argument_group("When a dataset is blocked").add_mutually_exclusive_group()
     ways.add_argument("--rollback", action="store_true",
-        help="destroy local snapshots and changes that are newer than the newest common snapshot")  # fmt: skip
+        help="destroy local snapshots and changes that are newer than the newest common snapshot")
     ways.add_argument("--quarantine", action="store_true",
-        help="rename aside a local dataset that cannot be brought up to date, children and all, and pull it "
-        "afresh")  # fmt: skip
+        help="rename aside a local dataset that cannot be brought up to date, children and all, and pull it afresh")
     group = it.add_argument_group("Instead of a run")
     instead = group.add_mutually_exclusive_group()
     instead.add_argument("--dry-run", action="store_true",
-        help="no run: tell what one would send, hold, release and expire, and change nothing")  # fmt: skip
+        help="no run: tell what one would send, hold, release and expire, and change nothing")
     instead.add_argument("--status", action="store_true",
-        help="no run: tell for each dataset how far the mirror has come, and what it lacks")  # fmt: skip
+        help="no run: tell for each dataset how far the mirror has come, and what it lacks")
     instead.add_argument("--check", action="store_true",
-        help="no run: one line and an exit code for a monitoring system, by what is here alone")  # fmt: skip
+        help="no run: one line and an exit code for a monitoring system, by what is here alone")
     instead.add_argument("--doctor", action="store_true",
-        help="no run: look at all that one needs, change nothing; exit 1 if anything is not as it should "
-        "be")  # fmt: skip
+        help="no run: look at all that one needs, change nothing; exit 1 if anything is not as it should be")
     instead.add_argument("--retire", action="store_true",
-        help="no run, and none to follow: release all our holds on both sides, destroy our bookmarks, and nothing "
-        "else")  # fmt: skip
+        help="no run, and none to follow: release all our holds on both sides, destroy our bookmarks, and nothing else")
     group.add_argument("--max-age", type=hour_count, default=30, metavar="HOURS",
-        help="with --check: from what age on a newest common snapshot is too old (default: %(default)s)")  # fmt: skip
+        help="with --check: from what age on a newest common snapshot is too old (default: %(default)s)")
     add = it.add_argument_group("Output").add_argument
     add("-v", "--verbose", action="count", default=0, help="tell each step; twice: each command")
     add("--progress", action="store_true",
-        help="show the progress of each stream and a summary, also where stderr is no terminal")  # fmt: skip
+        help="show the progress of each stream and a summary, also where stderr is no terminal")
     add("-q", "--quiet", action="store_true", help="show neither, also at a terminal")
     add("--json", action="store_true",
-        help="print one JSON document at the end: what was done, or with --dry-run and --status what they "
-        "tell")  # fmt: skip
+        help="print one JSON document at the end: what was done, or with --dry-run and --status what they tell")
     add("--syslog", action="store_true", help="tell the system's log how the run ended")
-    add("--metrics", metavar="FILE",
-        help="write figures of the run to FILE, for the textfile collector of Prometheus")  # fmt: skip
+    add("--metrics", metavar="FILE", help="write figures of the run to FILE, for the textfile collector of Prometheus")
     add("--version", action="version", version=f"%(prog)s {__version__}")
     add("--help", action="help", help="show this help")
+    # fmt: on
     return it
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    """The options; exits with 2 if they make no sense."""
+    """The options of a command line. Exits with 2 if they make no sense, alone or together."""
     it = parser()
     options = it.parse_args(argv)
     if options.remote_host == "localhost" and overlap(options.remote_fs, options.local_fs):
@@ -6215,6 +6289,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 def policy_of(options: argparse.Namespace) -> Policy:
     """What the options ask for."""
+    # By keyword, because --bookmark must not turn into --rollback when somebody reorders the fields.
     return Policy(
         source_root=options.remote_fs,
         target_root=options.local_fs,
@@ -6237,26 +6312,28 @@ def policy_of(options: argparse.Namespace) -> Policy:
 
 
 def job_of(options: argparse.Namespace) -> str:
-    """What makes a line one job, in words for its lock."""
+    """The words of a command line that make it one job, for its lock file."""
     words = ("-h", options.remote_host, "-r", options.remote_fs, "-l", options.local_fs, "-t", options.tag)
+    # Printable ASCII of one line: that is all that the lock's reader believes (`LockFile.holder`).
     return printable(shlex.join(words)).encode("ascii", errors="backslashreplace").decode()[:MAX_EXCERPT]
 
 
 def retry_delays(retries: int, draw: Callable[[float, float], float] = random.uniform) -> Iterator[float]:
-    """Seconds to wait before each retry: increasing, with jitter so that many hosts do not retry at once."""
+    """Seconds to wait before each retry: from 5 s, times 3 each, up to 5 minutes."""
+    # With jitter: if a server restarts, its many clients must not all come back at one moment.
     for number in range(retries):
         yield min(5.0 * 3**number, 300) * draw(0.5, 1.5)
 
 
 def replicate(options: argparse.Namespace, report: Report, alone: Lock) -> int:
-    """Run, and remember, or tell, since when the runs of this tree fail."""
+    """Run. If that fails, note at the local root since when runs fail, or tell since when they do."""
     now = int(time.time())
     try:
         status = run_with_retries(options, report, alone)
     except Failure as failure:
         report.failure(options.local_fs, failure)
         status = 3
-    if status:
+    if status:  # --check reads this mark; a success removes it (see `run_with_retries`)
         since = mark_failing(here(options), options.local_fs, now)
         if since < now:
             report.notice("failing", options.local_fs, f"{options.local_fs}: runs fail since {clock(since)}")
@@ -6264,22 +6341,24 @@ def replicate(options: argparse.Namespace, report: Report, alone: Lock) -> int:
 
 
 def run_with_retries(options: argparse.Namespace, report: Report, alone: Lock) -> int:
-    """Run, and run anew when the link was lost. Raises Failure if it could not even start."""
+    """Run, and run again if the link was lost. Raises Failure if no run could even start."""
+    # A retry is a new run: it logs in, lists and plans anew. So it repeats no step that the lost run has taken.
     started = False
     held: set[str] | None = None
     lost: tuple[str, Failure] | None = None
     for pause in (0.0, *retry_delays(options.retries)):
         if lost:
             report.step(f"{lost[0]}: {excerpt(lost[1].what)}; trying again in {pause:.0f} s")
-            alone.moved()
+            alone.moved()  # a run that waits is no stuck run
             time.sleep(pause)
         try:
             with open_run(options, report, alone) as it:
-                it.lister.held_before = held  # what the first attempt took over was not held before this run
+                # What an earlier attempt took over was not held before this run, so nothing of it may expire yet.
+                it.lister.held_before = held
                 now = int(time.time())
                 try:
                     it.begin(now)
-                    started = True
+                    started = True  # from here on a failure is one of the run: exit code 1, no longer 3
                     it.execute(now)
                 finally:
                     held = it.lister.held_before
@@ -6291,18 +6370,19 @@ def run_with_retries(options: argparse.Namespace, report: Report, alone: Lock) -
         except Failure as failure:
             if not started:
                 raise
-            lost = (options.local_fs, failure)  # a host that comes back may refuse us for a while
+            lost = (options.local_fs, failure)  # a host that has just come back may refuse us for a while
         if lost is None:
             break
     if lost and not started:
         raise lost[1]
     if lost:
         report.failure(*lost)
-    return 1 if report.failures else 0
+    return report.status
 
 
 def run_doctor(options: argparse.Namespace, report: Report) -> int:
-    """What --doctor does. Without the lock: it may look while a run is at work."""
+    """What --doctor does."""
+    # Without the lock, as --dry-run and --status: looking does no harm while a run is at work.
     findings = []
     try:
         with open_run(options, report, None) as it:
@@ -6316,21 +6396,22 @@ def run_doctor(options: argparse.Namespace, report: Report) -> int:
 
 
 def run_dry_run(options: argparse.Namespace, report: Report) -> int:
-    """What --dry-run does. Without the lock, as --doctor."""
+    """What --dry-run does."""
     with open_run(options, report, None) as it:
         now = int(time.time())
         it.begin(now)
         print_plan(it, now)
-    return 1 if report.failures else 0
+    return report.status
 
 
 def show_status(options: argparse.Namespace, report: Report) -> int:
-    """What --status does. Without the source it tells what is known here."""
+    """What --status does. If the source cannot be asked, it shows what is known here."""
     try:
         with open_run(options, report, None) as it:
             it.begin(int(time.time()), in_full=True)
             found = list(all_statuses(it))
     except Failure as failure:
+        # Most of all when the source is down, one wants to know how old the mirror is.
         report.failure(options.local_fs, failure)
         report.say("zfs_replicate: showing local information only")
         found = list(local_statuses(ReadOnly(here(options)), policy_of(options)))
@@ -6343,11 +6424,13 @@ def show_status(options: argparse.Namespace, report: Report) -> int:
 
 def check(options: argparse.Namespace) -> int:
     """What --check does."""
+    # It asks this host alone: a monitoring system must get its answer at once, and also if the source is down.
     host = ReadOnly(here(options))
     try:
         found = list(local_statuses(host, policy_of(options)))
         mark = run(host, (*GET_FAILING, options.local_fs))
     except Failure as failure:
+        # One line, and no bar: what follows a bar is read as figures.
         print(f"ZFS_REPLICATE UNKNOWN - {excerpt(failure.what)}".replace("\n", " ").replace("|", "/"))
         return 3
     now = time.time()
@@ -6361,14 +6444,14 @@ def run_retire(options: argparse.Namespace, report: Report, alone: Lock) -> int:
     """What --retire does."""
     with open_run(options, report, alone) as it:
         retire(it.source_host, it.target_host, it.policy, report)
-    return 1 if report.failures else 0
+    return report.status
 
 
 def choose_compressor(options: argparse.Namespace, source: Host, compressible: bool, report: Report) -> str:
-    """Which of the COMPRESSORS a stream goes through; "" if none: no wire, of no use, or not installed at both ends."""
-    if options.remote_host == "localhost" or options.compress == "none":
+    """Which of the COMPRESSORS a stream goes through; "" for none."""
+    if options.remote_host == "localhost" or options.compress == "none":  # there is no wire, or it is not wanted
         return ""
-    if options.compress == "auto" and not compressible:
+    if options.compress == "auto" and not compressible:  # sent raw, or compressed as it is stored
         return ""
     compressor = "zstd" if options.compress == "auto" else str(options.compress)
     lacking = [
@@ -6382,19 +6465,19 @@ def choose_compressor(options: argparse.Namespace, source: Host, compressible: b
 
 
 def here(options: argparse.Namespace, note: Callable[[str], None] = ignore_line) -> Host:
-    """This host, as the options want it."""
+    """This host, with or without sudo."""
     host = LocalHost("this host", note, options.stall_timeout, options.local_fs)
     return SudoHost(host) if options.sudo in ("local", "both") else host
 
 
 @contextlib.contextmanager
 def open_run(options: argparse.Namespace, report: Report, alone: Lock | None) -> Iterator[Run]:
-    """Log in; yields a run that is to begin. Raises Failure if that does not work. Without the lock, only to look."""
+    """Yield a run that is ready to begin. Raises Failure if there cannot be one. Without the lock it can only look."""
     moved = alone.moved if alone else lambda: None
     inherit = alone.filenos if alone else ()
 
     def note(line: str) -> None:
-        moved()
+        moved()  # a run that runs commands is no stuck run
         report.command(line)
 
     target = here(options, note)
@@ -6405,29 +6488,31 @@ def open_run(options: argparse.Namespace, report: Report, alone: Lock | None) ->
         source = SshHost(connection, note, options.stall_timeout, options.remote_fs)
     if options.sudo in ("remote", "both"):
         source = SudoHost(source)
-    if alone is None:
+    if alone is None:  # whatever looks may run beside a run, and so must not change anything
         source, target = ReadOnly(source), ReadOnly(target)
 
     def carry(batch: StreamBatch) -> BatchResult:
         buffer = buffer_stage(options.mbuffer, options.rate_limit)
-        if not buffer and options.rate_limit:
+        if not buffer and options.rate_limit:  # that was asked for, maybe because others need the line
             raise StreamFailed("mbuffer is not installed here, and it is what limits the rate", "apt install mbuffer")
         if not buffer:
             report.step("mbuffer is not installed here: the stream goes without it")
-        for sending, receiving in batch.streams:
+        for sending, receiving in batch.streams:  # for -vv: what runs is longer, with ssh and its options
             note(f"{source.label}: {shlex.join(sending)} | {target.label}: {shlex.join(receiving)}")
         compressor = choose_compressor(options, source, batch.compressible, report)
         show = progress_feed(report.meter, source, batch) if report.meter else None
         return pull(source, target, batch, Transport(buffer, options.stall_timeout, moved, inherit, compressor), show)
 
     with contextlib.closing(source):
+        # Listing both sides at once hides the time of one. On one host they would only compete for its disks.
         both = both_in_turn if options.remote_host == "localhost" else both_at_once
         yield Run(policy_of(options), source, target, carry, report, both=both)
 
 
 def progress_feed(meter: ProgressLine, source: Host, batch: StreamBatch) -> Callable[[Pipeline], None]:
-    """What shows how far the streams of a batch have come. Asks the source for their sizes."""
+    """A function that shows how far the streams of a batch have come. Asks the source for their sizes."""
     found = parse_estimates(source.ask(*(estimate(sending) for sending, _ in batch.streams)).stdout)
+    # The source may tell fewer sizes than there are streams: the others are unknown.
     sizes = [*found, *[(None, 0)] * (len(batch.streams) - len(found))]
 
     def show(pipeline: Pipeline) -> None:
@@ -6450,14 +6535,15 @@ def progress_feed(meter: ProgressLine, source: Host, batch: StreamBatch) -> Call
 
 @contextlib.contextmanager
 def signals_stop_us() -> Iterator[None]:
-    """Turn the signals that ask a program to end into Stopped, so that everything we started is ended on the way.
-    The first one is enough: more of them must not break into that."""
+    """Raise Stopped on a signal that asks a program to end, so that everything we started is ended on the way out."""
 
     def stop(number: int, _frame: Any) -> NoReturn:
+        # One is enough. Another one must not interrupt what is being ended.
         for other in numbers:
             signal.signal(other, signal.SIG_IGN)
         raise Stopped(number)
 
+    # What is ignored stays ignored: nohup ignores SIGHUP.
     numbers = [n for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP) if signal.getsignal(n) != signal.SIG_IGN]
     before = {number: signal.signal(number, stop) for number in numbers}
     try:
@@ -6468,12 +6554,12 @@ def signals_stop_us() -> Iterator[None]:
 
 
 def is_run(options: argparse.Namespace) -> bool:
-    """Whether they ask for a run, and not only to look at something, or to end it all."""
+    """Whether the options ask for a run, and not for one of the modes instead of it."""
     return not (options.dry_run or options.status or options.check or options.doctor or options.retire)
 
 
 def columns() -> int:
-    """How wide the terminal is by now."""
+    """The current width of the terminal."""
     try:
         return os.get_terminal_size(sys.stderr.fileno()).columns
     except OSError:
@@ -6481,8 +6567,8 @@ def columns() -> int:
 
 
 def report_for(options: argparse.Namespace) -> Report:
-    """Who looks on? A terminal, cron, or a program that reads JSON."""
-    told = options.dry_run or options.retire
+    """The report for who looks on: a terminal, cron, or a program that reads JSON."""
+    told = options.dry_run or options.retire  # whose steps are their result, so they go to stdout
     is_seen = sys.stderr is not None and sys.stderr.isatty()
     shown = is_run(options) and (options.progress or (is_seen and not options.quiet))
     meter = ProgressLine(sys.stderr, columns) if shown else None
@@ -6490,13 +6576,14 @@ def report_for(options: argparse.Namespace) -> Report:
 
 
 def conclude(options: argparse.Namespace, report: Report, ending: RunResult) -> int:
-    """Tell how it ended, to whoever was to be told. Returns the exit code."""
+    """Tell the user, --json, --syslog and --metrics how it ended. Returns the exit code."""
     if report.meter:
         report.say(summary(options, report, ending))
     if options.json:
         print(json.dumps(json_document(options, report, ending), indent=1))
     if options.syslog and is_run(options):
         write_log(options, report, ending)
+    # Not of a run that did nothing because another one is at work: that one writes its own.
     if options.metrics and is_run(options) and not report.overlapped:
         try:
             write_metrics(options, report, ending)
@@ -6507,22 +6594,24 @@ def conclude(options: argparse.Namespace, report: Report, ending: RunResult) -> 
 
 
 def write_log(options: argparse.Namespace, report: Report, ending: RunResult) -> None:
-    """Tell the system's log each failure, and how the run ended."""
+    """Write each failure to the system's log, and how the run ended."""
     syslog.openlog("zfs_replicate", syslog.LOG_PID, syslog.LOG_DAEMON)
-    for failure in report.failures:
+    for failure in report.failures:  # each in one line: a log has no paragraphs
         syslog.syslog(syslog.LOG_ERR, excerpt(" ".join(failure.removeprefix("zfs_replicate: ").split())))
     syslog.syslog(syslog.LOG_ERR if ending.status else syslog.LOG_INFO, printable(log_line(options, report, ending)))
 
 
 def write_metrics(options: argparse.Namespace, report: Report, ending: RunResult) -> None:
-    """Replace the file at once, so that nobody ever reads half of it. Raises OSError."""
+    """Write the metrics of a run to the file of --metrics. Raises OSError."""
     found: list[MirrorStatus] = []
-    with contextlib.suppress(Failure):  # which has been told
+    with contextlib.suppress(Failure):  # the run itself has met and reported it
         found = list(local_statuses(ReadOnly(here(options)), policy_of(options)))
     succeeded = 0.0 if ending.status else ending.at
-    if ending.status:
+    if ending.status:  # there is no state outside ZFS: only the file itself knows when a run last succeeded
         succeeded = last_success(metrics_before(options.metrics))
     directory, name = os.path.split(options.metrics)
+    # A new file takes the place of the old one, so that nobody ever reads half of it. The directory must be the same,
+    # and the name must not end like the other's: the collector reads all *.prom.
     place, hidden = directory or ".", f".{name}."
     with tempfile.NamedTemporaryFile("w", dir=place, prefix=hidden, encoding="utf-8", delete=False) as file:
         try:
@@ -6535,12 +6624,14 @@ def write_metrics(options: argparse.Namespace, report: Report, ending: RunResult
             raise
 
 
+# Bytes that are read of the metrics of an earlier run.
 MAX_METRICS = 2**20
-"""Bytes that are read of the metrics of the run before."""
 
 
 def metrics_before(path: str) -> str:
-    """What the file says; "" if it is none. Its directory may be another user's, who may have put anything there."""
+    """The text of the metrics file; "" if there is none."""
+    # The directory is another user's as a rule (node_exporter's), who may have put anything there: a link to a secret
+    # file, or a FIFO, on which we would wait for ever.
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError:
@@ -6553,9 +6644,10 @@ def metrics_before(path: str) -> str:
 
 
 def dispatch(options: argparse.Namespace, report: Report) -> int:
-    """What the options ask for. Returns the exit code."""
+    """Do what the options ask for. Returns the exit code. Raises Failure, or Stopped after a signal."""
     with contextlib.ExitStack() as stack:
         stack.enter_context(signals_stop_us())
+        # These change nothing, and need no lock.
         if options.doctor:
             return run_doctor(options, report)
         if options.check:
@@ -6567,7 +6659,7 @@ def dispatch(options: argparse.Namespace, report: Report) -> int:
         alone = stack.enter_context(lock(options.local_fs, job_of(options), options.stall_timeout))
         if alone is None and options.retire:
             raise Failure("a run is at work", "retire it when that has ended")
-        if alone is None:
+        if alone is None:  # it is still at work when cron starts this one: no failure, and no mail
             report.overlapped = True
             report.event("overlap", options.local_fs, f"{options.local_fs}: another run is at work")
             return 0
@@ -6577,7 +6669,7 @@ def dispatch(options: argparse.Namespace, report: Report) -> int:
 def main(argv: list[str] | None = None) -> int:
     """The program. Returns its exit code."""
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # cron's locale knows ASCII alone
+        if isinstance(stream, io.TextIOWrapper):  # in cron's locale there is only ASCII: print what is not as escapes
             stream.reconfigure(errors="backslashreplace")
     options = parse(argv)
     report = report_for(options)
