@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from lab import Lab, Machine
 
-PROGRAM = Path(__file__).parent.parent / "zfs_replicate.py"
+PROGRAM = Path(__file__).parents[2] / "zfs_replicate.py"
 TREE = "backuppool/virt/machines"
 MIRROR = "offsite/virt/machines"
 TAG = "offsite"

@@ -20,7 +20,7 @@ def checkout(tmp_path: Path) -> Path:
     """A copy, for pip builds in place and leaves its scraps behind."""
     (tmp_path / "checkout").mkdir()
     for name in PACKAGE:
-        shutil.copy(Path(__file__).parent.parent / name, tmp_path / "checkout" / name)
+        shutil.copy(Path(__file__).parents[2] / name, tmp_path / "checkout" / name)
     return tmp_path / "checkout"
 
 

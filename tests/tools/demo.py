@@ -6,6 +6,7 @@ import sys
 import textwrap
 import time
 
+import paths  # noqa: F401, it finds the next two
 from lab import Lab, Machine
 from site_pair import JOB, MIRROR, TAG, TREE, Pair, Site, held
 

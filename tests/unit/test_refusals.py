@@ -1,7 +1,7 @@
 """What the program refuses, and the README's table of it: each reason begins as one of its rows does.
 
 A row writes DATASET, HOST, N and the like for what differs from case to case, and ` / ` between several beginnings.
-`PYTHONPATH=. python tests/test_refusals.py` prints what the program says, for whoever writes a row.
+`tests/tools/messages.py` prints what the program says, for whoever writes a row.
 """
 
 from __future__ import annotations
@@ -394,11 +394,3 @@ def test_pauses_grow_and_are_jittered() -> None:
     assert list(zfs_replicate.retry_delays(6, lambda low, high: 1.0)) == [5, 15, 45, 135, 300, 300]
     for low, high in zip(zfs_replicate.retry_delays(3, min), zfs_replicate.retry_delays(3, max)):
         assert low < high / 2
-
-
-if __name__ == "__main__":
-    import tempfile
-
-    with tempfile.TemporaryDirectory() as scratch_directory:
-        for said, way_out in refusals(Path(scratch_directory)):
-            print(f"{said}\n    {way_out}")

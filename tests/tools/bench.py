@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Callable
 
+import paths
 from lab import LARGE_MEMORY, MEMORY, Lab, say
 from lab_image import CACHE
 from site_pair import JOB, MIRROR, TREE, Pair, Site, logins_and_commands, mounts_apart
@@ -509,7 +510,7 @@ def start(rounds: str = str(ROUNDS)) -> None:
                 say(f"round {number}" if number else "warm-up")
                 for name, at in (("0 ms", port), ("100 ms", distant)):
                     began = time.monotonic()
-                    words = ["/usr/bin/python3", "-c", ASK_TWICE, str(Path(__file__).parent.parent), home, str(at)]
+                    words = ["/usr/bin/python3", "-c", ASK_TWICE, str(paths.ROOT), home, str(at)]
                     subprocess.run(words, check=True)
                     if number:
                         found[name].append(time.monotonic() - began)
@@ -600,8 +601,6 @@ def main(what: str = "", *more: str) -> int:
     parts[what](*more)
     return 0
 
-
-sys.path.insert(0, str(Path(__file__).parent.parent))
 
 if __name__ == "__main__":
     sys.exit(main(*sys.argv[1:]))

@@ -1,6 +1,6 @@
 """A source that lies, to the real main(): whatever it says and sends, what is here stays.
 
-    PYTHONPATH=. python3 tests/hostile.py --cases 5000       counts what was found wrong, by kind
+    python3 tests/tools/hostile.py --cases 5000              counts what was found wrong, by kind
     ... --seed 1234                                          one case, told command by command
     ... --commit 0e93162                                     the program of a commit, with its simulated machines
     ... --program FILE                                       another program
@@ -46,6 +46,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Callable
 
+import paths
 from simulated import Machine, Point, Refused, Segment, Store, World, days
 from test_state_machine import Hop, foreign, guids
 
@@ -56,7 +57,6 @@ if TYPE_CHECKING:
 
     from zfs_replicate import Command
 
-ROOT = Path(__file__).parent.parent
 SOURCE = "backuppool/virt/machines"
 LOCAL = "offsite/virt/machines"
 TAG = "offsite"
@@ -1515,7 +1515,7 @@ class Sums:
     def complaint(self) -> str:
         """What is wrong, with how to see it; "" if nothing is."""
         lines = [
-            f"{what} ({count} times): PYTHONPATH=. python3 tests/hostile.py --seed {self.seeds[what]}"
+            f"{what} ({count} times): python3 tests/tools/hostile.py --seed {self.seeds[what]}"
             for what, count in self.wrong.items()
         ]
         return "\n".join(lines)
@@ -1550,15 +1550,20 @@ def elsewhere(options: argparse.Namespace, argv: list[str]) -> int:
     """The same with another program: of a commit, with the tests as they were then."""
     with tempfile.TemporaryDirectory() as directory:
         if options.commit:
-            archive = subprocess.run(["git", "-C", ROOT, "archive", options.commit], check=True, stdout=subprocess.PIPE)
+            archive = subprocess.run(
+                ["git", "-C", paths.ROOT, "archive", options.commit], check=True, stdout=subprocess.PIPE
+            )
             subprocess.run(["tar", "-x", "-C", directory], input=archive.stdout, check=True)
         else:
-            Path(directory, "tests").symlink_to(ROOT / "tests")
+            for name in ("tests", "setup.cfg"):
+                Path(directory, name).symlink_to(paths.ROOT / name)
             Path(directory, "zfs_replicate.py").write_bytes(Path(options.program).read_bytes())
-        script = Path(directory, "tests", "hostile.py")
+        script = Path(directory, "tests", "tools", "hostile.py")
         if options.commit:
-            script.write_bytes(Path(__file__).read_bytes())
-        environment = {**os.environ, "PYTHONPATH": directory, "PYTHONDONTWRITEBYTECODE": "1"}
+            script.parent.mkdir(exist_ok=True)  # the folders were not always there
+            for file in (Path(__file__), Path(paths.__file__)):
+                (script.parent / file.name).write_bytes(file.read_bytes())
+        environment = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1"}
         return subprocess.run([sys.executable, str(script), *argv], env=environment).returncode
 
 
