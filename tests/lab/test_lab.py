@@ -33,7 +33,7 @@ def machines(request: pytest.FixtureRequest, free_lab: Lab) -> Iterator[list[Mac
 
 
 @pytest.mark.each
-def test_a_release_has_its_openzfs(machines: list[Machine]) -> None:
+def test_release_has_its_openzfs(machines: list[Machine]) -> None:
     for machine in machines:
         version = OPENZFS[machine.release]
         tools, module = machine.run("zfs version").stdout.split()
@@ -41,7 +41,7 @@ def test_a_release_has_its_openzfs(machines: list[Machine]) -> None:
         assert module.startswith(f"zfs-kmod-{version}.")
 
 
-def test_copies_of_one_template_draw_different_guids(machines: list[Machine]) -> None:
+def test_template_copies_draw_different_guids(machines: list[Machine]) -> None:
     command = "hostid; zpool get -H -o value guid tank; zfs snapshot tank@guid; zfs get -H -o value guid tank@guid"
     ours, theirs = (machine.run(command).stdout.split() for machine in machines)
     assert len(ours) == len(theirs) == 3
@@ -69,12 +69,12 @@ def test_files_arrive_unchanged_with_their_mode(machines: list[Machine]) -> None
     assert machines[0].run("stat -c %a /opt/new/directory/program").stdout == "750\n"
 
 
-def test_another_user_logs_in_with_his_own_shell(machines: list[Machine]) -> None:
+def test_user_logs_in_with_a_shell_of_his_own(machines: list[Machine]) -> None:
     machines[0].run("id visitor >/dev/null 2>&1 || useradd -m -s /bin/tcsh visitor")
     assert machines[0].run("echo $shell; whoami", user="visitor").stdout == "/bin/tcsh\nvisitor\n"
 
 
-def test_a_pulled_cable_cuts_machines_off_but_not_from_us(machines: list[Machine]) -> None:
+def test_cable_pulled_cuts_machines_off_but_not_from_us(machines: list[Machine]) -> None:
     source, backup = machines
     source.cable(plugged=False)
     assert backup.run(HELLO, check=False).returncode == 255
@@ -83,7 +83,7 @@ def test_a_pulled_cable_cuts_machines_off_but_not_from_us(machines: list[Machine
     assert backup.run(HELLO).stdout == "source\n"
 
 
-def test_a_frozen_peer_hangs_and_goes_on_when_thawed(machines: list[Machine]) -> None:
+def test_freeze_makes_a_peer_hang_until_it_is_thawed(machines: list[Machine]) -> None:
     source, backup = machines
     asking = backup.popen("ssh source 'echo begun; sleep 2; echo done'")
     assert asking.stdout
@@ -110,7 +110,7 @@ def test_netem_delays_the_lab_network(machines: list[Machine]) -> None:
 
 
 @pytest.mark.full
-def test_the_clock_moves_with_us_and_survives_a_power_loss_as_pools_do(machines: list[Machine]) -> None:
+def test_clock_shift_and_pools_survive_a_power_loss(machines: list[Machine]) -> None:
     source = machines[0]
     guid = source.run("zpool get -H -o value guid tank").stdout
     source.run("zfs create tank/kept && zfs snapshot tank/kept@one && zpool sync")
@@ -126,7 +126,7 @@ def test_the_clock_moves_with_us_and_survives_a_power_loss_as_pools_do(machines:
     assert float(source.run("date +%s").stdout) == pytest.approx(time.time(), abs=5)
 
 
-def test_a_reboot_keeps_the_machine_what_it_was(machines: list[Machine]) -> None:
+def test_reboot_keeps_the_machine_what_it_was(machines: list[Machine]) -> None:
     source = machines[0]
     before = source.run("hostname; hostid; zpool list -H -o name,guid").stdout
     source.reboot()

@@ -206,14 +206,14 @@ def host(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
         yield it
 
 
-def test_both_outputs_and_the_status_come_apart(host: Host) -> None:
+def test_ask_tells_both_outputs_and_the_status_apart(host: Host) -> None:
     assert host.ask(shell("echo out; echo err >&2; exit 3")) == Answer(3, "out\n", "err\n")
     assert host.ask(("true",)) == Answer(0, "", "")
     assert host.ask(("false",)) == Answer(1, "", "")
 
 
 @pytest.mark.parametrize("error", [IndexError("pop from empty list"), UnicodeDecodeError("utf-8", b"\xff", 0, 1, "x")])
-def test_whatever_paramiko_trips_over_is_a_lost_link(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+def test_ssh_that_paramiko_trips_over_is_a_lost_link(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
     """Its thread hands on what it met in a malformed packet."""
 
     def trip(*_: object) -> Answer:
@@ -241,7 +241,7 @@ def test_run_raises_the_status_of_a_silent_failure(host: Host) -> None:
         run(host, shell("exit 7"))
 
 
-def test_missing_right_is_told_with_what_grants_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_run_tells_a_missing_right_with_what_grants_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     executable(tmp_path / "zfs", '#!/bin/sh\necho "cannot $1 snapshots: permission denied" >&2; exit 1\n')
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     monkeypatch.setattr("zfs_replicate.own_name", lambda: "keeper")
@@ -265,7 +265,7 @@ def test_missing_right_is_told_with_what_grants_it(tmp_path: Path, monkeypatch: 
         ("cannot unmount '/tank/a b': pool or dataset is busy", "see who uses it: fuser -vm '/tank/a b'"),
     ],
 )
-def test_what_zfs_says_is_told_with_the_way_out(
+def test_run_tells_what_zfs_says_with_the_way_out(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, said: str, hint: str
 ) -> None:
     executable(tmp_path / "zfs", f'#!/bin/sh\necho "{said}" >&2; exit 1\n')
@@ -276,7 +276,7 @@ def test_what_zfs_says_is_told_with_the_way_out(
     assert caught.value.hint == f"on this host: {hint}"
 
 
-def test_missing_program_is_named(host: Host) -> None:
+def test_run_names_a_missing_program(host: Host) -> None:
     assert host.ask(("no-such-program", "list")).status in (127, 1)  # sudo has no status of its own for that
     with pytest.raises(CommandFailed) as caught:
         run(host, ("no-such-program", "list"))
@@ -284,7 +284,7 @@ def test_missing_program_is_named(host: Host) -> None:
     assert host.label in caught.value.what
 
 
-def test_program_that_may_not_run_is_an_answer(host: Host, tmp_path: Path) -> None:
+def test_ask_of_a_program_that_may_not_run_is_an_answer(host: Host, tmp_path: Path) -> None:
     program = tmp_path / "zfs"
     program.write_text("#!/bin/sh\n")
     program.chmod(0o644)
@@ -302,21 +302,21 @@ WORDS = (
 )
 
 
-def test_arguments_arrive_word_for_word(host: Host) -> None:
+def test_ask_passes_arguments_word_for_word(host: Host) -> None:
     answer = host.ask(shell('for word; do printf "<%s>" "$word"; done', *WORDS))
     assert answer == Answer(0, "".join(f"<{word}>" for word in WORDS), "")
 
 
-def test_output_comes_byte_for_byte(host: Host) -> None:
+def test_run_returns_output_byte_for_byte(host: Host) -> None:
     """Also what is no UTF-8, and no line end of ours."""
     assert run(host, ("printf", r"\377 \303\244\r\n\r")) == "\udcff ä\r\n\r"
 
 
-def test_standard_input_is_empty(host: Host) -> None:
+def test_ask_leaves_standard_input_empty(host: Host) -> None:
     assert host.ask(shell("cat; echo done")) == Answer(0, "done\n", "")
 
 
-def test_programs_that_compress_are_known_after_the_first_command(host: Host) -> None:
+def test_has_knows_compressors_after_the_first_command(host: Host) -> None:
     assert host.ask(("sh", "-c", "echo /usr/bin/false >&2")).stderr == "/usr/bin/false\n"
     assert {name: host.has(name) for name in COMPRESSORS} == {
         name: shutil.which(name) is not None for name in COMPRESSORS
@@ -324,7 +324,7 @@ def test_programs_that_compress_are_known_after_the_first_command(host: Host) ->
     assert not host.has("no-such-program")
 
 
-def test_much_on_both_outputs_does_not_block(host: Host) -> None:
+def test_ask_does_not_block_on_much_output(host: Host) -> None:
     script = 'head -c "$1" /dev/zero | tr "\\0" e >&2; head -c "$1" /dev/zero | tr "\\0" o'
     answer = host.ask(shell(script, str(4 * MEBIBYTE)))
     assert answer.status == 0
@@ -338,12 +338,12 @@ def test_environment_finds_zfs_and_speaks_english(host: Host) -> None:
     assert language == "C"
 
 
-def test_command_killed_by_a_signal_has_not_succeeded(host: Host) -> None:
+def test_run_fails_if_a_signal_killed_the_command(host: Host) -> None:
     with pytest.raises(Failure):
         run(host, shell("echo looks fine; kill -KILL $$"))
 
 
-def test_piped_carries_bytes_both_ways(host: Host) -> None:
+def test_stream_command_carries_bytes_both_ways(host: Host) -> None:
     data = os.urandom(3 * MEBIBYTE)
     script = 'cat; printf "%s" "$1" >&2; exit 3'
     done = subprocess.run(
@@ -354,7 +354,7 @@ def test_piped_carries_bytes_both_ways(host: Host) -> None:
     assert done.returncode == 3
 
 
-def test_piped_passes_on_that_nobody_reads(host: Host) -> None:
+def test_stream_command_ends_if_nobody_reads(host: Host) -> None:
     command = host.stream_command(("cat", "/dev/zero"))
     with subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         assert process.stdout is not None
@@ -388,14 +388,14 @@ def bounded_host(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
     yield host
 
 
-def test_a_command_that_prints_without_end_is_ended(bounded_host: LocalHost | SshHost) -> None:
+def test_output_without_end_is_ended(bounded_host: LocalHost | SshHost) -> None:
     with pytest.raises(Failure, match=r"^sh -c on .* has printed more than 1.00M: ") as caught:
         bounded_host.ask(ENDLESS)
     assert type(caught.value) is Failure
     assert "in parts" in caught.value.hint
 
 
-def test_who_floods_us_over_ssh_is_heard_no_more(
+def test_output_flood_over_ssh_ends_the_connection(
     source: SshHost, server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """paramiko keeps what still comes for a channel that we have closed."""
@@ -408,7 +408,7 @@ def test_who_floods_us_over_ssh_is_heard_no_more(
 
 
 @pytest.mark.parametrize("command", [COMPLAINS, DRIBBLES, COMPLAINS_AT_TIMES, LIVES_ON])
-def test_a_command_has_one_deadline_whatever_it_says(
+def test_deadline_of_a_command_is_one_whatever_it_prints(
     bounded_host: LocalHost | SshHost, monkeypatch: pytest.MonkeyPatch, command: Command
 ) -> None:
     monkeypatch.setattr(bounded_host, "stall_timeout", 1.0)
@@ -416,12 +416,12 @@ def test_a_command_has_one_deadline_whatever_it_says(
         bounded_host.ask(command)
 
 
-def test_much_that_is_printed_in_time_is_an_answer(bounded_host: LocalHost | SshHost) -> None:
+def test_output_that_is_long_but_in_time_is_an_answer(bounded_host: LocalHost | SshHost) -> None:
     answer = bounded_host.ask(shell('head -c "$1" /dev/zero', str(MEBIBYTE)))
     assert answer == Answer(0, "\0" * MEBIBYTE, "")
 
 
-def test_of_many_words_the_last_are_kept() -> None:
+def test_tail_keeps_the_last_of_many_words() -> None:
     tail, said = Tail(100), bytearray()
     for number in range(1000):
         word = b"%d " % number * (number % 7)
@@ -434,7 +434,7 @@ def test_of_many_words_the_last_are_kept() -> None:
     assert len(tail.kept) == 100
 
 
-def test_what_zfs_says_of_a_batch_of_names_is_kept_whole() -> None:
+def test_tail_keeps_complaints_about_a_whole_batch_of_names() -> None:
     names = next(zfs_replicate.batches(f"a@{number:x}" for number in range(100_000)))
     told = "".join(f"cannot hold snapshot '{name}': tag already exists on this dataset\n" for name in names)
     assert len(told) < COMPLAINT_BYTES
@@ -443,14 +443,14 @@ def test_what_zfs_says_of_a_batch_of_names_is_kept_whole() -> None:
 # --- SSH: the login ---------------------------------------------------------------------------------------------------
 
 
-def test_one_login_serves_many_commands(source: SshHost, server: Server) -> None:
+def test_login_serves_many_commands(source: SshHost, server: Server) -> None:
     for number in range(20):
         assert source.ask(("echo", str(number))).stdout == f"{number}\n"
     assert len(server.commands) == 20
     assert server.logins == 1
 
 
-def test_nothing_of_a_command_remains(source: SshHost) -> None:
+def test_command_leaves_no_channel_and_no_thread(source: SshHost) -> None:
     """No channel but that of the next one, no thread: a run may ask thousands."""
     source.ask(("true",))
     before = threading.active_count()
@@ -461,14 +461,14 @@ def test_nothing_of_a_command_remains(source: SshHost) -> None:
     assert eventually(lambda: len(transport._channels) == 1 and threading.active_count() <= before)
 
 
-def test_each_step_is_noted(connection: Connection) -> None:
+def test_notes_tell_each_step(connection: Connection) -> None:
     notes: list[str] = []
     with contextlib.closing(log_into(connection, notes.append)) as host:
         host.ask(("echo", "two words"))
     assert notes == [f"source: logged in as puller at 127.0.0.1:{connection.port}", "source: echo 'two words'"]
 
 
-def test_unknown_host_key_is_refused_with_its_fingerprint(connection: Connection, server: Server) -> None:
+def test_host_key_unknown_is_refused_with_its_fingerprint(connection: Connection, server: Server) -> None:
     stranger = but(connection, userknownhostsfile="/nonexistent")
     with pytest.raises(Failure) as caught:
         log_into(stranger)
@@ -486,7 +486,7 @@ def fingerprint(server: Server) -> str:
     return told.split()[1]
 
 
-def test_changed_host_key_is_refused(connection: Connection, server: Server) -> None:
+def test_host_key_changed_is_refused(connection: Connection, server: Server) -> None:
     server.host_key = paramiko.ECDSAKey.generate()
     with pytest.raises(Failure, match="has changed") as caught:
         log_into(connection)
@@ -502,13 +502,13 @@ def test_host_key_is_looked_up_under_its_alias(connection: Connection, server: S
     log_into(but(connection, hostkeyalias="vault")).close()
 
 
-def test_hashed_host_name_is_found(connection: Connection, tmp_path: Path) -> None:
+def test_known_hosts_with_hashed_names_are_read(connection: Connection, tmp_path: Path) -> None:
     subprocess.run(("ssh-keygen", "-q", "-H", "-f", tmp_path / "known_hosts"), capture_output=True, check=True)
     assert "127.0.0.1" not in (tmp_path / "known_hosts").read_text()
     log_into(connection).close()
 
 
-def test_second_known_hosts_file_is_read(connection: Connection, tmp_path: Path) -> None:
+def test_known_hosts_in_a_second_file_are_read(connection: Connection, tmp_path: Path) -> None:
     (tmp_path / "empty").touch()
     files = f"{tmp_path}/empty {tmp_path}/missing {tmp_path}/known_hosts"
     log_into(but(connection, userknownhostsfile=files)).close()
@@ -522,7 +522,7 @@ def test_second_known_hosts_file_is_read(connection: Connection, tmp_path: Path)
         *("host ssh-ed25519 A", "caf\udce9 ssh-rsa AAAA"),
     ],
 )
-def test_broken_line_in_known_hosts_is_passed_over_or_named(connection: Connection, tmp_path: Path, line: str) -> None:
+def test_known_hosts_with_a_broken_line_are_read_or_named(connection: Connection, tmp_path: Path, line: str) -> None:
     known_hosts = tmp_path / "known_hosts"
     known_hosts.write_bytes(os.fsencode(line) + b"\n" + known_hosts.read_bytes())
     try:
@@ -532,7 +532,7 @@ def test_broken_line_in_known_hosts_is_passed_over_or_named(connection: Connecti
 
 
 @pytest.mark.parametrize("kind", ["rsa", "ecdsa", "ed25519"])
-def test_key_of_each_kind_logs_in_if_it_is_the_right_one(
+def test_login_with_the_right_key_of_each_kind(
     connection: Connection, server: Server, tmp_path: Path, kind: str
 ) -> None:
     key = make_key(tmp_path / kind, kind)
@@ -554,7 +554,9 @@ def refused(connection: Connection) -> Failure:
 
 
 @pytest.mark.parametrize("kind", ["rsa", "ecdsa", "ed25519"])
-def test_good_key_may_come_second(connection: Connection, server: Server, tmp_path: Path, kind: str) -> None:
+def test_login_with_a_good_key_after_a_bad_one(
+    connection: Connection, server: Server, tmp_path: Path, kind: str
+) -> None:
     keys = (str(make_key(tmp_path / "first", kind)), str(server.key_file))
     log_into(replace(connection, config={**connection.config, "identityfile": keys})).close()
 
@@ -577,7 +579,7 @@ def test_login_as_another_user_is_refused(connection: Connection) -> None:
         log_into(but(connection, user="somebody"))
 
 
-def test_failed_login_leaves_nothing_open(connection: Connection, server: Server) -> None:
+def test_login_that_fails_leaves_nothing_open(connection: Connection, server: Server) -> None:
     server.fault = Fault.KEY_REJECTED
     with pytest.raises(Failure):
         log_into(connection)
@@ -604,24 +606,24 @@ def dead_port() -> int:
         return port
 
 
-def test_unreachable_port_is_a_lost_link(connection: Connection, dead_port: int) -> None:
+def test_lost_link_at_an_unreachable_port(connection: Connection, dead_port: int) -> None:
     with pytest.raises(LinkLost, match=rf"cannot reach 127.0.0.1 port {dead_port}: .*refused") as caught:
         log_into(but(connection, port=str(dead_port)))
     assert caught.value.hint.startswith("this must work: ssh -p")
 
 
-def test_unknown_name_is_a_lost_link(connection: Connection) -> None:
+def test_lost_link_at_an_unknown_name(connection: Connection) -> None:
     with pytest.raises(LinkLost, match="cannot reach"):
         log_into(but(connection, hostname="256.0.0.1"))
 
 
-def test_host_without_a_greeting_is_a_lost_link(connection: Connection, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lost_link_at_a_host_without_a_greeting(connection: Connection, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(zfs_replicate, "CONNECT_SECONDS", 0.1)
     with socket.create_server(("127.0.0.1", 0)) as mute, pytest.raises(LinkLost, match=r"cannot reach .*: .+"):
         log_into(but(connection, port=str(mute.getsockname()[1])))
 
 
-def test_connection_dropped_during_a_command_is_a_lost_link(source: SshHost, server: Server) -> None:
+def test_lost_link_if_the_connection_drops_during_a_command(source: SshHost, server: Server) -> None:
     server.fault = Fault.DROPPED
     with pytest.raises(LinkLost, match=r"lost the connection to source during zfs list: .+"):
         source.ask(("zfs", "list", "tank"))
@@ -629,20 +631,20 @@ def test_connection_dropped_during_a_command_is_a_lost_link(source: SshHost, ser
         source.ask(("zfs", "list", "tank"))
 
 
-def test_the_next_channel_is_opened_while_a_command_is_at_work(source: SshHost, server: Server) -> None:
+def test_channel_for_the_next_command_is_opened_meanwhile(source: SshHost, server: Server) -> None:
     source.ask(("echo", "one"))
     assert eventually(lambda: server.opened == 2)
     source.ask(("echo", "two"))
     assert eventually(lambda: server.opened == 3)
 
 
-def test_a_host_that_allows_one_channel_at_a_time(source: SshHost, server: Server) -> None:
+def test_channel_limit_of_one_at_a_time_is_enough(source: SshHost, server: Server) -> None:
     server.fault = Fault.ONE_SESSION
     assert [source.ask(("echo", word)).stdout for word in ("one", "two")] == ["one\n", "two\n"]
     assert (server.opened, server.refused) == (2, 2)
 
 
-def test_command_that_a_signal_ended_is_tried_again(source: SshHost, server: Server) -> None:
+def test_lost_link_if_a_signal_ended_the_command(source: SshHost, server: Server) -> None:
     server.fault = Fault.NO_STATUS
     with pytest.raises(LinkLost, match=r"^a signal ended echo looks fine on source\n"):
         source.ask(("echo", "looks fine"))
@@ -650,7 +652,7 @@ def test_command_that_a_signal_ended_is_tried_again(source: SshHost, server: Ser
     assert source.ask(("echo", "still here")).stdout == "still here\n"
 
 
-def test_a_command_that_never_ends_is_given_up(
+def test_deadline_ends_a_command_that_never_ends(
     source: SshHost, server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(source, "stall_timeout", 0.1)
@@ -659,7 +661,7 @@ def test_a_command_that_never_ends_is_given_up(
         source.ask(("zfs", "list"))
 
 
-def test_a_command_that_is_not_even_begun_is_a_lost_link(
+def test_lost_link_if_a_command_is_not_even_begun(
     source: SshHost, server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """paramiko itself would wait for ever."""
@@ -669,7 +671,7 @@ def test_a_command_that_is_not_even_begun_is_a_lost_link(
         source.ask(("zfs", "list"))
 
 
-def test_a_link_that_the_kernel_gives_up_is_a_lost_one(source: SshHost, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lost_link_if_the_kernel_gives_up(source: SshHost, monkeypatch: pytest.MonkeyPatch) -> None:
     def exchange(transport: Any, doing: str, line: str) -> Answer:
         raise TimeoutError(110, "Connection timed out")
 
@@ -678,11 +680,11 @@ def test_a_link_that_the_kernel_gives_up_is_a_lost_one(source: SshHost, monkeypa
         source.ask(("zfs", "list"))
 
 
-def test_a_lost_link_shows_before_a_command_is_given_up(source: SshHost) -> None:
+def test_lost_link_shows_before_the_deadline_of_a_command(source: SshHost) -> None:
     assert source.stall_timeout >= LINK_SECONDS + KEEPALIVE_SECONDS
 
 
-def test_sudo_that_is_missing_or_refuses_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sudo_missing_or_refusing_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setattr("zfs_replicate.SBIN", str(tmp_path))
     with pytest.raises(CommandFailed, match=r"^zfs list failed on this host: sudo is not installed$"):
@@ -692,13 +694,13 @@ def test_sudo_that_is_missing_or_refuses_is_told(tmp_path: Path, monkeypatch: py
         run(SudoHost(LocalHost()), ("zfs", "list"))
 
 
-def test_without_paramiko_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_paramiko_missing_is_told_with_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "paramiko", None)
     with pytest.raises(Failure, match=r"cannot use paramiko: .*\ninstall it: apt install python3-paramiko"):
         log_in(Connection("source", (), {}))
 
 
-def test_flood_of_complaints_does_not_block(source: SshHost, server: Server) -> None:
+def test_ssh_does_not_block_on_a_flood_of_complaints(source: SshHost, server: Server) -> None:
     source.ask(("true",))  # which brings along what programs are there
     server.fault = Fault.FLOOD
     answer = source.ask(("echo", "done"))
@@ -742,7 +744,7 @@ for config in json.load(sys.stdin):
 """
 
 
-def test_paramiko_is_not_heard(connection: Connection, tmp_path: Path) -> None:
+def test_paramiko_prints_nothing_of_its_own(connection: Connection, tmp_path: Path) -> None:
     """In a process of its own: neither tracebacks of its threads nor warnings of what it imports reach the user."""
     known_hosts = tmp_path / "known_hosts"
     configs = []
@@ -775,7 +777,7 @@ def resolve(name: str, port: int | None = None, identity: str | None = None) -> 
     return Connection.resolve(name, port, identity)
 
 
-def test_alias_sets_everything(ssh_config: SshConfig, tmp_path: Path) -> None:
+def test_connection_takes_all_from_an_alias(ssh_config: SshConfig, tmp_path: Path) -> None:
     key = make_key(tmp_path / "key")
     ssh_config.write(
         f"""\
@@ -802,7 +804,7 @@ def test_alias_sets_everything(ssh_config: SshConfig, tmp_path: Path) -> None:
     assert connection.ssh_command_for_user() == "ssh vault"
 
 
-def test_command_line_beats_ssh_config(ssh_config: SshConfig, tmp_path: Path) -> None:
+def test_connection_prefers_the_command_line_to_ssh_config(ssh_config: SshConfig, tmp_path: Path) -> None:
     ssh_config.write(f"Host vault\n  Port 2222\n  User puller\n  IdentityFile {make_key(tmp_path / 'key')}\n")
     other = make_key(tmp_path / "other key")
     connection = resolve("root@vault", 2200, str(other))
@@ -813,7 +815,7 @@ def test_command_line_beats_ssh_config(ssh_config: SshConfig, tmp_path: Path) ->
     assert connection.ssh_command_for_user() == f"ssh -p 2200 -i '{other}' -o IdentitiesOnly=yes root@vault"
 
 
-def test_known_hosts_files_are_found_in_the_home_directory(
+def test_connection_finds_known_hosts_in_the_home_directory(
     ssh_config: SshConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
@@ -829,7 +831,7 @@ def test_known_hosts_files_are_found_in_the_home_directory(
     assert Connection("vault", (), {"identityfile": ("~/one", "~/four")}).identities == [f"{tmp_path}/one"]
 
 
-def test_key_named_with_tokens_is_found(ssh_config: SshConfig, tmp_path: Path) -> None:
+def test_connection_finds_a_key_named_with_tokens(ssh_config: SshConfig, tmp_path: Path) -> None:
     """ssh -G prints `%h` and the like in IdentityFile as they stand."""
     key = make_key(tmp_path / "key-vault.example-puller-100%")
     ssh_config.write(
@@ -838,19 +840,19 @@ def test_key_named_with_tokens_is_found(ssh_config: SshConfig, tmp_path: Path) -
     assert resolve("vault").identities == [str(key)]
 
 
-def test_unreadable_configuration_is_a_failure(ssh_config: SshConfig) -> None:
+def test_connection_fails_on_an_unreadable_configuration(ssh_config: SshConfig) -> None:
     ssh_config.write("Nonsense yes\n")
     with pytest.raises(Failure, match=r"(?s)ssh -G failed .*: Bad configuration option: nonsense"):
         resolve("vault")
 
 
-def test_missing_ssh_client_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_connection_names_a_missing_ssh_client(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(zfs_replicate, "environment", lambda: {"PATH": "/nonexistent"})
     with pytest.raises(Failure, match="has no program 'ssh'"):
         resolve("vault")
 
 
-def test_proxy_command_is_expanded(ssh_config: SshConfig) -> None:
+def test_connection_expands_a_proxy_command(ssh_config: SshConfig) -> None:
     ssh_config.write(
         "Host vault\n  HostName v.example\n  Port 2222\n  User puller\n  ProxyCommand relay %h:%p %r 100%% %%h %n\n"
     )
@@ -859,7 +861,7 @@ def test_proxy_command_is_expanded(ssh_config: SshConfig) -> None:
 
 
 @pytest.mark.parametrize("setting", ["ProxyCommand", "ProxyJump"])
-def test_no_proxy_is_no_proxy(ssh_config: SshConfig, setting: str) -> None:
+def test_connection_takes_none_for_no_proxy(ssh_config: SshConfig, setting: str) -> None:
     ssh_config.write(f"Host vault\n  {setting} none\nHost *\n  {setting} relay\n")
     assert resolve("vault").proxy is None
 
@@ -874,7 +876,7 @@ def test_no_proxy_is_no_proxy(ssh_config: SshConfig, setting: str) -> None:
         ("ssh://me@gate:2222", ("--", "ssh://me@gate:2222")),
     ],
 )
-def test_proxy_jump_becomes_a_client_that_forwards(ssh_config: SshConfig, jump: str, words: Command) -> None:
+def test_connection_turns_a_jump_into_a_client_that_forwards(ssh_config: SshConfig, jump: str, words: Command) -> None:
     ssh_config.write(f"Host vault\n  HostName v.example\n  Port 2022\n  ProxyJump {jump}\n")
     proxy = resolve("vault").proxy
     assert proxy is not None
@@ -890,7 +892,7 @@ def test_proxy_jump_becomes_a_client_that_forwards(ssh_config: SshConfig, jump: 
     assert [line for line in told if line.startswith("proxyjump ")] == [f"proxyjump {words[1]}"] * (words[0] == "-J")
 
 
-def test_both_connections_log_in_alike(ssh_config: SshConfig, server: Server, tmp_path: Path) -> None:
+def test_connections_of_control_and_stream_log_in_alike(ssh_config: SshConfig, server: Server, tmp_path: Path) -> None:
     """Same host, port, user, key and known_hosts, from one configuration and flags."""
     other = make_key(tmp_path / "other")
     server.authorized = {public(other)}
@@ -905,7 +907,7 @@ def test_both_connections_log_in_alike(ssh_config: SshConfig, server: Server, tm
     assert server.logins == 2
 
 
-def test_streams_share_one_login_that_ends_with_us(ssh_config: SshConfig, server: Server) -> None:
+def test_connection_of_streams_is_one_login_that_ends_with_us(ssh_config: SshConfig, server: Server) -> None:
     ssh_config.add("vault", server)
     with contextlib.closing(log_into(resolve("vault"))) as host:
         for _ in range(3):
@@ -926,7 +928,7 @@ def read(path: Path) -> bytes:
         return b""
 
 
-def test_both_connections_refuse_a_changed_key(ssh_config: SshConfig, server: Server) -> None:
+def test_connections_of_control_and_stream_refuse_a_changed_key(ssh_config: SshConfig, server: Server) -> None:
     ssh_config.add("vault", server)
     connection = resolve("vault")
     with contextlib.closing(log_into(connection)) as host:
@@ -976,7 +978,7 @@ def test_login_through_a_jump_host(ssh_config: SshConfig, server: Server, tmp_pa
 
 
 @pytest.mark.parametrize("proxy", ["no-such-program %h", "false", "exec false"])
-def test_proxy_that_fails_is_a_lost_link(connection: Connection, proxy: str) -> None:
+def test_lost_link_if_the_proxy_fails(connection: Connection, proxy: str) -> None:
     with pytest.raises(LinkLost, match=r"cannot reach 127.0.0.1 port"):
         log_into(but(connection, proxycommand=proxy))
 
@@ -1003,7 +1005,7 @@ def gone(pid: int) -> bool:
 # --- The ssh client for the stream ------------------------------------------------------------------------------------
 
 
-def test_client_is_never_interactive(ssh_config: SshConfig) -> None:
+def test_ssh_client_is_never_interactive(ssh_config: SshConfig) -> None:
     """Whatever the user likes for sessions, the stream gets none of it."""
     ssh_config.write(
         """\
@@ -1066,14 +1068,14 @@ def test_fast_cipher_comes_first_if_none_is_named(
         ("processor\t: 0\ncpu\t\t: POWER9, altivec supported\n", True),
     ],
 )
-def test_processor_that_knows_aes(tmp_path: Path, cpuinfo: str, expected: bool) -> None:
+def test_fast_cipher_depends_on_what_the_processor_knows(tmp_path: Path, cpuinfo: str, expected: bool) -> None:
     (tmp_path / "cpuinfo").write_text(cpuinfo, encoding="ascii")
     assert has_aes_instructions(str(tmp_path / "cpuinfo")) is expected
     assert has_aes_instructions(str(tmp_path / "absent"))
 
 
 @pytest.mark.parametrize("ciphers", ["aes256-ctr", "-aes128-gcm@openssh.com", "^aes256-ctr"])
-def test_cipher_that_the_user_named_stays(ssh_config: SshConfig, ciphers: str) -> None:
+def test_fast_cipher_leaves_what_the_user_named(ssh_config: SshConfig, ciphers: str) -> None:
     ssh_config.write(f"Host vault\n  Ciphers {ciphers}\n")
     connection = resolve("vault")
     assert fast_cipher(connection) == []

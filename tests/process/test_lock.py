@@ -128,7 +128,7 @@ def test_lock_that_outlives_an_orderly_end_is_told() -> None:
     assert not is_busy()
 
 
-def test_when_a_run_last_moved_is_not_in_the_future() -> None:
+def test_last_activity_is_not_in_the_future() -> None:
     """The clock may have been put back since."""
     with held() as ours:
         os.utime(ours.filenos[0], (1_700_000_000, 1_700_000_000))
@@ -145,13 +145,13 @@ def test_when_a_run_last_moved_is_not_in_the_future() -> None:
     [JOB.replace("HOST", "other"), JOB.replace("pool/vm", "pool/mail"), JOB + "2"],
     ids=["host", "source", "tag"],
 )
-def test_the_run_of_another_job_is_told_however_lively(other: str) -> None:
+def test_lock_of_another_job_is_told_however_lively(other: str) -> None:
     with held():
         said = refusal(job=other)
         assert f"a run of another line is at work on {MINE}: {JOB} (pid {os.getpid()}, since 20" in said
 
 
-def test_what_makes_a_job() -> None:
+def test_job_is_the_options_that_say_what_goes_where() -> None:
     line = ["-h", "HOST", "-r", "backuppool/a b", "-l", "offsite/a b", "-t", "offsite"]
     job = job_of(parse(line))
     assert job == "-h HOST -r 'backuppool/a b' -l 'offsite/a b' -t offsite"
@@ -163,7 +163,7 @@ def test_what_makes_a_job() -> None:
         assert os.fstat(ours.filenos[0]).st_size < 4096
 
 
-def test_trees_within_each_other_exclude_each_other() -> None:
+def test_lock_excludes_trees_within_each_other() -> None:
     inner, beside = f"{MINE}/a", f"{MINE}/b"
     with held(inner, "inner"):
         assert f"a run on a tree within {MINE} is at work" in refusal()
@@ -181,7 +181,7 @@ def test_trees_within_each_other_exclude_each_other() -> None:
     assert not is_busy(f"{inner}/b")
 
 
-def test_a_run_beside_another_job_ends_with_3_and_one_beside_its_own_with_0(capsys: pytest.CaptureFixture[str]) -> None:
+def test_lock_of_another_job_ends_a_run_with_3_its_own_with_0(capsys: pytest.CaptureFixture[str]) -> None:
     line = ["-h", "HOST", "-r", "backuppool/vm", "-l", MINE, "-t", "offsite"]
     with held(job=job_of(parse(line))):
         assert main(line) == 0
@@ -212,7 +212,7 @@ def test_a_run_beside_another_job_ends_with_3_and_one_beside_its_own_with_0(caps
         b"\0" * 100,
     ],
 )
-def test_a_holder_that_does_not_say_who_he_is(text: bytes) -> None:
+def test_lock_of_an_unknown_holder_is_told_once_it_stands_still(text: bytes) -> None:
     with held() as ours:
         rewritten(ours, text)
         file = LockFile(str(path_of()))
@@ -224,7 +224,7 @@ def test_a_holder_that_does_not_say_who_he_is(text: bytes) -> None:
         assert refusal(f"{MINE}/a") == f"a run on {MINE}, in which {MINE}/a lies, is at work"
 
 
-def test_a_holder_that_says_who_he_is() -> None:
+def test_lock_names_its_holder() -> None:
     with held():
         file = LockFile(str(path_of()))
         found = file.holder()
@@ -235,7 +235,7 @@ def test_a_holder_that_says_who_he_is() -> None:
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="there is no full device")
-def test_a_lock_file_that_cannot_be_written_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lock_file_that_cannot_be_written_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     full = os.open("/dev/full", os.O_WRONLY)
     pwrite = os.pwrite
     monkeypatch.setattr("os.pwrite", lambda _fd, data, offset: pwrite(full, data, offset))
@@ -283,7 +283,7 @@ STRANGE: dict[str, tuple[Callable[[Path], object], str]] = {
 
 @pytest.mark.parametrize("tree", zfs_replicate.with_ancestors(MINE), ids=["above", "own"])
 @pytest.mark.parametrize("kind", STRANGE)
-def test_a_file_that_cannot_be_ours_is_no_lock(
+def test_lock_file_that_cannot_be_ours_is_refused(
     kind: str, tree: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if kind == "foreign" and os.geteuid() != 0:
@@ -339,7 +339,7 @@ def home() -> Iterator[Path]:
 ACCOUNT = os.geteuid() or NOBODY
 
 
-def test_an_account_keeps_its_locks_in_its_home(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lock_of_an_account_is_in_its_home(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", "/nonexistent")
     monkeypatch.setenv("TMPDIR", "/nonexistent")
 
@@ -358,7 +358,7 @@ def test_an_account_keeps_its_locks_in_its_home(home: Path, monkeypatch: pytest.
     assert not names & set(os.listdir("/tmp"))
 
 
-def test_a_home_that_others_may_write_to_is_told(home: Path) -> None:
+def test_lock_in_a_home_that_others_may_write_to_is_refused(home: Path) -> None:
     directory = home / ".local/state/zfs_replicate"
     directory.mkdir(parents=True)
     directory.chmod(0o777)
@@ -368,7 +368,7 @@ def test_a_home_that_others_may_write_to_is_told(home: Path) -> None:
 
 
 @ROOT_ALONE
-def test_a_home_that_cannot_be_written_to_is_told(home: Path) -> None:
+def test_lock_in_a_home_that_is_read_only_is_refused(home: Path) -> None:
     os.chown(home, 0, -1)
     said = as_account(ACCOUNT, home, is_busy)
     assert said == (
@@ -377,7 +377,7 @@ def test_a_home_that_cannot_be_written_to_is_told(home: Path) -> None:
     )
 
 
-def test_an_account_without_a_home_is_told(home: Path) -> None:
+def test_lock_of_an_account_without_a_home_is_refused(home: Path) -> None:
     def work() -> object:
         def unknown(number: int) -> pwd.struct_passwd:
             raise KeyError(number)
@@ -390,7 +390,7 @@ def test_an_account_without_a_home_is_told(home: Path) -> None:
     assert said.startswith(f"Failure: this account (uid {ACCOUNT}) has no home, ")
 
 
-def test_what_somebody_leaves_in_tmp_is_no_sign_of_a_run() -> None:
+def test_lock_ignores_what_somebody_leaves_in_tmp() -> None:
     planted = Path("/tmp", lock_name(MINE))
     planted.write_text(f"1 1700000000 {JOB}\n", encoding="ascii")
     try:

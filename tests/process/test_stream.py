@@ -107,22 +107,22 @@ def test_stream_arrives_whole(tmp_path: Path, between: int) -> None:
     assert (tmp_path / "out").read_bytes() == data
 
 
-def test_equal_stages_are_different_stages(tmp_path: Path) -> None:
+def test_stages_that_are_equal_are_different_processes(tmp_path: Path) -> None:
     same = shell('cat; echo x >> "$1"', str(tmp_path / "out"))
     stream([same, same, same])
     assert (tmp_path / "out").read_text() == "x\n" * 3
 
 
-def test_first_stage_has_nothing_to_read() -> None:
+def test_stage_that_is_first_has_nothing_to_read() -> None:
     stream([shell('test -z "$(cat)"')])
 
 
-def test_last_stage_prints_nothing_to_the_user(capfd: pytest.CaptureFixture[str]) -> None:
+def test_stage_that_is_last_prints_nothing_to_the_user(capfd: pytest.CaptureFixture[str]) -> None:
     stream([shell("echo out; echo warning >&2"), shell("cat; echo warning >&2")])
     assert capfd.readouterr() == ("", "")
 
 
-def test_many_complaints_do_not_block() -> None:
+def test_stream_does_not_block_on_many_complaints() -> None:
     noisy = shell('head -c "$1" /dev/zero | tr "\\0" "\\n" >&2; cat', str(4 * MEBIBYTE))
     stream([noisy, noisy, noisy])
 
@@ -131,7 +131,7 @@ def test_many_complaints_do_not_block() -> None:
 
 
 @pytest.mark.parametrize("place", [0, 1, 2])
-def test_failing_stage_is_named_with_what_it_said(place: int) -> None:
+def test_stage_that_fails_is_named_with_what_it_said(place: int) -> None:
     stages = [shell("echo some data"), ("cat",), shell("cat > /dev/null")]
     stages[place] = ("sh", "-c", "cat > /dev/null; echo 'out of space' >&2; exit 3")
     with pytest.raises(StreamFailed) as caught:
@@ -141,27 +141,27 @@ def test_failing_stage_is_named_with_what_it_said(place: int) -> None:
 
 
 @pytest.mark.parametrize("place", [0, 1, 2])
-def test_silent_failure_is_told_by_its_status(place: int) -> None:
+def test_stage_that_fails_silently_is_told_by_its_status(place: int) -> None:
     stages = [shell("echo some data"), ("cat",), shell("cat > /dev/null")]
     stages[place] = shell("cat > /dev/null; exit 3")
     with pytest.raises(StreamFailed, match=r"^the stream failed: sh ended with status 3$"):
         stream(stages)
 
 
-def test_first_stage_dies_half_way(tmp_path: Path) -> None:
+def test_stage_that_is_first_dies_half_way(tmp_path: Path) -> None:
     """What follows sees a clean end of its input: only the status tells."""
     with pytest.raises(StreamFailed, match=r"sh: dataset is busy"):
         stream([shell("echo half; echo 'dataset is busy' >&2; exit 1"), ("cat",), into(tmp_path / "out")])
     assert (tmp_path / "out").read_text() == "half\n"
 
 
-def test_last_stage_dies_early() -> None:
+def test_stage_that_is_last_dies_early() -> None:
     """The endless stages before it get SIGPIPE, and it is the last one that is blamed."""
     with pytest.raises(StreamFailed, match=r"^the stream failed: sh: cannot receive$"):
         stream([("cat", "/dev/zero"), ("cat",), shell("head -c 10; echo 'cannot receive' >&2; exit 1")])
 
 
-def test_last_stage_that_succeeds_without_reading_all_has_not_received_all() -> None:
+def test_stage_that_is_last_must_read_all_to_succeed() -> None:
     with pytest.raises(StreamFailed, match=rf"cat ended by signal {signal.SIGPIPE}"):
         stream([("cat", "/dev/zero"), ("head", "-c", "10")])
 
@@ -183,7 +183,7 @@ def test_stage_that_cannot_start_is_named(place: int, program: str) -> None:
         stream(stages)
 
 
-def test_only_the_last_lines_are_told() -> None:
+def test_stderr_of_a_stage_is_told_in_its_last_lines() -> None:
     with pytest.raises(StreamFailed) as caught:
         stream([shell("seq 100 >&2; printf '\\377' >&2; exit 1")])
     assert caught.value.what == "the stream failed: sh: 97\n98\n99\n100\n\ufffd"
@@ -192,7 +192,7 @@ def test_only_the_last_lines_are_told() -> None:
 # --- Bounds: what no stage can make us wait for, or keep ---------------------------------------------------------------
 
 
-def test_of_what_a_stage_says_without_end_the_last_is_kept() -> None:
+def test_stderr_without_end_is_kept_in_its_last_part() -> None:
     """In memory, and nowhere else; the longest line is as long."""
     flood = shell('echo first >&2; head -c "$1" /dev/zero | tr "\\0" e >&2; echo last >&2; exit 1', str(9 * MEBIBYTE))
     with contextlib.closing(Pipeline([flood], [("cat",)], PLAIN)) as pipeline:
@@ -203,7 +203,7 @@ def test_of_what_a_stage_says_without_end_the_last_is_kept() -> None:
         assert len(pipeline.upstream[0].tail.kept) <= 3 * STDERR_BYTES
 
 
-def test_nothing_waits_for_others_who_keep_the_stderr_of_a_stage(tmp_path: Path) -> None:
+def test_stderr_that_others_keep_open_is_not_waited_for(tmp_path: Path) -> None:
     """A master of ssh lives on for a minute, and may have inherited it."""
     sender = shell('sleep 60 >/dev/null & echo $! > "$1"; echo some; echo "a word" >&2', str(tmp_path / "pid"))
     try:
@@ -217,7 +217,7 @@ def test_nothing_waits_for_others_who_keep_the_stderr_of_a_stage(tmp_path: Path)
 TALK = "while :; do echo word >&2; sleep 0.05; done"
 
 
-def test_words_without_a_byte_of_the_stream_are_no_movement() -> None:
+def test_stall_watch_takes_words_for_no_movement() -> None:
     moved: list[int] = []
     transport = Transport(stall_timeout=1.0, on_progress=lambda: moved.append(1))
     with pytest.raises(StreamFailed, match=r"the stream stalled: no data came for 1s, .* \(still running: sh, cat\)"):
@@ -225,14 +225,14 @@ def test_words_without_a_byte_of_the_stream_are_no_movement() -> None:
     assert len(moved) <= 1, "a receiver has begun, and that is all"
 
 
-def test_a_byte_at_times_is_no_stream() -> None:
+def test_stall_watch_takes_a_byte_at_times_for_no_stream() -> None:
     sender = shell("while :; do printf x; sleep 0.05; done")
     with pytest.raises(StreamFailed, match=r"the stream stalled: only \d+ bytes came for 1s, ") as caught:
         stream([sender, ("cat",)], transport=Transport(stall_timeout=1.0))
     assert caught.value.hint.endswith("--stall-timeout")
 
 
-def test_a_receiver_that_failed_waits_for_no_sender(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_receiver_that_failed_waits_for_no_sender(monkeypatch: pytest.MonkeyPatch) -> None:
     """One that says nothing does not notice that nobody reads any more; and shall not hide what was said here."""
     monkeypatch.setattr("zfs_replicate.LINK_SECONDS", 1)
     began = time.monotonic()
@@ -244,7 +244,7 @@ def test_a_receiver_that_failed_waits_for_no_sender(monkeypatch: pytest.MonkeyPa
     assert time.monotonic() - began < 15
 
 
-def test_a_receiver_that_takes_its_time_has_no_floor() -> None:
+def test_stall_watch_allows_a_receiver_that_takes_its_time() -> None:
     """What lies in the pipe has come."""
     reads = (
         "import sys, time\nfor _ in range(25): sys.stdin.buffer.raw.read(10); time.sleep(0.1)\nsys.stdin.buffer.read()"
@@ -306,13 +306,13 @@ def ended_at(
         return ended, it.told
 
 
-def test_a_slow_line_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_floor_leaves_a_slow_line_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """400 bytes a second, or all of an hour's at once."""
     assert ended_at(monkeypatch, lambda now: 400 * now)[0] is None
     assert ended_at(monkeypatch, lambda now: now // 3000 * 2**21)[0] is None
 
 
-def test_a_line_that_dribbles_is_ended_in_an_hour(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_floor_ends_a_line_that_dribbles_in_an_hour(monkeypatch: pytest.MonkeyPatch) -> None:
     """At once, or after much has come."""
     ended, told = ended_at(monkeypatch, lambda now: now // 60)
     assert ended is not None
@@ -323,7 +323,7 @@ def test_a_line_that_dribbles_is_ended_in_an_hour(monkeypatch: pytest.MonkeyPatc
     assert 8 * HOUR - 10 <= ended <= 8 * HOUR + 10
 
 
-def test_a_stream_may_be_searched_for_before_it_comes(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_floor_counts_from_the_first_byte_that_comes(monkeypatch: pytest.MonkeyPatch) -> None:
     """What the receiver has read of its own by the first look is no beginning."""
     assert ended_at(monkeypatch, lambda now: 60_000 + max(now - HOUR + 60, 0) * 400)[0] is None
     ended, told = ended_at(monkeypatch, lambda now: 60_000)
@@ -331,7 +331,7 @@ def test_a_stream_may_be_searched_for_before_it_comes(monkeypatch: pytest.Monkey
     assert told == [5]
 
 
-def test_the_tail_of_a_small_stream_may_take_longer(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_floor_allows_longer_for_the_tail_of_a_small_stream(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whole after a minute, and less than the floor asks for in an hour."""
     for waiting in (False, True):  # where others wait behind it, nobody knows whether it is whole
         ended, _ = ended_at(monkeypatch, lambda now: min(now, 60) * 100, tail_from=65, waiting=waiting)
@@ -339,14 +339,14 @@ def test_the_tail_of_a_small_stream_may_take_longer(monkeypatch: pytest.MonkeyPa
         assert 4 * HOUR <= ended <= 4 * HOUR + 70
 
 
-def test_where_nobody_counts_nobody_gives_up(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_floor_ends_nothing_where_bytes_cannot_be_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without /proc, or with a receiver that is root's: but what does move keeps the lock."""
     monkeypatch.setattr(Stage, "io_bytes", lambda stage: (0, 0))
     ended, told = ended_at(monkeypatch, lambda now: None)
     assert (ended, told) == (None, [5])
 
 
-def test_what_cannot_be_counted_is_told_apart_from_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bytes_given_tells_unknown_apart_from_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     with contextlib.closing(Pipeline([("sleep", "60")], [("sleep", "60")], PLAIN)) as pipeline:
         receiver = pipeline.receiver
         assert receiver
@@ -381,13 +381,13 @@ def test_receivers_take_turns_on_one_pipe(
         assert [it.bytes for it in arrived] == [3, 5, 2]
 
 
-def test_where_the_kernel_tells_of_no_end_we_look(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_receivers_take_turns_also_without_pidfd(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(os, "pidfd_open")
     receiver = shell("head -c 3 >/dev/null")
     assert len(stream([shell("printf abc; printf def"), receiver], receiver)) == 2
 
 
-def test_what_follows_a_receiver_that_fails_is_lost(tmp_path: Path) -> None:
+def test_receivers_behind_one_that_fails_get_nothing(tmp_path: Path) -> None:
     first, second, third = (tmp_path / name for name in ("first", "second", "third"))
     receivers = [slice_of(3, first), slice_of(2, second, "echo 'out of space' >&2; exit 1"), slice_of(3, third)]
     with contextlib.closing(Pipeline([("yes",), ("cat",)], receivers, Transport())) as pipeline:
@@ -399,7 +399,7 @@ def test_what_follows_a_receiver_that_fails_is_lost(tmp_path: Path) -> None:
     assert not third.exists()
 
 
-def test_sender_that_fails_in_the_middle_is_to_blame(tmp_path: Path) -> None:
+def test_blame_falls_on_a_sender_that_fails_in_the_middle(tmp_path: Path) -> None:
     receivers = [slice_of(3, tmp_path / "first"), shell("grep -q x || { echo 'incomplete stream' >&2; exit 1; }")]
     sender = shell("printf abc; echo 'no such snapshot' >&2; exit 1")
     with contextlib.closing(Pipeline([sender], receivers, Transport())) as pipeline:
@@ -413,7 +413,7 @@ def test_sender_that_fails_in_the_middle_is_to_blame(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("stubborn", [False, True], ids=["willing", "stubborn"])
-def test_no_stage_survives_a_signal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stubborn: bool) -> None:
+def test_signal_ends_every_stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stubborn: bool) -> None:
     """Stopped comes out of the wait; what runs is ended, by force if need be."""
     started = tmp_path / "started"
     os.mkfifo(started)
@@ -489,7 +489,7 @@ def test_stream_is_compressed_on_the_wire_alone(
             carried(host, ("cat", str(there) + ".gone"), LocalHost(), receiving, transport)
 
 
-def test_failure_at_the_far_end_is_no_lost_link(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lost_link_is_not_what_fails_at_the_far_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     script = shell("echo some data; echo 'cannot open: no such dataset' >&2; exit 1")
     with (
         sending(tmp_path, monkeypatch, script) as (stage, _),
@@ -498,7 +498,7 @@ def test_failure_at_the_far_end_is_no_lost_link(tmp_path: Path, monkeypatch: pyt
         stream([stage, shell("cat > /dev/null")])
 
 
-def test_dropped_connection_is_a_lost_link(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lost_link_if_the_connection_drops(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     receiver = shell("cat > /dev/null; echo 'incomplete stream' >&2; exit 1")
     with source_host(tmp_path, monkeypatch) as (host, server):
         assert subprocess.check_output(host.stream_command(("echo", "first")), timeout=PATIENCE) == b"first\n"
@@ -508,7 +508,9 @@ def test_dropped_connection_is_a_lost_link(tmp_path: Path, monkeypatch: pytest.M
 
 
 @pytest.mark.parametrize("login_shell", [name for name in ("sh", "bash") if shutil.which(name)])
-def test_receiver_that_fails_is_no_lost_link(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, login_shell: str) -> None:
+def test_lost_link_is_not_a_receiver_that_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, login_shell: str
+) -> None:
     """The sender then dies of SIGPIPE, for which ssh has its status 255 too; the other datasets can still be sent."""
     receiver = shell("head -c 10; echo 'out of space' >&2; exit 1")
     with (
@@ -518,7 +520,7 @@ def test_receiver_that_fails_is_no_lost_link(tmp_path: Path, monkeypatch: pytest
         carried(host, ("cat", "/dev/zero"), LocalHost(), receiver, Transport((("cat",),)))
 
 
-def test_sender_whose_own_status_came_through_is_no_lost_link() -> None:
+def test_lost_link_is_not_a_sender_whose_status_came_through() -> None:
     """However long the receiver was busy afterwards: the shared connection is gone by then."""
 
     class Hung(LocalHost):
@@ -587,7 +589,7 @@ def told(sender: str, receiver: str) -> StreamFailed:
     return caught.value
 
 
-def test_missing_right_of_either_end_is_told_with_what_grants_it() -> None:
+def test_hint_for_a_missing_right_of_either_end() -> None:
     noise = "echo 'cannot receive: failed to read from stream' >&2; exit 1"
     denied = "echo \"warning: cannot send 'tank/vm/a@b:c': permission denied\" >&2; exit 1"
     assert told(denied, noise).hint == "as root on source: zfs allow puller send tank/vm"
@@ -598,7 +600,7 @@ def test_missing_right_of_either_end_is_told_with_what_grants_it() -> None:
 
 
 @pytest.mark.parametrize("words", ["out of space", "destination offsite/vm/a space quota exceeded."])
-def test_lack_of_space_is_told_with_what_comes_next(words: str) -> None:
+def test_hint_for_lack_of_space(words: str) -> None:
     failure = told("exit 0", f"cat >/dev/null; echo 'cannot receive incremental stream: {words}' >&2; exit 1")
     assert failure.hint == "make space; what arrived is kept, and the next run goes on from there"
 
@@ -617,7 +619,7 @@ HERE = (
 
 @pytest.mark.parametrize("words", HERE)
 @pytest.mark.parametrize("receiver", ["exit 0", "echo 'cannot receive: failed to read from stream' >&2; exit 1"])
-def test_words_of_the_sender_are_not_taken_for_the_receivers(words: str, receiver: str) -> None:
+def test_hint_takes_no_words_of_the_sender_for_the_receivers(words: str, receiver: str) -> None:
     failure = told(f"echo '{words}' >&2; exit 1", f"cat >/dev/null; {receiver}")
     assert words in failure.what
     assert failure.sender_said == words
@@ -625,7 +627,7 @@ def test_words_of_the_sender_are_not_taken_for_the_receivers(words: str, receive
     assert failure.hint == ""
 
 
-def test_words_of_the_receiver_are_not_taken_for_the_senders() -> None:
+def test_hint_takes_no_words_of_the_receiver_for_the_senders() -> None:
     said = "warning: cannot send 'tank/vm/a@b': dataset key must be loaded"
     failure = told(f'echo "{said}" >&2; exit 1', "cat >/dev/null")
     assert failure.hint.startswith("load it at the source")
@@ -635,7 +637,7 @@ def test_words_of_the_receiver_are_not_taken_for_the_senders() -> None:
     assert failure.hint == ""
 
 
-def test_our_own_property_that_could_not_be_set_is_a_failure_though_zfs_recv_succeeds() -> None:
+def test_unset_property_of_ours_is_a_failure_though_zfs_recv_succeeds() -> None:
     refused = ("com.x:y", "atime", "readonly", "sharenfs", "quota", "a", "b", "c", "d")
     lines = "; ".join(f"echo 'cannot receive {it} property on offsite/vm/a: permission denied' >&2" for it in refused)
     done = carried(LocalHost(), shell("exit 0"), LocalHost(), shell(f"cat >/dev/null; {lines}"), Transport())
@@ -650,7 +652,7 @@ def test_our_own_property_that_could_not_be_set_is_a_failure_though_zfs_recv_suc
     )
 
 
-def test_property_of_the_source_that_could_not_be_set_is_passed_over() -> None:
+def test_unset_property_of_the_source_is_passed_over() -> None:
     line = "cannot receive atime property on offsite/vm/a: permission denied"
     assert refused_properties(line) == {"atime": "permission denied"}
     assert unset_properties(LocalHost(), RECEIVING, refused_properties(line)) is None
@@ -659,7 +661,7 @@ def test_property_of_the_source_that_could_not_be_set_is_passed_over() -> None:
 # --- The buffer -------------------------------------------------------------------------------------------------------
 
 
-def test_buffer_is_used_where_it_is_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_buffer_stage_is_used_where_mbuffer_is_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("zfs_replicate.SBIN", str(tmp_path))
     monkeypatch.setenv("PATH", "/nonexistent")
     assert buffer_stage("256M") == ()

@@ -956,7 +956,7 @@ def differences(stage: Stage, name: str) -> list[str]:
 
 
 @pytest.mark.parametrize("name", SCENES)
-def test_the_simulated_machine_answers_as_the_scene_says(name: str) -> None:
+def test_simulated_machine_answers_as_the_scene_says(name: str) -> None:
     assert "\n".join(differences(SimulatedStage(), name)) == ""
 
 

@@ -40,7 +40,7 @@ FIRST = random.SystemRandom().randrange(2**40) if EXAMPLES else 0
 
 
 @pytest.mark.parametrize("chunk", range(CHUNKS))
-def test_whatever_the_source_says(chunk: int) -> None:
+def test_hostile_source_by_random_cases(chunk: int) -> None:
     """Tells what has happened, with `pytest -rP`; a case that fails, by its seed, how to see it."""
     sums = search(range(FIRST + chunk, FIRST + CASES, CHUNKS))
     print(f"seeds {FIRST + chunk} to {FIRST + CASES - 1}, each {CHUNKS}th: {sums}")
@@ -48,7 +48,7 @@ def test_whatever_the_source_says(chunk: int) -> None:
     assert sums.runs > CASES / CHUNKS
 
 
-def test_an_honest_source_is_no_liar() -> None:
+def test_honest_source_passes_all_that_lies_are_judged_by() -> None:
     """None of what the lies are judged by happens where there are none."""
     for begin in (first_site, mirrored_site, grown_site):
         for words in (("-k", "30"), ("-I", "-k", "1", "--bookmark", "-vv"), ("--quarantine", "--json"), ("--dry-run",)):
@@ -111,7 +111,7 @@ def guid_here(site: Site, name: str) -> int:
 
 
 @pytest.mark.parametrize("place", ["-yearly", "0", "-gone", "-yearly/www"])
-def test_a_name_beside_the_tree(place: str) -> None:
+def test_listing_of_a_name_beside_the_tree_is_refused(place: str) -> None:
     guid = guid_here(fresh(mirrored_site), f"{LOCAL}-yearly@e")
     found = told(grown_site, listed(f"{SOURCE}{place} filesystem 1", f"{SOURCE}{place}@d7 snapshot {guid}"), "-k", "1")
     assert found.status == 3
@@ -119,7 +119,7 @@ def test_a_name_beside_the_tree(place: str) -> None:
 
 
 @pytest.mark.parametrize("name", [SOURCE[:-1], "backuppool", "otherpool/x", "", "/", LOCAL])
-def test_a_name_of_another_tree(name: str) -> None:
+def test_listing_of_a_name_of_another_tree_is_refused(name: str) -> None:
     assert told(grown_site, listed(f"{name} filesystem 1")).status == 3
 
 
@@ -127,28 +127,28 @@ def test_a_name_of_another_tree(name: str) -> None:
     "name",
     ["/a\0b", "/a\x1b[2J", "/\udcff", "/a//b", "/a/", "/../home", "/a%b", "/a\rb", "/" + "x" * 300, "/x" * 20_000],
 )
-def test_a_name_that_zfs_does_not_have(name: str) -> None:
+def test_listing_of_a_name_that_zfs_cannot_have_is_refused(name: str) -> None:
     found = told(grown_site, listed(f"{SOURCE}{name} filesystem 1"))
     assert found.status == 3
     assert len(found.err) < 4096
 
 
 @pytest.mark.parametrize("guid", ["abc", "-1", "1.5", "9" * 5000, str(2**64), "\u0661"])
-def test_a_number_that_zfs_does_not_print(guid: str) -> None:
+def test_listing_of_a_number_that_zfs_cannot_print_is_refused(guid: str) -> None:
     assert told(grown_site, listed(f"{SOURCE}@n snapshot {guid}")).status == 3
 
 
 @pytest.mark.parametrize("row", ["/a/b filesystem 1", "/a@s snapshot 1", "@d0 snapshot 1", "/www filesystem 1"])
-def test_a_row_that_hangs_in_the_air_or_comes_twice(row: str) -> None:
+def test_listing_of_a_row_without_parent_or_twice_is_refused(row: str) -> None:
     assert told(grown_site, listed(SOURCE + row)).status == 3
 
 
-def test_an_empty_listing() -> None:
+def test_listing_that_is_empty_is_refused() -> None:
     found = told(grown_site, lambda command, text: "" if "list" in command else text)
     assert found.status == 3
 
 
-def test_an_answer_without_end(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_listing_without_end_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(program, "OUTPUT_BYTES", 2**14)
     found = told(grown_site, listed(*(f"{SOURCE}@n{number} snapshot {number + 1}" for number in range(1000))))
     assert found.status == 3
@@ -172,14 +172,14 @@ def in_a_circle(command: tuple[str, ...], text: str) -> str:
 
 
 @pytest.mark.parametrize("change", [in_a_chain, in_a_circle])
-def test_origins_that_lead_nowhere(change: Callable[[tuple[str, ...], str], str]) -> None:
+def test_listing_of_origins_that_lead_nowhere_does_no_harm(change: Callable[[tuple[str, ...], str], str]) -> None:
     assert told(mirrored_site, change, "--dry-run").status in (0, 1, 3)
 
 
 @pytest.mark.parametrize(
     "row", [f"{LOCAL}/www@d0\t{RECEIVED}", f"{SOURCE}/www@none\t{TAG}", f"{SOURCE}-yearly@d0\t{TAG}"]
 )
-def test_tags_of_names_that_were_not_asked_for(row: str) -> None:
+def test_holds_on_names_that_were_not_asked_for_are_refused(row: str) -> None:
     """None of that answer is believed."""
     change = Lie(lambda command, text: f"{text}{row}\tdate\n" if "holds" in command else text)
     case = Case(fresh(mirrored_site), random.Random(0), change)
@@ -194,7 +194,7 @@ def test_tags_of_names_that_were_not_asked_for(row: str) -> None:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def test_what_was_set_aside_does_not_expire_once_the_source_has_its_name() -> None:
+def test_aside_does_not_expire_once_the_source_has_its_name() -> None:
     site = fresh(grown_site)
     case = Case(site, random.Random(0))
     name = f"/www{ASIDE}2023-11-14-221320"
@@ -210,7 +210,7 @@ def test_what_was_set_aside_does_not_expire_once_the_source_has_its_name() -> No
     assert not case.wrong
 
 
-def test_two_runs_that_make_a_parent_of_two_mirrors_and_then_fill_it() -> None:
+def test_parent_made_for_two_mirrors_is_filled_later() -> None:
     """/www and /disk come to be /new/www and /new/disk; then /new has a snapshot, and it is received without -F."""
     site = fresh(mirrored_site)
     case = Case(site, random.Random(0))
@@ -228,7 +228,7 @@ def test_two_runs_that_make_a_parent_of_two_mirrors_and_then_fill_it() -> None:
 
 
 @pytest.mark.parametrize("way", ["--rollback", "--quarantine"])
-def test_the_sender_says_that_the_mirror_has_been_modified(way: str) -> None:
+def test_sender_that_calls_the_mirror_modified_is_not_believed(way: str) -> None:
     """What the source says of our side is not believed."""
 
     class Teller(Liar):
@@ -246,7 +246,7 @@ def test_the_sender_says_that_the_mirror_has_been_modified(way: str) -> None:
     assert not case.wrong
 
 
-def test_another_line_s_mirror_is_left_alone() -> None:
+def test_mirror_of_another_line_keeps_its_snapshots() -> None:
     site = fresh(other_line_site)
     case = Case(site, random.Random(0))
     kept = site.target.datasets[f"{LOCAL}/www/logs"]
@@ -257,7 +257,7 @@ def test_another_line_s_mirror_is_left_alone() -> None:
     assert not case.wrong
 
 
-def test_a_mirror_that_is_ahead_does_not_expire() -> None:
+def test_mirror_that_is_ahead_does_not_expire() -> None:
     site = fresh(grown_site)
     site.target.snapshot(f"{LOCAL}/www@mine")
     www = site.target.datasets[f"{LOCAL}/www"]
@@ -278,7 +278,7 @@ def lost_and_renamed(key: str, new: str) -> Site:
     return site
 
 
-def test_what_was_set_aside_does_not_come_back() -> None:
+def test_aside_does_not_come_back() -> None:
     """Its snapshots, held by this line, are those of a dataset that is missing here."""
     site = lost_and_renamed("/www", "/web")
     name = f"{LOCAL}/www{ASIDE}2023-11-14-221320"
@@ -291,7 +291,7 @@ def test_what_was_set_aside_does_not_come_back() -> None:
     assert not case.wrong
 
 
-def test_another_line_s_mirror_is_not_taken_for_a_renamed_one() -> None:
+def test_mirror_of_another_line_is_not_taken_for_a_renamed_one() -> None:
     """Both lines hold it: ours did so once."""
     site = lost_and_renamed("/empty/full", "/full")
     archive = site.target.datasets[f"{LOCAL}/archive"]
@@ -304,7 +304,7 @@ def test_another_line_s_mirror_is_not_taken_for_a_renamed_one() -> None:
     assert not case.wrong
 
 
-def test_a_copy_at_the_source_is_no_renamed_dataset() -> None:
+def test_copy_at_the_source_is_not_taken_for_a_renamed_dataset() -> None:
     """It has what both once had in common, and not what was so last."""
     site = fresh(mirrored_site)
     mirror = site.target.datasets[f"{LOCAL}/www"]
@@ -323,7 +323,7 @@ SELECTED = ((), ("--no-recursive",), ("--exclude", "www/logs"))
 
 
 @pytest.mark.parametrize("words", SELECTED)
-def test_what_another_line_keeps_below_does_not_go_aside(words: tuple[str, ...]) -> None:
+def test_mirror_of_another_line_below_does_not_go_aside(words: tuple[str, ...]) -> None:
     """Below what has nothing in common with its source any more, be it selected or not: /www/logs, below /www."""
     key = "" if "--no-recursive" in words else "/www"
     site = fresh(other_line_site)
@@ -340,7 +340,7 @@ def test_what_another_line_keeps_below_does_not_go_aside(words: tuple[str, ...])
 
 
 @pytest.mark.parametrize("words", SELECTED[::2])
-def test_what_another_line_keeps_below_is_not_renamed(words: tuple[str, ...]) -> None:
+def test_mirror_of_another_line_below_is_not_renamed(words: tuple[str, ...]) -> None:
     """/www is /web at the source by now."""
     site = fresh(other_line_site)
     site.source.rename_dataset(f"{SOURCE}/www", f"{SOURCE}/web")
@@ -366,7 +366,7 @@ def production(site: Site) -> Case:
     "words", [("-k", "1"), ("-k", "30", "--quarantine"), ("-k", "1", "--rollback", "-I"), ("-k", "1", "-t", "other")]
 )
 @pytest.mark.parametrize("begin", [mirrored_site, grown_site])
-def test_on_the_wrong_host_nothing_is_done(begin: Callable[[Sequence[str]], Site], words: tuple[str, ...]) -> None:
+def test_wrong_host_runs_do_nothing(begin: Callable[[Sequence[str]], Site], words: tuple[str, ...]) -> None:
     """But that the runs of the line fail is remembered where it is run."""
     site = fresh(begin)
     before = pictures(site)
@@ -376,7 +376,7 @@ def test_on_the_wrong_host_nothing_is_done(begin: Callable[[Sequence[str]], Site
     assert pictures(site) == before
 
 
-def test_the_root_of_a_pool_by_mistake() -> None:
+def test_pool_root_given_by_mistake_is_left_alone() -> None:
     """-l names the pool, with others' data in it: nothing is set on it, and nothing is received there."""
     site = fresh(first_site)
     case = Case(site, random.Random(0))
@@ -386,7 +386,7 @@ def test_the_root_of_a_pool_by_mistake() -> None:
     assert not site.target.datasets["offsite"].snapshots
 
 
-def test_a_line_one_level_up_does_not_rename_the_mirror_of_another() -> None:
+def test_mirror_of_another_line_is_not_renamed_from_one_level_up() -> None:
     site = fresh(mirrored_site)
     case = Case(site, random.Random(0))
     before = {name: store for name, store in site.target.datasets.items() if name.startswith(LOCAL)}

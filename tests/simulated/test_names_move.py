@@ -38,7 +38,7 @@ def test_names_that_rotate_are_followed_in_one_run() -> None:
 
 
 @pytest.mark.parametrize("has_news", [False, True])
-def test_names_left_to_a_new_dataset_whose_former_owner_goes_below_a_new_parent(has_news: bool) -> None:
+def test_names_left_by_what_goes_below_a_new_parent_are_free_again(has_news: bool) -> None:
     """The rename waits for the parent, and the new dataset for the rename."""
     job = of("/r0")
     job.source.create(f"{SOURCE}/z")
@@ -61,7 +61,7 @@ def test_names_left_to_another_renamed_dataset() -> None:
     assert job.here("/z/m") == job.here("/r0") == f"a b!{RECEIVED}"
 
 
-def test_names_of_a_parent_that_is_still_another_s_mirror_get_no_child() -> None:
+def test_names_of_a_mirror_to_be_renamed_get_no_child() -> None:
     job = of("/r0")
     job.source.create(f"{SOURCE}/z")
     move(job, "/r0", "/z/m")
@@ -98,7 +98,7 @@ def test_names_below_another_line_s_mirror_are_not_followed() -> None:
     assert job.there("/x/disk").startswith(f"a!{TAG}")
 
 
-def test_names_for_a_while_are_not_what_a_selection_speaks_of() -> None:
+def test_names_of_placeholders_do_not_matter_to_a_selection() -> None:
     """A placeholder makes way: its children are seen, though the glob matches the name that it has meanwhile."""
     job = new_job()
     job.snapshot("a", "/www/logs")
@@ -110,7 +110,7 @@ def test_names_for_a_while_are_not_what_a_selection_speaks_of() -> None:
     assert job.here(f"/www{PLACEHOLDER}/logs") == "absent"
 
 
-def test_one_place_that_cannot_be_made_read_only_stops_only_its_own_dataset() -> None:
+def test_read_only_refused_stops_only_its_own_dataset() -> None:
     job = new_job()
     job.source.create(f"{SOURCE}/other")
     job.snapshot("a", "/www", "/www/logs")
@@ -123,7 +123,7 @@ def test_one_place_that_cannot_be_made_read_only_stops_only_its_own_dataset() ->
     assert job.there("/other") == "b", "what did not come is not held"
 
 
-def test_one_stream_of_a_pool_s_root_that_fails_blocks_nothing_for_good() -> None:
+def test_pool_root_whose_stream_fails_blocks_nothing_for_good() -> None:
     world = World()
     source = Machine(world, "source", "backuppool", txg=9000)
     source.create(f"{SOURCE}/www")
@@ -134,7 +134,7 @@ def test_one_stream_of_a_pool_s_root_that_fails_blocks_nothing_for_good() -> Non
     assert job.here() == job.here("/www") == f"a!{RECEIVED}"
 
 
-def test_what_another_tool_made_is_not_passed_over_in_silence_when_its_stream_fails() -> None:
+def test_take_over_that_fails_is_told_in_each_run() -> None:
     """Somebody else holds its base here, and somebody writes to it just before the stream."""
     job = of()
     store = job.backup.datasets[LOCAL]
@@ -152,7 +152,7 @@ def test_what_another_tool_made_is_not_passed_over_in_silence_when_its_stream_fa
     assert job.there() == "a b", "what did not come is not held"
 
 
-def test_a_take_over_that_keeps_failing_leaves_no_holds_behind() -> None:
+def test_take_over_that_keeps_failing_leaves_no_holds_behind() -> None:
     job = of()
     store = job.backup.datasets[LOCAL]
     newest = store.newest

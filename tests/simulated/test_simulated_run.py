@@ -173,7 +173,7 @@ EACH = ("", "/www", "/www/logs", "/disk")
 # --- Pulling ----------------------------------------------------------------------------------------------------------
 
 
-def test_the_first_pull_brings_the_newest_of_each_dataset(job: Job) -> None:
+def test_pull_first_brings_the_newest_of_each_dataset(job: Job) -> None:
     job.snapshot("a")
     job.snapshot("b")
     assert job.replicate() == ""
@@ -183,7 +183,7 @@ def test_the_first_pull_brings_the_newest_of_each_dataset(job: Job) -> None:
     assert job.backup.datasets[f"{LOCAL}/disk"].kind == "volume"
 
 
-def test_the_first_pull_of_every_snapshot(job: Job) -> None:
+def test_pull_first_of_every_snapshot(job: Job) -> None:
     for name in "abc":
         job.snapshot(name)
     job.replicate(every=True)
@@ -192,7 +192,7 @@ def test_the_first_pull_of_every_snapshot(job: Job) -> None:
         assert job.there(key) == f"a b c!{TAG}"
 
 
-def test_an_increment_goes_straight_to_the_newest(mirrored: Job) -> None:
+def test_pull_next_goes_straight_to_the_newest(mirrored: Job) -> None:
     for name in "bc":
         mirrored.snapshot(name)
     mirrored.replicate()
@@ -201,7 +201,7 @@ def test_an_increment_goes_straight_to_the_newest(mirrored: Job) -> None:
         assert mirrored.there(key) == f"a b c!{TAG}"
 
 
-def test_intermediates_come_along(mirrored: Job) -> None:
+def test_pull_next_with_intermediates_brings_all(mirrored: Job) -> None:
     for name in "bcd":
         mirrored.snapshot(name)
     mirrored.replicate(every=True)
@@ -210,14 +210,14 @@ def test_intermediates_come_along(mirrored: Job) -> None:
         assert mirrored.there(key) == f"a b c d!{TAG}"
 
 
-def test_nothing_new_means_no_writing_command_and_not_a_word(mirrored: Job, capsys: pytest.CaptureFixture[str]) -> None:
+def test_pull_of_nothing_new_changes_and_says_nothing(mirrored: Job, capsys: pytest.CaptureFixture[str]) -> None:
     capsys.readouterr()
     mirrored.replicate(keep=1, every=True)
     assert mirrored.done() == []
     assert capsys.readouterr() == ("", "")
 
 
-def test_a_new_child(mirrored: Job) -> None:
+def test_pull_brings_a_new_child(mirrored: Job) -> None:
     mirrored.source.create(f"{SOURCE}/new/deep")
     mirrored.snapshot("b")
     mirrored.replicate()
@@ -225,7 +225,7 @@ def test_a_new_child(mirrored: Job) -> None:
         assert mirrored.here(key).endswith(f"b!{RECEIVED}")
 
 
-def test_a_parent_without_a_snapshot_is_a_placeholder_until_it_has_one(job: Job) -> None:
+def test_placeholder_stands_for_a_parent_without_a_snapshot(job: Job) -> None:
     job.snapshot("a", "/www/logs")
     job.replicate()
     assert [job.here(key) for key in ("", "/www", "/www/logs")] == ["", "", f"a!{RECEIVED}"]
@@ -234,7 +234,7 @@ def test_a_parent_without_a_snapshot_is_a_placeholder_until_it_has_one(job: Job)
     assert [job.here(key) for key in ("", "/www", "/www/logs")] == [f"b!{RECEIVED}", f"b!{RECEIVED}", f"a!{RECEIVED}"]
 
 
-def test_a_child_that_is_gone_at_the_source_stays_here(mirrored: Job) -> None:
+def test_pull_keeps_a_child_that_is_gone_at_the_source(mirrored: Job) -> None:
     mirrored.source.release(TAG, f"{SOURCE}/www/logs@a")
     mirrored.source.destroy_dataset(f"{SOURCE}/www/logs")
     mirrored.source.world.now += days(100)
@@ -244,7 +244,7 @@ def test_a_child_that_is_gone_at_the_source_stays_here(mirrored: Job) -> None:
     assert mirrored.here("/www") == f"b!{RECEIVED}"
 
 
-def test_a_child_made_anew_under_its_old_name_is_blocked_and_nothing_is_lost(mirrored: Job) -> None:
+def test_pull_is_blocked_for_a_child_made_anew_under_its_old_name(mirrored: Job) -> None:
     mirrored.source.release(TAG, f"{SOURCE}/www/logs@a")
     mirrored.source.destroy_dataset(f"{SOURCE}/www/logs")
     mirrored.source.create(f"{SOURCE}/www/logs")
@@ -254,7 +254,7 @@ def test_a_child_made_anew_under_its_old_name_is_blocked_and_nothing_is_lost(mir
     assert mirrored.here("/www") == f"a a2!{RECEIVED}"
 
 
-def test_names_tell_nothing(mirrored: Job) -> None:
+def test_match_ignores_names(mirrored: Job) -> None:
     """The base was renamed at the source, and another snapshot has its name now."""
     mirrored.source.rename(f"{SOURCE}@a", "old")
     mirrored.snapshot("a", "")
@@ -264,7 +264,7 @@ def test_names_tell_nothing(mirrored: Job) -> None:
     assert mirrored.there() == f"old a b!{TAG}"
 
 
-def test_guids_and_times_tell_nothing_of_the_order(mirrored: Job) -> None:
+def test_order_ignores_guids_and_times(mirrored: Job) -> None:
     """The clock at the source was set back by a month between two snapshots."""
     mirrored.source.world.now -= days(31)
     mirrored.snapshot("b")
@@ -275,7 +275,7 @@ def test_guids_and_times_tell_nothing_of_the_order(mirrored: Job) -> None:
     assert mirrored.there() == f"a b c!{TAG}"
 
 
-def test_from_a_bookmark(mirrored: Job) -> None:
+def test_pull_goes_on_from_a_bookmark(mirrored: Job) -> None:
     mirrored.source.bookmark(f"{SOURCE}@a", "mark")
     mirrored.source.release(TAG, f"{SOURCE}@a")
     mirrored.source.destroy(SOURCE, ["a"])
@@ -285,7 +285,7 @@ def test_from_a_bookmark(mirrored: Job) -> None:
     assert mirrored.here() == f"a b c!{RECEIVED}"
 
 
-def test_a_chain_of_three_with_one_tag(mirrored: Job) -> None:
+def test_chain_of_three_hosts_with_one_tag(mirrored: Job) -> None:
     third = Machine(mirrored.source.world, "third", "vault")
     onward = Job(mirrored.backup, third, LOCAL, "vault/mirror")
     onward.replicate()
@@ -304,7 +304,7 @@ def test_a_chain_of_three_with_one_tag(mirrored: Job) -> None:
 # --- Holds ------------------------------------------------------------------------------------------------------------
 
 
-def test_all_holds_are_placed_before_the_first_byte_and_in_one_command(mirrored: Job) -> None:
+def test_holds_are_placed_before_the_first_byte_in_one_command(mirrored: Job) -> None:
     mirrored.snapshot("b")
     mirrored.replicate()
     kinds = [words[:2] for words in mirrored.wire.writes()]
@@ -312,14 +312,14 @@ def test_all_holds_are_placed_before_the_first_byte_and_in_one_command(mirrored:
     assert len(mirrored.wire.writes()[0]) == 3 + 4
 
 
-def test_new_holds_are_placed_on_both_sides_before_an_old_one_is_released(mirrored: Job) -> None:
+def test_holds_are_placed_on_both_sides_before_one_is_released(mirrored: Job) -> None:
     mirrored.snapshot("b")
     mirrored.replicate()
     kinds = [f"{where} {what}" for where, what, *_ in mirrored.wire.writes() if what in ("hold", "release")]
     assert kinds == ["source hold", "backup hold", "source release", "backup release"]
 
 
-def test_a_release_may_destroy_what_was_marked_for_it(mirrored: Job) -> None:
+def test_release_may_destroy_what_was_marked_for_it(mirrored: Job) -> None:
     mirrored.source.doom(f"{SOURCE}@a")
     mirrored.snapshot("b")
     mirrored.replicate()
@@ -337,7 +337,7 @@ def test_holds_of_others_and_other_tags_of_the_same_stem_stay(mirrored: Job) -> 
     assert mirrored.here() == f"a!{TAG} b!{RECEIVED}"
 
 
-def test_nothing_is_sent_that_cannot_be_held(mirrored: Job) -> None:
+def test_holds_refused_keep_a_stream_from_being_sent(mirrored: Job) -> None:
     mirrored.snapshot("b")
     said = mirrored.replicate(status=1, at=refusing("^zfs hold ", "source"))
     assert "cannot hold" in said
@@ -346,14 +346,14 @@ def test_nothing_is_sent_that_cannot_be_held(mirrored: Job) -> None:
         assert mirrored.there(key) == f"a!{TAG} b"
 
 
-def test_what_cannot_be_held_leaves_no_placeholder_behind(job: Job) -> None:
+def test_holds_refused_leave_no_placeholder_behind(job: Job) -> None:
     job.snapshot("a", "/www")
     before = sorted(job.backup.datasets)
     assert "cannot hold" in job.replicate(status=1, at=refusing("^zfs hold ", "source"))
     assert sorted(job.backup.datasets) == before
 
 
-def test_one_message_on_many_holds_is_told_once(mirrored: Job) -> None:
+def test_holds_refused_with_one_message_are_told_once(mirrored: Job) -> None:
     for number in range(300):
         mirrored.source.snapshot(f"{SOURCE}@n{number}")
 
@@ -366,7 +366,7 @@ def test_one_message_on_many_holds_is_told_once(mirrored: Job) -> None:
     assert len(said) < 5000
 
 
-def test_one_snapshot_that_cannot_be_held_stops_only_its_own_dataset(mirrored: Job) -> None:
+def test_hold_refused_stops_only_its_own_dataset(mirrored: Job) -> None:
     """It vanished after the listing: the status of the command says nothing of the others."""
     mirrored.snapshot("b")
     vanish = once("before", lambda: mirrored.source.destroy(f"{SOURCE}/www", ["b"]), "^zfs hold ")
@@ -377,13 +377,13 @@ def test_one_snapshot_that_cannot_be_held_stops_only_its_own_dataset(mirrored: J
         assert mirrored.here(key) == f"a b!{RECEIVED}"
 
 
-def test_a_hold_that_reports_failure_but_was_placed_counts(mirrored: Job) -> None:
+def test_hold_that_reports_failure_but_was_placed_counts(mirrored: Job) -> None:
     mirrored.snapshot("b")
     mirrored.replicate(at=refusing("^zfs hold ", moment="after"))
     assert (mirrored.here(), mirrored.there()) == (f"a b!{RECEIVED}", f"a b!{TAG}")
 
 
-def test_without_a_hold_here_the_old_ones_stay_on_both_sides(mirrored: Job) -> None:
+def test_holds_refused_here_keep_the_old_ones_on_both_sides(mirrored: Job) -> None:
     mirrored.snapshot("b")
     said = mirrored.replicate(status=1, keep=1, at=refusing("^zfs hold ", "backup"))
     assert f"not held: {LOCAL}@b" in said
@@ -415,7 +415,7 @@ def aged(mirrored: Job) -> Job:
     return mirrored
 
 
-def test_what_is_past_its_time_goes_here_and_nowhere_else(aged: Job) -> None:
+def test_expiry_destroys_here_and_nowhere_else(aged: Job) -> None:
     aged.replicate(keep=15)
     for key in EACH:
         assert aged.here(key) == f"d e!{RECEIVED}"
@@ -423,30 +423,30 @@ def test_what_is_past_its_time_goes_here_and_nowhere_else(aged: Job) -> None:
     assert len(aged.done("destroy")) == 4, "one command for each dataset"
 
 
-def test_without_keep_days_nothing_goes(aged: Job) -> None:
+def test_expiry_needs_keep_days(aged: Job) -> None:
     aged.replicate()
     assert aged.here() == f"a b c d e!{RECEIVED}"
 
 
-def test_the_old_base_expires_in_the_run_that_releases_it(aged: Job) -> None:
+def test_expiry_takes_the_old_base_in_the_run_that_releases_it(aged: Job) -> None:
     aged.replicate(keep=1)
     assert aged.here() == f"e!{RECEIVED}"
 
 
-def test_a_source_that_stopped_does_not_empty_the_mirror(aged: Job) -> None:
+def test_expiry_leaves_the_mirror_of_a_source_that_stopped(aged: Job) -> None:
     aged.replicate()
     aged.source.world.now += days(1000)
     aged.replicate(keep=15)
     assert aged.here() == f"d e!{RECEIVED}"
 
 
-def test_what_others_hold_here_stays(aged: Job) -> None:
+def test_expiry_leaves_what_others_hold_here(aged: Job) -> None:
     aged.backup.hold("keep", f"{LOCAL}@b")
     aged.replicate(keep=1)
     assert aged.here() == f"b!keep e!{RECEIVED}"
 
 
-def test_one_that_cannot_be_destroyed_does_not_save_the_others(aged: Job) -> None:
+def test_expiry_goes_on_after_one_that_cannot_be_destroyed(aged: Job) -> None:
     """Somebody held it after the listing."""
     hold = once("before", lambda: aged.backup.hold("quick", f"{LOCAL}@b"), "^zfs destroy offsite/virt/machines@")
     said = aged.replicate(status=1, keep=1, at=hold)
@@ -455,7 +455,7 @@ def test_one_that_cannot_be_destroyed_does_not_save_the_others(aged: Job) -> Non
 
 
 @pytest.mark.parametrize("machine", ["source", "backup"])
-def test_where_holds_cannot_be_read_nothing_held_is_touched(aged: Job, machine: str) -> None:
+def test_expiry_leaves_what_is_held_if_holds_cannot_be_read(aged: Job, machine: str) -> None:
     aged.source.hold(TAG, f"{SOURCE}@b")
     aged.backup.hold("keep", f"{LOCAL}@a")
     said = aged.replicate(status=1, keep=1, at=refusing("^zfs holds", machine))
@@ -469,7 +469,7 @@ def test_where_holds_cannot_be_read_nothing_held_is_touched(aged: Job, machine: 
 
 
 @pytest.mark.parametrize("moment", ["before", "after"])
-def test_where_nothing_can_be_released_no_twin_is_destroyed(aged: Job, moment: str) -> None:
+def test_expiry_leaves_twins_that_cannot_be_released(aged: Job, moment: str) -> None:
     aged.source.hold(TAG, f"{SOURCE}@b")
     silent = moment == "after"
     aged.replicate(status=0 if silent else 1, keep=1, at=refusing("^zfs release", "source", moment))
@@ -486,7 +486,7 @@ def in_full(job: Job) -> int:
     return sum("userrefs" in words[-2] and "snapshot" in words[-4] for words in lists)
 
 
-def test_the_source_is_listed_in_outline(aged: Job) -> None:
+def test_listing_of_the_source_is_in_outline(aged: Job) -> None:
     aged.replicate(keep=1)
     assert aged.here() == f"e!{RECEIVED}"
     assert in_full(aged) == 0
@@ -499,7 +499,7 @@ def whole_lists(job: Job) -> list[str]:
     return [where for where, *words in job.wire.done if words[:3] == ["list", "-Hp", "-r"] and "snapshot" in words[4]]
 
 
-def test_after_a_small_change_no_tree_is_listed_again_as_a_whole(mirrored: Job) -> None:
+def test_listing_after_a_small_change_is_not_of_the_whole_tree(mirrored: Job) -> None:
     mirrored.snapshot("b", "/www")
     mirrored.replicate(keep=1)
     assert whole_lists(mirrored) == ["source", "backup"]
@@ -509,7 +509,7 @@ def test_after_a_small_change_no_tree_is_listed_again_as_a_whole(mirrored: Job) 
     assert whole_lists(mirrored) == ["source", "backup", "source", "backup"], "where most have changed all is listed"
 
 
-def test_what_is_done_for_one_dataset_costs_no_plan_for_the_others(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_plan_of_one_dataset_is_not_made_again_for_another(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
     children = [f"/child{number}" for number in range(30)]
     for key in children:
         job.source.create(SOURCE + key)
@@ -530,7 +530,7 @@ def test_what_is_done_for_one_dataset_costs_no_plan_for_the_others(job: Job, mon
     assert max(map(planned.count, planned)) < 10
 
 
-def test_what_is_due_is_looked_at_again_though_another_dataset_changed(mirrored: Job) -> None:
+def test_expiry_looks_again_at_what_is_due_after_another_change(mirrored: Job) -> None:
     """Hours may go by while that one comes."""
     mirrored.snapshot("b", "/disk")
     mirrored.replicate()
@@ -543,7 +543,7 @@ def test_what_is_due_is_looked_at_again_though_another_dataset_changed(mirrored:
     assert mirrored.here("/disk") == f"b!keep c!{RECEIVED}"
 
 
-def test_a_dataset_that_is_renamed_at_the_source_while_it_comes_keeps_its_hold(mirrored: Job) -> None:
+def test_rename_at_the_source_meanwhile_keeps_the_hold(mirrored: Job) -> None:
     mirrored.snapshot("b", "/disk")
     after_rename = once(
         "after", lambda: mirrored.source.rename_dataset(f"{SOURCE}/disk", f"{SOURCE}/volume"), "^zfs send"
@@ -555,7 +555,7 @@ def test_a_dataset_that_is_renamed_at_the_source_while_it_comes_keeps_its_hold(m
     assert (mirrored.here("/volume"), mirrored.there("/volume")) == (f"a b!{RECEIVED}", f"a b!{TAG}")
 
 
-def test_a_rename_that_cannot_be_followed_releases_nothing(mirrored: Job) -> None:
+def test_rename_that_cannot_be_followed_releases_nothing(mirrored: Job) -> None:
     mirrored.source.rename_dataset(f"{SOURCE}/www", f"{SOURCE}/web")
     mirrored.snapshot("b")
     said = mirrored.replicate(status=1, at=refusing("^zfs rename ", "backup"))
@@ -566,7 +566,7 @@ def test_a_rename_that_cannot_be_followed_releases_nothing(mirrored: Job) -> Non
     assert (mirrored.here("/web"), mirrored.there("/web")) == (f"a b!{RECEIVED}", f"a b!{TAG}")
 
 
-def test_a_hold_of_ours_that_somebody_placed_goes(aged: Job) -> None:
+def test_hold_of_ours_that_somebody_placed_is_released(aged: Job) -> None:
     """It is asked for with the others, for there is room in that request."""
     aged.replicate()
     before = len(aged.done("holds"))
@@ -579,7 +579,7 @@ def test_a_hold_of_ours_that_somebody_placed_goes(aged: Job) -> None:
     assert in_full(aged) == 0
 
 
-def test_a_hold_of_ours_in_a_long_history_is_found_within_some_days(aged: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hold_of_ours_in_a_long_history_is_found_within_some_days(aged: Job, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("zfs_replicate.BATCH_BYTES", 500)
     for number in range(40):
         aged.source.snapshot(f"{SOURCE}/www@more{number:02}")
@@ -594,7 +594,7 @@ def test_a_hold_of_ours_in_a_long_history_is_found_within_some_days(aged: Job, m
     assert days_needed > 1
 
 
-def test_a_hold_of_ours_goes_before_its_twin_expires(aged: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hold_of_ours_is_released_before_its_twin_expires(aged: Job, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("zfs_replicate.also_to_read", lambda *_: [])
     aged.replicate()
     aged.source.hold(TAG, f"{SOURCE}@a")
@@ -605,7 +605,7 @@ def test_a_hold_of_ours_goes_before_its_twin_expires(aged: Job, monkeypatch: pyt
     assert in_full(aged) == 0
 
 
-def test_where_one_goes_before_it_is_asked_for_all_are_listed(mirrored: Job) -> None:
+def test_listing_is_in_full_if_one_goes_before_its_holds_are_read(mirrored: Job) -> None:
     mirrored.snapshot("b")
     mirrored.snapshot("c")
     gone = once("before", lambda: mirrored.source.destroy(f"{SOURCE}/www", ["b"]), "^zfs holds .*machines/www@b")
@@ -614,7 +614,7 @@ def test_where_one_goes_before_it_is_asked_for_all_are_listed(mirrored: Job) -> 
     assert (mirrored.here("/www"), mirrored.there("/www")) == (f"a c!{RECEIVED}", f"a c!{TAG}")
 
 
-def test_many_to_ask_for_are_listed_rather(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_listing_is_in_full_if_many_holds_are_to_be_read(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("zfs_replicate.BATCH_BYTES", 200)
     for name in "abcdef":
         job.snapshot(name)
@@ -626,7 +626,7 @@ def test_many_to_ask_for_are_listed_rather(job: Job, monkeypatch: pytest.MonkeyP
     assert in_full(job) == 0
 
 
-def test_when_the_source_does_not_answer_any_more_nothing_is_destroyed(aged: Job) -> None:
+def test_expiry_destroys_nothing_once_the_source_is_silent(aged: Job) -> None:
     def lost(where: Machine, command: Command, moment: str) -> Answer | None:
         if where is aged.source and len(aged.done("recv")) == 4:
             break_link()
@@ -654,7 +654,7 @@ def half_way(pattern: str = "", deed: Callable[[], object] | None = None) -> Dis
     return at
 
 
-def test_one_failing_dataset_does_not_stop_the_others(mirrored: Job) -> None:
+def test_failure_of_one_dataset_does_not_stop_the_others(mirrored: Job) -> None:
     mirrored.snapshot("b")
     assert "permission denied" in mirrored.replicate(status=1, at=refusing("machines/www@b", moment="half-way"))
     assert mirrored.here("/www") == f"a!{RECEIVED}"
@@ -663,14 +663,14 @@ def test_one_failing_dataset_does_not_stop_the_others(mirrored: Job) -> None:
         assert mirrored.here(key) == f"a b!{RECEIVED}"
 
 
-def test_a_lost_link_stops_them_all(mirrored: Job) -> None:
+def test_lost_link_stops_all_datasets(mirrored: Job) -> None:
     mirrored.snapshot("b")
     assert "the link broke" in mirrored.replicate(status=1, at=half_way("machines@b", break_link))
     assert [mirrored.here(key) for key in EACH] == [f"a!{RECEIVED}"] * 4
 
 
 @pytest.mark.parametrize("first", [True, False], ids=["first", "increment"])
-def test_an_interrupted_receive_goes_on_and_then_to_what_is_newer(job: Job, first: bool) -> None:
+def test_interrupted_receive_goes_on_and_then_to_what_is_newer(job: Job, first: bool) -> None:
     job.snapshot("a")
     if not first:
         job.replicate()
@@ -683,7 +683,7 @@ def test_an_interrupted_receive_goes_on_and_then_to_what_is_newer(job: Job, firs
     assert job.there() == (f"a c!{TAG}" if first else f"a b c!{TAG}")
 
 
-def test_what_follows_a_resumed_receive_is_held_before_it_is_sent(mirrored: Job) -> None:
+def test_interrupted_receive_is_followed_by_what_is_held_first(mirrored: Job) -> None:
     mirrored.snapshot("b", "")
     mirrored.replicate(status=1, at=half_way())
     mirrored.snapshot("c", "")
@@ -692,7 +692,7 @@ def test_what_follows_a_resumed_receive_is_held_before_it_is_sent(mirrored: Job)
 
 
 @pytest.mark.parametrize("first", [True, False], ids=["first", "increment"])
-def test_a_stale_token_is_given_up(job: Job, first: bool) -> None:
+def test_interrupted_receive_with_a_stale_token_is_given_up(job: Job, first: bool) -> None:
     job.snapshot("a")
     if not first:
         job.replicate()
@@ -706,14 +706,14 @@ def test_a_stale_token_is_given_up(job: Job, first: bool) -> None:
     assert job.there() == f"a c!{TAG}"
 
 
-def test_the_base_of_a_partial_receive_does_not_expire(aged: Job) -> None:
+def test_interrupted_receive_keeps_its_base_from_expiry(aged: Job) -> None:
     aged.replicate(status=1, keep=1, at=refusing("machines@e", moment="half-way"))
     assert aged.here().endswith(f"d!{RECEIVED}")
     aged.replicate(keep=1)
     assert aged.here() == f"e!{RECEIVED}"
 
 
-def test_a_target_renamed_in_mid_run_is_found_by_the_next(mirrored: Job) -> None:
+def test_target_renamed_in_mid_run_is_found_by_the_next(mirrored: Job) -> None:
     mirrored.snapshot("b", "")
     rename = once("before", lambda: mirrored.source.rename(f"{SOURCE}@b", "weekly"), "^zfs send")
     mirrored.replicate(status=1, at=rename)
@@ -722,7 +722,7 @@ def test_a_target_renamed_in_mid_run_is_found_by_the_next(mirrored: Job) -> None
     assert (mirrored.here(), mirrored.there()) == (f"a weekly!{RECEIVED}", f"a weekly!{TAG}")
 
 
-def test_a_target_is_safe_from_its_owner_once_it_is_held(mirrored: Job) -> None:
+def test_target_is_safe_from_its_owner_once_it_is_held(mirrored: Job) -> None:
     mirrored.snapshot("b", "")
 
     def destroy() -> None:
@@ -733,7 +733,7 @@ def test_a_target_is_safe_from_its_owner_once_it_is_held(mirrored: Job) -> None:
     assert mirrored.here() == f"a b!{RECEIVED}"
 
 
-def test_a_stream_that_says_it_arrived_is_not_believed(mirrored: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_stream_that_says_it_arrived_is_not_believed(mirrored: Job, monkeypatch: pytest.MonkeyPatch) -> None:
     mirrored.snapshot("b", "")
     monkeypatch.setattr(Wire, "carry_one", lambda self, sending, receiving: None)
     assert "does not end in @b" in mirrored.replicate(status=1)
@@ -743,7 +743,7 @@ def test_a_stream_that_says_it_arrived_is_not_believed(mirrored: Job, monkeypatc
 @pytest.mark.parametrize(
     ("tree", "mirror"), [(SOURCE, SOURCE), (SOURCE, f"{SOURCE}/copy"), (SOURCE, "backuppool"), ("backuppool", SOURCE)]
 )
-def test_a_host_that_pulls_from_itself_destroys_nothing(job: Job, tree: str, mirror: str) -> None:
+def test_same_host_as_source_destroys_nothing(job: Job, tree: str, mirror: str) -> None:
     """Under any name: an alias, or the same crontab on both of two hosts."""
     for name in "abc":
         job.snapshot(name)
@@ -754,14 +754,14 @@ def test_a_host_that_pulls_from_itself_destroys_nothing(job: Job, tree: str, mir
     assert {name: told(job.source, name) for name in job.source.datasets} == before
 
 
-def test_hosts_that_call_their_pools_alike_are_not_taken_for_one(job: Job) -> None:
+def test_same_host_is_not_told_by_names_of_pools(job: Job) -> None:
     job.snapshot("a")
     there = Machine(job.source.world, "backup", "backuppool")
     Job(job.source, there, SOURCE, SOURCE).replicate()
     assert told(there, SOURCE) == f"a!{RECEIVED}"
 
 
-def test_cut_between_two_snapshots_the_mirror_keeps_its_base(mirrored: Job) -> None:
+def test_interrupted_intermediates_keep_their_base(mirrored: Job) -> None:
     """What has come along of an interrupted -I is held at the source as well: nothing else may be left of it there."""
     for name in "bcd":
         mirrored.snapshot(name, "")
@@ -793,7 +793,7 @@ def test_rollback_gives_up_a_receive_that_hangs_on_what_goes(mirrored: Job) -> N
     assert (mirrored.here(), mirrored.there()) == (f"a c!{RECEIVED}", f"a c!{TAG}")
 
 
-def test_a_machine_that_answers_no_more_is_not_asked_for_every_dataset(mirrored: Job) -> None:
+def test_stuck_machine_is_not_asked_for_every_dataset(mirrored: Job) -> None:
     mirrored.snapshot("b")
     asked: list[Command] = []
 
@@ -809,7 +809,7 @@ def test_a_machine_that_answers_no_more_is_not_asked_for_every_dataset(mirrored:
     mirrored.replicate()
 
 
-def test_children_that_were_in_step_are_pulled_afresh_with_their_parent(mirrored: Job) -> None:
+def test_quarantine_pulls_children_afresh_with_their_parent(mirrored: Job) -> None:
     mirrored.source.release(TAG, f"{SOURCE}@a")
     mirrored.source.destroy(SOURCE, ["a"])
     mirrored.snapshot("b", "")
@@ -819,7 +819,7 @@ def test_children_that_were_in_step_are_pulled_afresh_with_their_parent(mirrored
 
 
 @pytest.mark.parametrize("selection", [EVERYTHING, Selection(recursive=False), Selection(exclude=("www",))])
-def test_what_another_line_keeps_below_is_not_set_aside(mirrored: Job, selection: Selection) -> None:
+def test_quarantine_leaves_what_has_the_mirror_of_another_line_below(mirrored: Job, selection: Selection) -> None:
     """Be it selected or not: that line would find its mirror gone."""
     mirrored.backup.hold("years:received", f"{LOCAL}/www@a")
     mirrored.source.release(TAG, f"{SOURCE}@a")
@@ -830,14 +830,14 @@ def test_what_another_line_keeps_below_is_not_set_aside(mirrored: Job, selection
     assert not mirrored.done("rename")
 
 
-def test_streams_go_in_one_batch_parents_first(job: Job) -> None:
+def test_batch_has_all_streams_parents_first(job: Job) -> None:
     root, disk, www, logs = (f"{LOCAL}{key}" for key in ("", "/disk", "/www", "/www/logs"))
     job.snapshot("a")
     job.replicate()
     assert job.wire.batches == [[root, disk, www, logs]]
 
 
-def test_a_stream_that_fails_ends_its_batch_and_the_rest_goes_in_the_next(mirrored: Job) -> None:
+def test_batch_ends_with_a_failure_and_the_rest_is_the_next(mirrored: Job) -> None:
     mirrored.snapshot("b")
     said = mirrored.replicate(status=1, at=refusing("^zfs send .*/disk@b", "source"))
     assert said.startswith(f"zfs_replicate: {LOCAL}/disk: the stream failed: ")
@@ -850,7 +850,7 @@ def test_a_stream_that_fails_ends_its_batch_and_the_rest_goes_in_the_next(mirror
 
 
 @pytest.mark.parametrize("way", ["rollback", "quarantine"])
-def test_what_the_source_says_of_this_host_is_not_believed(mirrored: Job, way: str) -> None:
+def test_source_is_not_believed_about_this_host(mirrored: Job, way: str) -> None:
     """That the mirror has been modified zfs recv alone can say: nothing is rolled back or set aside for it."""
     said = f"cannot receive: destination {LOCAL} has been modified; pool must be upgraded; out of space"
     mirrored.snapshot("b")
@@ -867,7 +867,7 @@ def test_what_the_source_says_of_this_host_is_not_believed(mirrored: Job, way: s
 
 
 @pytest.mark.parametrize("every", [False, True])
-def test_an_increment_lists_long_histories_twice(mirrored: Job, every: bool) -> None:
+def test_listing_of_long_histories_is_done_twice(mirrored: Job, every: bool) -> None:
     mirrored.snapshot("b")
     mirrored.snapshot("c")
     listed: list[tuple[str, ...]] = []
@@ -885,7 +885,7 @@ def test_an_increment_lists_long_histories_twice(mirrored: Job, every: bool) -> 
     assert {name for name in proof if "@" in name} == {f"{LOCAL}{key}@c" for key in EACH}
 
 
-def test_what_is_left_out_stays_as_it_is_on_both_sides(mirrored: Job) -> None:
+def test_selection_leaves_the_rest_as_it_is_on_both_sides(mirrored: Job) -> None:
     mirrored.source.world.now += days(90)
     mirrored.snapshot("b")
     mirrored.replicate(keep=1, selection=Selection(exclude=("www",)))
@@ -898,7 +898,7 @@ def test_what_is_left_out_stays_as_it_is_on_both_sides(mirrored: Job) -> None:
     assert not [words for words in mirrored.done() if "www" in words or "disk" in words]
 
 
-def test_only_some_snapshots_come_and_go(mirrored: Job) -> None:
+def test_selection_of_snapshots_comes_and_expires(mirrored: Job) -> None:
     for name in ("d1", "h1", "d2", "d3", "h2"):
         mirrored.snapshot(name, "")
     mirrored.replicate(every=True, selection=Selection(snapshots=("d*",)))
@@ -909,7 +909,7 @@ def test_only_some_snapshots_come_and_go(mirrored: Job) -> None:
     assert mirrored.here() == f"a d2 d4!{RECEIVED}"
 
 
-def test_a_parent_without_a_snapshot_that_is_meant_is_a_placeholder(job: Job) -> None:
+def test_placeholder_stands_for_a_parent_without_selected_snapshot(job: Job) -> None:
     job.snapshot("h", "")
     job.snapshot("d", "/www")
     job.replicate(selection=Selection(snapshots=("d",)))
@@ -926,7 +926,7 @@ def test_newer_local_snapshots_block_and_are_kept(mirrored: Job) -> None:
     assert mirrored.here("/www") == f"a b!{RECEIVED}"
 
 
-def test_children_of_a_dataset_that_could_not_be_created_are_skipped_and_named(job: Job) -> None:
+def test_children_of_what_could_not_be_created_are_skipped_and_named(job: Job) -> None:
     job.snapshot("a")
     said = job.replicate(status=1, at=refusing("^zfs send .*machines/www@a"))
     assert f"{LOCAL}/www/logs: skipped" in said
@@ -936,7 +936,7 @@ def test_children_of_a_dataset_that_could_not_be_created_are_skipped_and_named(j
     assert [job.here(key) for key in EACH] == [f"a!{RECEIVED}"] * 4
 
 
-def test_a_parent_that_cannot_be_made_is_tried_once_and_told_of_each_child(job: Job) -> None:
+def test_placeholder_refused_is_tried_once_and_told_for_each_child(job: Job) -> None:
     for number in range(20):
         job.source.create(f"{SOURCE}/www/logs/{number}")
     job.snapshot("a", "/www", *(f"/www/logs/{number}" for number in range(20)))
@@ -956,20 +956,20 @@ def test_a_parent_that_cannot_be_made_is_tried_once_and_told_of_each_child(job: 
     assert job.here("/www/logs/19") == f"a!{RECEIVED}"
 
 
-def test_a_tree_that_is_not_there(job: Job) -> None:
+def test_source_tree_that_is_not_there_ends_the_run(job: Job) -> None:
     job.source.datasets.clear()
     assert "does not exist" in job.replicate(status=3)
     assert job.done() == []
 
 
-def test_a_pool_that_is_not_imported_costs_no_hold(mirrored: Job) -> None:
+def test_pool_that_is_not_imported_costs_no_hold(mirrored: Job) -> None:
     before = mirrored.there()
     mirrored.backup.datasets.clear()
     assert "cannot list offsite" in mirrored.replicate(status=3)
     assert (mirrored.there(), mirrored.done()) == (before, [])
 
 
-def test_a_mirror_that_cannot_be_listed_costs_no_hold(mirrored: Job) -> None:
+def test_mirror_that_cannot_be_listed_costs_no_hold(mirrored: Job) -> None:
     """zfs lists what it can of several names, and exits 1: what is missing then need not be absent."""
     mirrored.snapshot("b")
 
@@ -982,7 +982,7 @@ def test_a_mirror_that_cannot_be_listed_costs_no_hold(mirrored: Job) -> None:
     assert [mirrored.there(key) for key in EACH] == [f"a!{TAG} b"] * 4
 
 
-def test_what_is_not_listed_beside_something_absent_need_not_be_absent(mirrored: Job) -> None:
+def test_listing_again_takes_only_what_is_said_absent_for_absent(mirrored: Job) -> None:
     said = f"cannot open '{LOCAL}': I/O error\ncannot open '{LOCAL}/no': dataset does not exist\n"
     wire = mirrored.wire
     run = Run(
@@ -1006,7 +1006,7 @@ def test_children_do_not_go_into_a_parent_that_is_half_received(job: Job) -> Non
     assert job.here("/www/logs") == f"a!{RECEIVED}"
 
 
-def test_nobody_writes_to_an_empty_target_while_its_first_receive_is_under_way(job: Job) -> None:
+def test_empty_target_is_read_only_during_its_first_receive(job: Job) -> None:
     """-F would overwrite it without a word."""
     job.snapshot("a")
     job.backup.create(LOCAL, files=False)
@@ -1023,7 +1023,7 @@ def test_nobody_writes_to_an_empty_target_while_its_first_receive_is_under_way(j
     assert job.here() == f"a!{RECEIVED}"
 
 
-def test_what_was_written_to_an_empty_target_before_its_turn_is_kept(job: Job) -> None:
+def test_empty_target_keeps_what_is_written_before_its_turn(job: Job) -> None:
     job.snapshot("a")
     job.backup.create(LOCAL, files=False)
 
@@ -1038,7 +1038,7 @@ def test_what_was_written_to_an_empty_target_before_its_turn_is_kept(job: Job) -
 
 
 @pytest.mark.parametrize("quarantine", [False, True])
-def test_a_place_of_which_nobody_knows_whether_it_is_empty_stays_as_it_is(job: Job, quarantine: bool) -> None:
+def test_empty_or_not_unknown_leaves_the_place_as_it_is(job: Job, quarantine: bool) -> None:
     """Not known is neither empty, to be received over, nor data, to be set aside."""
     job.snapshot("a", "/www/logs")
     job.replicate()
@@ -1051,7 +1051,7 @@ def test_a_place_of_which_nobody_knows_whether_it_is_empty_stays_as_it_is(job: J
     assert job.backup.datasets[f"{LOCAL}/www"].files
 
 
-def test_a_first_run_of_a_new_dataset_under_an_old_name_expires_nothing(aged: Job) -> None:
+def test_expiry_takes_nothing_of_a_new_dataset_under_an_old_name(aged: Job) -> None:
     """/www is called /web by now, and there is another /www: that one was not held when the run began (I8)."""
     aged.replicate()
     aged.source.rename_dataset(f"{SOURCE}/www", f"{SOURCE}/web")
@@ -1066,7 +1066,7 @@ def test_a_first_run_of_a_new_dataset_under_an_old_name_expires_nothing(aged: Jo
     assert aged.here("/www") == f"new!{RECEIVED}"
 
 
-def test_what_was_listed_again_is_known_to_be_held(mirrored: Job) -> None:
+def test_listing_again_knows_what_is_held(mirrored: Job) -> None:
     """A stream failed here: then its mirror is still known for ours, whatever the source says that it is by now."""
     wire = mirrored.wire
     run = Run(
@@ -1093,7 +1093,7 @@ def events_of(job: Job, **options: Any) -> list[tuple[str, str]]:
     return [(event["event"], event["dataset"] + event.get("snapshot", "")) for event in report.events]
 
 
-def test_a_run_notes_holds_and_placeholders_as_a_dry_run_does(job: Job) -> None:
+def test_events_of_a_run_are_those_of_a_dry_run(job: Job) -> None:
     job.snapshot("a", "/www/logs")
     assert events_of(job) == [
         ("no snapshot to pull", LOCAL),
@@ -1116,7 +1116,7 @@ def test_a_run_notes_holds_and_placeholders_as_a_dry_run_does(job: Job) -> None:
     ]
 
 
-def test_a_receive_that_is_given_up_is_noted(job: Job) -> None:
+def test_events_tell_a_receive_that_is_given_up(job: Job) -> None:
     job.snapshot("a")
     job.replicate()
     job.snapshot("b")
@@ -1139,7 +1139,7 @@ CHANGING = {
 
 
 @pytest.mark.parametrize("verb", CHANGING)
-def test_a_mode_that_looks_cannot_change_anything(mirrored: Job, verb: str) -> None:
+def test_read_only_host_refuses_what_changes_anything(mirrored: Job, verb: str) -> None:
     """I9."""
     host = ReadOnly(mirrored.backup)
     with pytest.raises(AssertionError, match="only looks"):
@@ -1186,7 +1186,7 @@ def guid(machine: Machine, name: str) -> int:
     return machine.datasets[dataset].snapshots[short].guid
 
 
-def test_a_first_pull(job: Job) -> None:
+def test_dry_run_of_a_first_pull(job: Job) -> None:
     job.snapshot("a")
     lines = foretold(job)
     a = {key: guid(job.source, f"{SOURCE}{key}@a") for key in ("", "/disk", "/www", "/www/logs")}
@@ -1197,7 +1197,7 @@ def test_a_first_pull(job: Job) -> None:
     ]
 
 
-def test_an_increment_moves_holds_and_expires(job: Job) -> None:
+def test_dry_run_of_an_increment_moves_holds_and_expires(job: Job) -> None:
     job.snapshot("old")
     job.replicate()
     job.source.world.now += days(50)
@@ -1221,7 +1221,7 @@ def test_an_increment_moves_holds_and_expires(job: Job) -> None:
     assert job.there() == f"old b c!{TAG}"
 
 
-def test_what_is_blocked_is_told_as_in_a_run(job: Job) -> None:
+def test_dry_run_tells_what_is_blocked_as_a_run_does(job: Job) -> None:
     job.snapshot("a")
     job.replicate()
     job.backup.snapshot(f"{LOCAL}@mine")
@@ -1231,7 +1231,7 @@ def test_what_is_blocked_is_told_as_in_a_run(job: Job) -> None:
     assert any(line.startswith(f"{LOCAL}/www: pull @a -> @b") for line in lines)
 
 
-def test_ways_out(job: Job) -> None:
+def test_dry_run_tells_what_rollback_and_quarantine_would_do(job: Job) -> None:
     job.snapshot("a")
     job.replicate()
     job.backup.snapshot(f"{LOCAL}/www@mine")
@@ -1244,7 +1244,7 @@ def test_ways_out(job: Job) -> None:
     assert any(line.startswith(f"{LOCAL}/www/logs: pull full @b") for line in lines)
 
 
-def test_a_rename_and_a_rest(job: Job) -> None:
+def test_dry_run_of_a_rename_and_a_rest(job: Job) -> None:
     job.snapshot("a")
     job.replicate()
     job.source.rename_dataset(f"{SOURCE}/www", f"{SOURCE}/web")
@@ -1256,7 +1256,7 @@ def test_a_rename_and_a_rest(job: Job) -> None:
     assert job.here("/web/logs") == f"a!{RECEIVED}"
 
 
-def test_a_chain_of_placeholders(job: Job) -> None:
+def test_dry_run_of_a_chain_of_placeholders(job: Job) -> None:
     world = World()
     source = Machine(world, "source", "backuppool", txg=9000)
     source.create(f"{SOURCE}/deep/deeper")
@@ -1282,7 +1282,7 @@ def looked_at(job: Job) -> list[MirrorStatus]:
     return list(all_statuses(run))
 
 
-def test_where_each_dataset_stands(mirrored: Job) -> None:
+def test_status_tells_where_each_dataset_stands(mirrored: Job) -> None:
     mirrored.snapshot("b", "")
     mirrored.snapshot("c", "", "/disk")
     mirrored.source.create(f"{SOURCE}/new")
@@ -1309,7 +1309,7 @@ def test_where_each_dataset_stands(mirrored: Job) -> None:
     ]
 
 
-def test_when_a_snapshot_came_is_known_by_our_own_clock_alone(mirrored: Job) -> None:
+def test_status_knows_by_our_own_clock_when_a_snapshot_came(mirrored: Job) -> None:
     world = mirrored.source.world
     came, policy = world.now, Policy(SOURCE, LOCAL, TAG)
     world.now += days(36500)
@@ -1328,7 +1328,7 @@ def test_when_a_snapshot_came_is_known_by_our_own_clock_alone(mirrored: Job) -> 
 @pytest.mark.parametrize(
     "date", ["", "-", "yesterday", "1700000000", "Thu Nov 16 10:00 99999", "Thu Nov 31 10:00 2023"]
 )
-def test_a_date_that_is_none_leaves_open_when_a_snapshot_came(mirrored: Job, date: str) -> None:
+def test_status_leaves_open_when_a_snapshot_came_without_a_date(mirrored: Job, date: str) -> None:
     def dated(where: Machine, command: Command, moment: str) -> Answer | None:
         is_asked = command[1] == "holds" and len(command) == 3 + len(EACH) and moment == "before"
         return Answer(0, "".join(f"{name}\t{RECEIVED}\t{date}\n" for name in command[3:]), "") if is_asked else None
@@ -1348,7 +1348,7 @@ def retired(job: Job) -> list[str]:
     return report.steps.getvalue().splitlines()
 
 
-def test_the_end_of_a_mirror_takes_our_holds_and_bookmarks_and_nothing_else(mirrored: Job) -> None:
+def test_retire_takes_our_holds_and_bookmarks_and_nothing_else(mirrored: Job) -> None:
     point = mirrored.source.datasets[SOURCE].snapshots["a"]
     mark = Policy(SOURCE, LOCAL, TAG).mark(point.guid)[1:]
     mirrored.source.bookmark(f"{SOURCE}@a", mark)
@@ -1366,14 +1366,14 @@ def test_the_end_of_a_mirror_takes_our_holds_and_bookmarks_and_nothing_else(mirr
     assert retired(mirrored) == []
 
 
-def test_a_mirror_whose_local_side_is_gone_can_be_ended(mirrored: Job) -> None:
+def test_retire_works_without_the_local_side(mirrored: Job) -> None:
     for name in mirrored.backup.below(LOCAL):
         del mirrored.backup.datasets[name]
     assert retired(mirrored)[-1] == f"{LOCAL}: not there (any more)"
     assert mirrored.there() == "a"
 
 
-def test_a_hold_that_stays_is_no_success(mirrored: Job) -> None:
+def test_retire_fails_if_a_hold_stays(mirrored: Job) -> None:
     mirrored.wire.at = refusing("^zfs release", "source")
     report = Report()
     retire(
@@ -1385,7 +1385,7 @@ def test_a_hold_that_stays_is_no_success(mirrored: Job) -> None:
     assert mirrored.here() == "a"
 
 
-def test_since_when_runs_fail_is_kept_at_the_local_root_and_there_alone(mirrored: Job) -> None:
+def test_failing_mark_is_at_the_local_root_and_there_alone(mirrored: Job) -> None:
     assert mark_failing(mirrored.backup, LOCAL, 5) == 5
     assert mark_failing(mirrored.backup, LOCAL, 9) == 5
     assert mirrored.backup.datasets[LOCAL].mark == f"5 {LOCAL}"
@@ -1399,7 +1399,7 @@ def test_since_when_runs_fail_is_kept_at_the_local_root_and_there_alone(mirrored
 
 
 @pytest.mark.parametrize("mark", [f"0 {LOCAL}", f"99999999999 {LOCAL}", "a\tb", "a\nb", "-", f"{'9' * 20} {LOCAL}"])
-def test_a_mark_that_says_nothing_is_set_anew_and_is_known_to_be_there(mirrored: Job, mark: str) -> None:
+def test_failing_mark_that_says_nothing_is_set_anew(mirrored: Job, mark: str) -> None:
     mirrored.backup.datasets[LOCAL].mark = mark
     assert mark_failing(mirrored.backup, LOCAL, 9) == 9
     assert mirrored.backup.datasets[LOCAL].mark == f"9 {LOCAL}"
@@ -1426,7 +1426,7 @@ def taken_over(job: Job) -> None:
             point.tags.clear()
 
 
-def test_what_was_here_before_is_not_touched_while_there_is_nothing_to_pull(job: Job) -> None:
+def test_take_over_touches_nothing_while_there_is_nothing_to_pull(job: Job) -> None:
     """It may as well be the original, and this the wrong host."""
     taken_over(job)
     job.source.world.now += days(99)
@@ -1436,7 +1436,7 @@ def test_what_was_here_before_is_not_touched_while_there_is_nothing_to_pull(job:
     assert (job.here(), job.there()) == ("a", "a")
 
 
-def test_a_mirror_of_another_tool_is_inert_before_anything_is_pulled_into_it(job: Job) -> None:
+def test_take_over_makes_inert_before_anything_is_pulled(job: Job) -> None:
     taken_over(job)
     job.snapshot("b")
     job.replicate(keep=1)
@@ -1453,7 +1453,7 @@ def test_a_mirror_of_another_tool_is_inert_before_anything_is_pulled_into_it(job
     assert job.done("set", "unmount", "recv") == []
 
 
-def test_what_cannot_be_made_inert_is_not_pulled_into_nor_held(job: Job) -> None:
+def test_take_over_pulls_nothing_into_what_cannot_be_made_inert(job: Job) -> None:
     taken_over(job)
     job.snapshot("b")
     for _ in range(2):
@@ -1463,7 +1463,7 @@ def test_what_cannot_be_made_inert_is_not_pulled_into_nor_held(job: Job) -> None
     assert job.here("/disk") == f"a b!{RECEIVED}"
 
 
-def test_a_parent_that_is_late_takes_its_place_above_its_children(job: Job) -> None:
+def test_parent_that_is_late_takes_its_place_above_its_children(job: Job) -> None:
     """And what else is below it stays: a dataset that is gone at the source, and one that was set aside."""
     job.source.create(f"{SOURCE}/www/gone")
     job.snapshot("a", "/www/logs", "/www/gone")
@@ -1483,7 +1483,7 @@ def test_a_parent_that_is_late_takes_its_place_above_its_children(job: Job) -> N
     assert job.done() == []
 
 
-def test_while_a_late_parent_does_not_come_nothing_of_its_children_is_released(job: Job) -> None:
+def test_parent_that_is_late_keeps_the_holds_of_its_children(job: Job) -> None:
     job.snapshot("a", "/www/logs")
     job.replicate()
     job.snapshot("b", "", "/www", "/www/logs")
@@ -1494,7 +1494,7 @@ def test_while_a_late_parent_does_not_come_nothing_of_its_children_is_released(j
     assert [job.here(key) for key in ("", "/www", "/www/logs")] == [f"b!{RECEIVED}", f"b!{RECEIVED}", f"a b!{RECEIVED}"]
 
 
-def test_others_below_a_place_keep_it_from_becoming_a_mirror(job: Job) -> None:
+def test_strangers_below_a_place_keep_it_from_becoming_a_mirror(job: Job) -> None:
     job.backup.create("offsite/home")
     job.mirror = "offsite"
     job.backup.datasets["offsite"].files = False
@@ -1506,7 +1506,7 @@ def test_others_below_a_place_keep_it_from_becoming_a_mirror(job: Job) -> None:
     assert job.there("/www") == "a", "nothing is received below it either"
 
 
-def test_below_what_never_was_a_mirror_nothing_is_received(mirrored: Job) -> None:
+def test_children_do_not_go_below_what_never_was_a_mirror(mirrored: Job) -> None:
     mirrored.backup.create(f"{LOCAL}/new")
     mirrored.backup.snapshot(f"{LOCAL}/new@theirs")
     mirrored.source.create(f"{SOURCE}/new/deep")
@@ -1518,7 +1518,7 @@ def test_below_what_never_was_a_mirror_nothing_is_received(mirrored: Job) -> Non
     assert mirrored.here("/disk") == f"a b!{RECEIVED}"
 
 
-def test_the_mirror_of_another_line_is_left_alone(mirrored: Job) -> None:
+def test_mirror_of_another_line_is_left_alone(mirrored: Job) -> None:
     mirrored.backup.hold("years:received", f"{LOCAL}/www@a")
     mirrored.snapshot("b")
     mirrored.source.world.now += days(99)
@@ -1528,7 +1528,7 @@ def test_the_mirror_of_another_line_is_left_alone(mirrored: Job) -> None:
     assert mirrored.here("/www/logs") == f"a b!{RECEIVED}", "what is a mirror already goes on"
 
 
-def test_a_hold_that_somebody_released_at_the_source_is_told(mirrored: Job, capsys: pytest.CaptureFixture[str]) -> None:
+def test_hold_that_somebody_released_at_the_source_is_told(mirrored: Job, capsys: pytest.CaptureFixture[str]) -> None:
     mirrored.source.release(TAG, f"{SOURCE}/www@a")
     mirrored.replicate()
     assert f"{SOURCE}/www@a is not held by {TAG} any more, and is needed" in capsys.readouterr().err
@@ -1536,9 +1536,7 @@ def test_a_hold_that_somebody_released_at_the_source_is_told(mirrored: Job, caps
     assert capsys.readouterr().err == ""
 
 
-def test_a_hold_of_our_tag_that_was_there_before_any_mirror_is_told(
-    job: Job, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_hold_of_our_tag_from_before_any_mirror_is_told(job: Job, capsys: pytest.CaptureFixture[str]) -> None:
     job.snapshot("old")
     job.source.hold(TAG, f"{SOURCE}/www@old")
     job.snapshot("a")
@@ -1549,9 +1547,7 @@ def test_a_hold_of_our_tag_that_was_there_before_any_mirror_is_told(
     assert job.there("/www") == f"old a!{TAG}"
 
 
-def test_a_run_that_was_killed_once_it_held_says_nothing_of_its_own_holds(
-    job: Job, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_hold_of_ours_from_a_killed_run_is_not_told(job: Job, capsys: pytest.CaptureFixture[str]) -> None:
     job.snapshot("a")
     job.replicate(status=1, at=refusing("^zfs send "))
     capsys.readouterr()
@@ -1559,9 +1555,7 @@ def test_a_run_that_was_killed_once_it_held_says_nothing_of_its_own_holds(
     assert capsys.readouterr().err == ""
 
 
-def test_what_a_rollback_destroys_that_the_source_once_had_is_told(
-    mirrored: Job, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_rollback_tells_what_the_source_once_had(mirrored: Job, capsys: pytest.CaptureFixture[str]) -> None:
     mirrored.snapshot("b")
     mirrored.replicate()
     mirrored.source.release(TAG, f"{SOURCE}@b")
@@ -1575,7 +1569,7 @@ def test_what_a_rollback_destroys_that_the_source_once_had_is_told(
     assert "received from the source, which has no more of it, so perhaps the last copy: @b" in capsys.readouterr().err
 
 
-def test_no_command_leaves_the_tree() -> None:
+def test_fence_refuses_commands_that_leave_the_tree() -> None:
     """The belt: each of these would be a fault of the plan."""
     fence = FencedHost(Machine(World(), "backup", "offsite"), LOCAL)
     for command in (
@@ -1603,7 +1597,7 @@ def test_no_command_leaves_the_tree() -> None:
         fence.check(command)
 
 
-def test_a_stream_with_another_base_sets_nothing_aside(mirrored: Job) -> None:
+def test_stream_with_another_base_sets_nothing_aside(mirrored: Job) -> None:
     """zfs recv says of it what it says of a mirror that somebody has changed."""
     mirrored.snapshot("b", "")
 
@@ -1620,7 +1614,7 @@ def test_a_stream_with_another_base_sets_nothing_aside(mirrored: Job) -> None:
     assert mirrored.here() == f"a b!{RECEIVED}"
 
 
-def test_what_is_set_on_a_mirror_that_is_taken_over_outlives_an_increment_that_was_cut(job: Job) -> None:
+def test_take_over_keeps_properties_after_an_interrupted_increment(job: Job) -> None:
     """Its properties are undone then, and its rest brings none: the next increment is the first to bring any."""
     taken_over(job)
     job.snapshot("b")

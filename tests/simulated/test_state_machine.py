@@ -673,7 +673,7 @@ def told(story: str, options: Options) -> tuple[Site, dict[str, object]]:
 @pytest.mark.parametrize("kind", FAULTS)
 @pytest.mark.parametrize("options", [Options(30), Options(30, intermediates=True)], ids=["newest", "intermediates"])
 @pytest.mark.parametrize("story", STORIES)
-def test_a_fault_at_every_moment(story: str, options: Options, kind: str) -> None:
+def test_fault_at_every_moment(story: str, options: Options, kind: str) -> None:
     """The main ones at every second moment and the rest at every seventh, unless asked to look longer."""
     number = STORIES[story][1]
     main = story in ("next", "interrupted") and kind in ("crash", "fail") and not options.intermediates
@@ -935,7 +935,7 @@ class Life(RuleBasedStateMachine):
         self.site.watched(hop, options, Fault("neighbour", number), dispatch)
 
 
-def test_a_long_life() -> None:
+def test_life_of_random_events() -> None:
     """Tells how much has happened, with `pytest -rP`."""
     # The profile of conftest.py says the rest.
     run_state_machine_as_test(

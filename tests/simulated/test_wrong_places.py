@@ -44,7 +44,7 @@ def job() -> Job:
     return new_job()
 
 
-def test_a_line_on_the_first_host_of_a_chain_holds_and_destroys_nothing_there() -> None:
+def test_wrong_host_of_a_chain_holds_and_destroys_nothing() -> None:
     hosts = chain()
     aged(hosts["a"])
     pull(hosts["a"], hosts["b"]).replicate(every=True)
@@ -57,7 +57,7 @@ def test_a_line_on_the_first_host_of_a_chain_holds_and_destroys_nothing_there() 
     assert told(hosts["a"], "a/vm") == before
 
 
-def test_the_hold_of_another_host_makes_nothing_here_ours() -> None:
+def test_hold_of_another_host_makes_nothing_here_ours() -> None:
     hosts = chain()
     aged(hosts["a"])
     copied(hosts["a"], hosts["b"])
@@ -68,7 +68,7 @@ def test_the_hold_of_another_host_makes_nothing_here_ours() -> None:
         assert wrong.done() == []
 
 
-def test_what_is_in_use_is_neither_made_inert_nor_ever_expired() -> None:
+def test_dataset_in_use_is_neither_made_inert_nor_expired() -> None:
     hosts = chain("ab")
     aged(hosts["a"])
     copied(hosts["a"], hosts["b"])
@@ -83,7 +83,7 @@ def test_what_is_in_use_is_neither_made_inert_nor_ever_expired() -> None:
     assert (here.mounted, here.values) == (True, {})
 
 
-def test_what_was_made_inert_and_got_nothing_is_not_taken_for_ours(job: Job) -> None:
+def test_inert_mirror_that_got_nothing_is_not_taken_for_ours(job: Job) -> None:
     taken_over(job)
     job.source.world.now += days(99)
     job.snapshot("b")
@@ -97,7 +97,7 @@ def test_what_was_made_inert_and_got_nothing_is_not_taken_for_ours(job: Job) -> 
     assert job.here("/www") == "a"
 
 
-def test_a_mirror_of_another_tool_that_is_rolled_back_first_is_inert_too(job: Job) -> None:
+def test_inert_mirror_is_made_also_after_a_rollback(job: Job) -> None:
     taken_over(job)
     for key in ("", "/www"):
         job.backup.snapshot(f"{LOCAL}{key}@mine")
@@ -112,7 +112,7 @@ def test_a_mirror_of_another_tool_that_is_rolled_back_first_is_inert_too(job: Jo
     }  # fmt: skip
 
 
-def test_a_run_that_died_before_it_held_goes_on_though_another_host_pulled_from_it() -> None:
+def test_dead_run_goes_on_though_another_host_pulled_from_it() -> None:
     hosts = chain("abcd")
     aged(hosts["a"])
     pull(hosts["a"], hosts["b"]).replicate()
@@ -122,7 +122,7 @@ def test_a_run_that_died_before_it_held_goes_on_though_another_host_pulled_from_
     assert told(hosts["c"], "c/vm") == f"d5!{TAG}!{RECEIVED}"
 
 
-def test_a_clone_of_what_the_source_set_aside_comes_in_full(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_clone_of_what_the_source_set_aside_comes_in_full(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also where all is listed in full."""
     aside = f"/www{ASIDE}2024-01-01-000000"
     job.source.create(SOURCE + aside)
@@ -142,7 +142,7 @@ def test_a_clone_of_what_the_source_set_aside_comes_in_full(job: Job, monkeypatc
     assert not any(ASIDE in name for name in job.backup.datasets)
 
 
-def test_a_placeholder_that_has_made_way_at_the_source_is_not_mirrored() -> None:
+def test_placeholder_made_way_at_the_source_is_not_mirrored() -> None:
     """The next host pulls while the children are away."""
     hosts = chain()
     hosts["a"].create("a/vm/new/www")
@@ -159,7 +159,7 @@ def test_a_placeholder_that_has_made_way_at_the_source_is_not_mirrored() -> None
     assert second.done() == []
 
 
-def test_what_an_earlier_placeholder_left_is_no_stranger(job: Job) -> None:
+def test_placeholder_from_earlier_is_no_stranger(job: Job) -> None:
     job.snapshot("a", "/www/logs")
     job.replicate()
     job.snapshot("b", "/www")
@@ -170,7 +170,7 @@ def test_what_an_earlier_placeholder_left_is_no_stranger(job: Job) -> None:
     assert (job.here(), job.here("/www/logs")) == (f"c!{RECEIVED}", f"a!{RECEIVED}")
 
 
-def test_a_placeholder_that_cannot_make_way_twice_says_what_to_do(job: Job) -> None:
+def test_placeholder_that_cannot_make_way_twice_says_what_to_do(job: Job) -> None:
     job.snapshot("a", "/www/logs")
     job.replicate()
     job.backup.create(f"{LOCAL}/www{PLACEHOLDER}")
@@ -178,7 +178,7 @@ def test_a_placeholder_that_cannot_make_way_twice_says_what_to_do(job: Job) -> N
     assert f"zfs destroy '{LOCAL}/www{PLACEHOLDER}'" in job.replicate(status=1)
 
 
-def test_the_root_of_a_pool_cannot_make_way() -> None:
+def test_pool_root_cannot_make_way() -> None:
     hosts = chain("ab")
     hosts["a"].create("a/vm/www")
     hosts["a"].snapshot("a/vm/www@a")
@@ -189,7 +189,7 @@ def test_the_root_of_a_pool_cannot_make_way() -> None:
     assert line.done() == []
 
 
-def test_many_children_return_without_a_look_for_each() -> None:
+def test_children_return_without_a_look_for_each() -> None:
     hosts = chain("ab")
     for number in range(40):
         hosts["a"].create(f"a/vm/c{number}")
@@ -202,7 +202,7 @@ def test_many_children_return_without_a_look_for_each() -> None:
     assert sum(command[:2] == ("B", "list") for command in line.wire.done) < 30
 
 
-def test_what_another_line_may_hold_is_left_alone(job: Job) -> None:
+def test_mirror_that_another_line_may_hold_is_left_alone(job: Job) -> None:
     taken_over(job)
     job.backup.hold("years:received", f"{LOCAL}@a")
     job.snapshot("b")
@@ -210,7 +210,7 @@ def test_what_another_line_may_hold_is_left_alone(job: Job) -> None:
     assert job.here() == "a!years:received"
 
 
-def test_a_second_attempt_expires_nothing_that_the_first_took_over(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_second_attempt_expires_nothing_that_the_first_took_over(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
     """Both are one run, and the first of a line destroys nothing."""
     taken_over(job)
     job.source.world.now += days(99)

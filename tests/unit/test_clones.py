@@ -35,7 +35,7 @@ TREE = {
 }
 
 
-def test_a_clone_inherits_what_lies_before_its_origin() -> None:
+def test_with_clones_inherits_what_lies_before_the_origin() -> None:
     tree = with_clones({**TREE, "/b": replace(source("@y,5", f"{SOURCE}/b"), origin=f"{SOURCE}/a@x")})
     assert shorts(tree["/a"].inherited) == "@v0 @v1"
     assert shorts(tree["/b"].inherited) == "@v0 @v1 @x"
@@ -43,7 +43,7 @@ def test_a_clone_inherits_what_lies_before_its_origin() -> None:
     assert with_clones({"/a": TREE["/a"]})["/a"].inherited == (), "its origin is not in the tree"
 
 
-def test_origins_come_before_clones_and_parents_before_children() -> None:
+def test_in_order_puts_origins_before_clones_and_parents_first() -> None:
     assert in_order(TREE) == ["", "/golden", "/a"]
     circle = {
         "": source(""),
@@ -55,7 +55,7 @@ def test_origins_come_before_clones_and_parents_before_children() -> None:
     assert in_order(chain) == [f"/{n}" for n in reversed(range(9))]
 
 
-def test_a_clone_is_sent_from_its_origin_where_that_is_here() -> None:
+def test_clone_is_sent_from_its_origin_where_that_is_here() -> None:
     clone = with_clones(TREE)["/a"]
     origin = local("@v1,2", name=f"{LOCAL}/golden").snapshots[0]
     plan = plan_dataset(clone, None, POLICY, f"{LOCAL}/a", origin)
@@ -63,7 +63,7 @@ def test_a_clone_is_sent_from_its_origin_where_that_is_here() -> None:
     assert plan_dataset(clone, None, POLICY, f"{LOCAL}/a") == Transfer((Receive(clone.snapshots[0]),))
 
 
-def test_snapshots_with_clones_are_pulled_besides_the_newest() -> None:
+def test_clone_origins_are_pulled_besides_the_newest() -> None:
     golden = with_clones(TREE)["/golden"]
     plan = plan_dataset(golden, None, POLICY, f"{LOCAL}/golden")
     assert isinstance(plan, Transfer)
@@ -73,7 +73,7 @@ def test_snapshots_with_clones_are_pulled_besides_the_newest() -> None:
     assert shorts(plan.targets) == "@v1 @v2"
 
 
-def test_the_rest_of_a_clone_goes_on() -> None:
+def test_clone_that_was_interrupted_goes_on() -> None:
     clone = with_clones(TREE)["/a"]
     origin = local("@v1,2", name=f"{LOCAL}/golden").snapshots[0]
     waiting = replace(local("", partial(4, 2), name=f"{LOCAL}/a"), origin=origin.name)
@@ -87,7 +87,7 @@ def test_the_rest_of_a_clone_goes_on() -> None:
     assert type(plan.steps[0]).__name__ == "AbortReceive", "its origin is not here any more"
 
 
-def test_what_a_promoted_clone_took_over_stays_held_for_its_former_origin() -> None:
+def test_clone_promoted_keeps_the_holds_its_former_origin_needs() -> None:
     """And its twin here is not expired while that is so."""
     clone = source(f"@a,1,0!{TAG} @b,2,50 @c,3,60", f"{SOURCE}/clone")
     former = Dataset(f"{SOURCE}/www", "filesystem", origin=f"{SOURCE}/clone@a")
@@ -105,7 +105,7 @@ def test_what_a_promoted_clone_took_over_stays_held_for_its_former_origin() -> N
     assert there["/www"].twin(here["/www"].snapshots[-1]) == clone.snapshots[0]
 
 
-def test_the_origin_of_a_local_clone_is_not_expired() -> None:
+def test_clone_here_keeps_its_origin_from_expiry() -> None:
     here = with_clones(
         {
             "/golden": local("@v0,1,0 @v1,2,1 @v2,3,99", name=f"{LOCAL}/golden"),
@@ -121,7 +121,7 @@ def formerly(there: Tree, here: Tree, key: str) -> str | None:
     return former_key(there[key], key, moved_mirrors(there, here, POLICY))
 
 
-def test_a_renamed_dataset_is_known_by_its_snapshots() -> None:
+def test_rename_is_known_by_the_snapshots() -> None:
     there = {"": source(""), "/web": source("@a,1 @b,2", f"{SOURCE}/web"), "/db": source("@n,9", f"{SOURCE}/db")}
     here = {
         "": local(""),
@@ -150,21 +150,19 @@ def test_a_renamed_dataset_is_known_by_its_snapshots() -> None:
         ("@b,2", "@b,2?", "its holds could not be read"),
     ],
 )
-def test_what_is_not_without_doubt_the_mirror_of_a_renamed_dataset_stays_where_it_is(
-    web: str, www: str, why: str
-) -> None:
+def test_rename_is_not_followed_in_doubt(web: str, www: str, why: str) -> None:
     there = {"": source(""), "/web": source(web, f"{SOURCE}/web")}
     here = {"": local(""), "/www": local(www, name=f"{LOCAL}/www")}
     assert formerly(there, here, "/web") is None, why
 
 
-def test_two_datasets_with_the_newest_common_snapshot_at_the_source_are_no_rename() -> None:
+def test_rename_is_not_followed_if_two_datasets_fit() -> None:
     there = {key: source("@a,1", f"{SOURCE}{key}") for key in ("/web", "/copy")}
     here = {"/www": local(f"@a,1!{RECEIVED}", name=f"{LOCAL}/www")}
     assert formerly(there, here, "/web") is formerly(there, here, "/copy") is None
 
 
-def test_a_dataset_with_the_mirror_of_another_line_below_it_is_not_renamed() -> None:
+def test_rename_leaves_a_place_with_the_mirror_of_another_line_below() -> None:
     there = {"/web": source("@a,1", f"{SOURCE}/web")}
     here = {
         "/www": local(f"@a,1!{RECEIVED}", name=f"{LOCAL}/www"),

@@ -55,7 +55,7 @@ def refused(argv: list[str], capsys: pytest.CaptureFixture[str]) -> str:
     return said.err
 
 
-def test_the_line_of_the_crontab_parses_word_for_word() -> None:
+def test_crontab_line_parses_word_for_word() -> None:
     assert vars(parse(shlex.split(CRONTAB.split("  ")[1])[1:])) == {
         "remote_host": "backup.example.org",
         "remote_fs": "backuppool/virt/machines",
@@ -100,7 +100,7 @@ def test_the_line_of_the_crontab_parses_word_for_word() -> None:
     }
 
 
-def test_long_options_say_the_same(tmp_path: Path) -> None:
+def test_options_long_and_short_say_the_same(tmp_path: Path) -> None:
     key = tmp_path / "key"
     key.touch()
     short = "-h me@host -r a/b -l c/d -t x -k 7 -b 1G -p 2222 -n -I -v -v -i"
@@ -112,20 +112,20 @@ def test_long_options_say_the_same(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("option", NEEDED)
-def test_these_options_are_required(option: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_options_that_are_required(option: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert f"arguments are required: {option}/--" in refused(words(**{option[1:]: None}), capsys)
 
 
-def test_without_any_option_one_line_names_all_that_are_needed(capsys: pytest.CaptureFixture[str]) -> None:
+def test_options_needed_are_named_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert all(option in refused([], capsys) for option in NEEDED)
 
 
-def test_h_is_the_host_and_not_help(capsys: pytest.CaptureFixture[str]) -> None:
+def test_option_h_is_the_host_and_not_help(capsys: pytest.CaptureFixture[str]) -> None:
     assert accepted(h="other").remote_host == "other"
     assert "-h/--remote-host: expected one argument" in refused(["-h"], capsys)
 
 
-def test_help(capsys: pytest.CaptureFixture[str]) -> None:
+def test_help_goes_to_stdout(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
         main(["--help"])
     said = capsys.readouterr()
@@ -135,7 +135,7 @@ def test_help(capsys: pytest.CaptureFixture[str]) -> None:
     assert "Exit codes:" in said.out
 
 
-def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+def test_version_goes_to_stdout(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
         main(["--version"])
     assert stop.value.code == 0
@@ -145,7 +145,7 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize(
     "extra", ["extra", "--remote-f=a", "--keep", "-x", "--no-such-option", "-I=3"], ids=lambda word: word.strip("-")
 )
-def test_what_is_not_an_option_is_refused(extra: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_options_unknown_are_refused(extra: str, capsys: pytest.CaptureFixture[str]) -> None:
     refused([*words(), extra], capsys)
 
 
@@ -170,7 +170,7 @@ BAD["l"] = BAD["r"]
 
 
 @pytest.mark.parametrize(("option", "value"), [(option, value) for option, values in BAD.items() for value in values])
-def test_a_bad_value_is_refused_in_one_line(option: str, value: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_value_that_is_bad_is_refused_in_one_line(option: str, value: str, capsys: pytest.CaptureFixture[str]) -> None:
     line = refused(
         [
             *words(**{option: None}),
@@ -184,7 +184,7 @@ def test_a_bad_value_is_refused_in_one_line(option: str, value: str, capsys: pyt
 
 @pytest.mark.parametrize("option", ["-r", "-l", "-t", "--exclude", "--set"])
 @pytest.mark.parametrize("value", ["t\u00e4nk\u2028x".encode(), b"tank\xff"])
-def test_bytes_that_no_name_has_are_refused_in_one_line_whatever_the_locale(option: str, value: bytes) -> None:
+def test_value_of_strange_bytes_is_refused_in_any_locale(option: str, value: bytes) -> None:
     """As a cron job without a locale would run it."""
     argv = [word.encode() for word in words()] + [option.encode(), value]
     done = subprocess.run(
@@ -209,7 +209,7 @@ exit 1
     ("look", "status"),
     [("--check", 3), ("--status", 3), ("--doctor", 1), ("--dry-run", 3), ("--json", 3), ("-vv", 3)],
 )
-def test_what_zfs_says_is_told_whatever_the_locale(look: str, status: int, encoding: str, tmp_path: Path) -> None:
+def test_output_of_zfs_is_told_in_any_locale(look: str, status: int, encoding: str, tmp_path: Path) -> None:
     program = tmp_path / "zfs"
     program.write_text(TALKATIVE, encoding="ascii")
     program.chmod(0o755)
@@ -242,7 +242,7 @@ DESTINATION = {"h": "remote_host", "r": "remote_fs", "l": "local_fs", "t": "tag"
 
 
 @pytest.mark.parametrize(("option", "value"), [(option, value) for option, values in GOOD.items() for value in values])
-def test_a_good_value_is_taken(option: str, value: str) -> None:
+def test_value_that_is_good_is_taken(option: str, value: str) -> None:
     assert vars(accepted(**{option: value}))[DESTINATION[option]] == (int(value) if option in "kp" else value)
 
 
@@ -250,15 +250,15 @@ def test_a_good_value_is_taken(option: str, value: str) -> None:
     ("given", "taken"),
     [("256M", "256M"), ("1G", "1G"), ("1g", "1G"), ("64m", "64M"), ("512k", "512k"), ("512K", "512k")],
 )
-def test_memory_is_spelt_as_mbuffer_wants_it(given: str, taken: str) -> None:
+def test_mbuffer_memory_is_spelt_as_mbuffer_wants_it(given: str, taken: str) -> None:
     assert accepted(b=given).mbuffer == taken
 
 
-def test_the_longest_tag_leaves_room_for_that_of_the_local_side() -> None:
+def test_tag_of_full_length_leaves_room_for_the_received_tag() -> None:
     assert len(accepted(t="x" * 246).tag + ":received") == 255
 
 
-def test_a_key_that_cannot_be_read_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_identity_that_cannot_be_read_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     key = tmp_path / "key"
     key.touch()
     assert accepted(i=str(key)).identity == str(key)
@@ -280,13 +280,13 @@ def readable(path: Path) -> bool:
     ("remote", "here"),
     [("tank/a", "tank/a"), ("tank/a", "tank/a/b"), ("tank/a/b", "tank/a"), ("tank", "tank/backup"), ("tank/a", "tank")],
 )
-def test_a_tree_is_not_mirrored_into_itself(remote: str, here: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_trees_that_overlap_on_one_host_are_refused(remote: str, here: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert "overlap" in refused(words(h="localhost", r=remote, l=here), capsys)
     assert accepted(r=remote, l=here)  # on two hosts this is no overlap
 
 
 @pytest.mark.parametrize(("remote", "here"), [("tank/a", "tank/ab"), ("tank/ab", "tank/a"), ("tank/a", "tank/a-b/c")])
-def test_trees_side_by_side_on_one_host_are_welcome(remote: str, here: str) -> None:
+def test_trees_side_by_side_on_one_host_are_accepted(remote: str, here: str) -> None:
     assert accepted(h="localhost", r=remote, l=here)
 
 
@@ -338,7 +338,7 @@ class Attempts:
         pytest.param(["refused"], 3, 0, id="not-welcome"),
     ],
 )
-def test_a_lost_link_is_retried(
+def test_retries_follow_a_lost_link(
     attempts: list[str],
     status: int,
     retry_delays: int,
@@ -353,7 +353,7 @@ def test_a_lost_link_is_retried(
     assert said.count("zfs_replicate: ") == (status > 0)
 
 
-def test_without_retries_a_lost_link_is_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_retries_none_make_a_lost_link_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
     runs = Attempts(monkeypatch, "lost", "well")
     assert main(words()) == 1
     assert runs.words == ["well"]
@@ -365,12 +365,12 @@ def test_duration_that_makes_no_sense_is_refused(text: str, capsys: pytest.Captu
 
 
 @pytest.mark.parametrize(("text", "seconds"), [("90s", 90), ("30m", 1800), ("2h", 7200)])
-def test_duration_in_any_unit(text: str, seconds: int) -> None:
+def test_duration_is_read_in_any_unit(text: str, seconds: int) -> None:
     assert parse([*words(), "--stall-timeout", text]).stall_timeout == seconds
     assert format_timeout(seconds) == text
 
 
-def test_what_is_selected() -> None:
+def test_policy_selects_as_the_options_say() -> None:
     options = parse(
         [*words(), "--exclude", "a", "--exclude=*/b", "--snapshots=x*", "--exclude-snapshots", "*y", "--keep-min", "3"]
     )
@@ -380,5 +380,5 @@ def test_what_is_selected() -> None:
     assert not policy_of(parse([*words(), "--no-recursive"])).selection.recursive
 
 
-def test_one_way_out_at_a_time(capsys: pytest.CaptureFixture[str]) -> None:
+def test_options_rollback_and_quarantine_exclude_each_other(capsys: pytest.CaptureFixture[str]) -> None:
     assert "not allowed with" in refused([*words(), "--rollback", "--quarantine"], capsys)

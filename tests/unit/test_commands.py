@@ -136,17 +136,17 @@ IN_ANY_SHELL = [
 
 
 @pytest.mark.parametrize("shell", SHELLS)
-def test_words_arrive_as_they_are(shell: str) -> None:
+def test_remote_line_brings_words_as_they_are_through_any_shell(shell: str) -> None:
     assert words_through(shell, ("printf", "%s\\0", *IN_ANY_SHELL)) == IN_ANY_SHELL
 
 
 @given(st.lists(st.text(NAME_LETTERS + "'\"$`&|;<>()*?[]{}~#@%^+=,/", max_size=20), min_size=1, max_size=20))
 @settings(max_examples=40, deadline=None)
-def test_any_words_arrive_through_sh(words: list[str]) -> None:
+def test_remote_line_brings_any_words_through_sh(words: list[str]) -> None:
     assert words_through("sh", ("printf", "%s\\0", *words)) == words
 
 
-def test_the_exit_status_is_that_of_the_command() -> None:
+def test_remote_line_ends_with_the_status_of_the_command() -> None:
     assert subprocess.run(["sh", "-c", remote_line(("sh", "-c", "exit 7"))], check=False).returncode == 7
 
 
@@ -163,7 +163,7 @@ def test_the_exit_status_is_that_of_the_command() -> None:
         (("sh", "-c", "cat /dev/zero; exit 9"), ("sh", "-c", "exit 8"), 8, b""),
     ],
 )
-def test_what_goes_through_a_second_program_tells_of_both(
+def test_remote_line_with_two_programs_tells_the_status_of_both(
     shell: str, first: Command, second: Command, status: int, output: bytes
 ) -> None:
     """A pipe of sh would tell of the second alone."""
@@ -173,14 +173,14 @@ def test_what_goes_through_a_second_program_tells_of_both(
 
 
 @pytest.mark.parametrize("shell", SHELLS)
-def test_programs_are_looked_for_on_the_way(shell: str) -> None:
+def test_remote_line_looks_for_programs_on_the_way(shell: str) -> None:
     line = remote_line(("sh", "-c", "echo out; echo err >&2; exit 7"), look_for=("cat", "no-such-program", "env"))
     done = subprocess.run([shell, "-c", line], capture_output=True, check=False, text=True)
     assert (done.returncode, done.stdout) == (7, "out\n")
     assert [line.rpartition("/")[2] for line in done.stderr.splitlines()] == ["cat", "env", "err"]
 
 
-def test_sbin_comes_last_in_the_path_and_messages_are_untranslated() -> None:
+def test_remote_line_puts_sbin_last_and_asks_for_english() -> None:
     line = remote_line(("env",))
     done = subprocess.run(["sh", "-c", line], capture_output=True, env={"PATH": "/bin", "LC_ALL": "de_DE"}, text=True)
     assert f"PATH=/bin:{SBIN}\n" in done.stdout
@@ -192,7 +192,7 @@ def test_sbin_comes_last_in_the_path_and_messages_are_untranslated() -> None:
 
 @given(st.lists(st.tuples(st.integers(5, 255), st.integers(1, 400)), max_size=12))
 @settings(deadline=None)
-def test_batches_lose_nothing_and_each_fits_into_one_word_of_a_remote_command(runs: list[tuple[int, int]]) -> None:
+def test_batches_lose_nothing_and_each_fits_into_one_remote_word(runs: list[tuple[int, int]]) -> None:
     names = [f"p/d@{'s ' * length}"[:length] for length, count in runs for _ in range(count)]
     found = list(batches(names))
     assert [name for batch in found for name in batch] == names
@@ -209,7 +209,7 @@ def test_batches_are_as_few_as_will_do() -> None:
     assert len(list(batches(["tank/data@" + "x" * 90] * 10_000))) < 20
 
 
-def test_the_shortest_names_fit_too() -> None:
+def test_batches_of_the_shortest_names_fit_too() -> None:
     for batch in batches(["p@ "] * 50_000):
         assert len(remote_line(list_holds(batch))) < WORD_OF_LINUX
 
@@ -224,7 +224,7 @@ def step(history: str) -> tuple[Dataset, Receive]:
     return there, Receive(there.snapshots[-1], (there.bookmarks + there.snapshots)[0])
 
 
-def test_send() -> None:
+def test_send_from_nothing_a_snapshot_or_a_bookmark() -> None:
     flags = ("-L", "-c")
     assert send(source("@a,1"), FULL, False, flags) == ("zfs", "send", "-L", "-c", "-p", f"{SOURCE}@a")
     assert send(source("@a,1"), FULL, False, ()) == ("zfs", "send", "-p", f"{SOURCE}@a")
@@ -232,7 +232,7 @@ def test_send() -> None:
     assert send(*step("#a,1 @b,2"), False, flags)[-3:] == ("-i", f"{SOURCE}#a", f"{SOURCE}@b")
 
 
-def test_an_encrypted_dataset_goes_raw_with_properties_or_plain_without() -> None:
+def test_send_of_an_encrypted_dataset_is_raw_or_without_properties() -> None:
     there = Dataset(SOURCE, "filesystem", encrypted=True)
     for it in (FULL, step("@a,1 @b,2")[1]):
         assert {"-w", "-p"} <= set(send(there, it, True, ()))
@@ -240,7 +240,7 @@ def test_an_encrypted_dataset_goes_raw_with_properties_or_plain_without() -> Non
     assert "-w" not in send(source("@a,1"), FULL, False, ())
 
 
-def test_the_rest_of_a_stream_takes_no_flag_but_its_token() -> None:
+def test_send_of_a_rest_takes_no_flag_but_its_token() -> None:
     rest = Receive(FULL.snapshot, token="1-c0ffee")
     there = Dataset(SOURCE, "filesystem", encrypted=True)
     assert send(there, rest, True, ("-L", "-c")) == ("zfs", "send", "-t", "1-c0ffee")
@@ -252,7 +252,7 @@ def test_stream_flags_are_those_the_local_pool_understands() -> None:
     assert stream_flags([]) == ()
 
 
-def test_features_that_a_pool_lacks_are_named() -> None:
+def test_lacking_features_of_a_pool_are_named() -> None:
     said = "zfs: cannot receive: stream has unsupported feature, feature flags = 10420004"
     assert lacking(said, ["large_blocks"]) == ["longname"]
     said = "zfs: cannot receive new filesystem stream: pool must be upgraded to receive this stream."
@@ -276,7 +276,7 @@ OF_ALL = {
 """What filesystems and volumes have of their own, besides readonly."""
 
 
-def test_a_first_receive_sets_what_the_next_leave_alone() -> None:
+def test_receive_sets_properties_the_first_time_only() -> None:
     first, later = receive(source("@a,1"), None, "t/a@a"), receive(source("@a,1"), local("@a,1"), "t/a@a")
     limits = {"quota", "refquota", "reservation", "refreservation", "snapshot_limit", "filesystem_limit"}
     switches = {
@@ -292,7 +292,7 @@ def test_a_first_receive_sets_what_the_next_leave_alone() -> None:
         assert command[-1] == "t/a@a", "with the name of its snapshot zfs recv takes no package of others"
 
 
-def test_what_is_set_here_and_would_be_lost_is_set_again() -> None:
+def test_receive_sets_again_what_would_be_lost() -> None:
     own = {"compression": "zstd", "readonly": "off", "com.example:note": "two\nlines"}
     command = receive(source("@a,1"), local("@a,1"), "t/a@b", own=own)
     assert options(command, "-o") == {"compression=zstd", "readonly=off", "com.example:note=two\nlines"}
@@ -300,7 +300,7 @@ def test_what_is_set_here_and_would_be_lost_is_set_again() -> None:
     assert "canmount" in options(command, "-x")
 
 
-def test_a_volume_is_not_given_properties_of_a_filesystem() -> None:
+def test_receive_gives_a_volume_no_properties_of_a_filesystem() -> None:
     for mine in (None, local("@a,1", kind="volume")):
         command = receive(source("@a,1", kind="volume"), mine, "t/a@a")
         names = {value.split("=")[0] for value in options(command, "-o") | options(command, "-x")}
@@ -313,7 +313,7 @@ OWN = Properties(
 )
 
 
-def test_what_the_mirror_has_of_its_own() -> None:
+def test_receive_sets_what_the_mirror_has_of_its_own() -> None:
     limits = {"quota=none", "refquota=none", "filesystem_limit=none", "setuid=off", "devices=off", "zoned=off"} | OF_ALL
     for_all = {"compression=zstd", "com.sun:auto-snapshot=false", "a:b=c=d"}
     first = receive(source("@a,1"), None, "t/a@a", OWN)
@@ -324,29 +324,29 @@ def test_what_the_mirror_has_of_its_own() -> None:
     assert options(later, "-x") == options(first, "-x") | {value.split("=")[0] for value in options(first, "-o")}
 
 
-def test_a_volume_gets_only_what_volumes_have() -> None:
+def test_receive_sets_on_a_volume_only_what_volumes_have() -> None:
     first = receive(source("@a,1", kind="volume"), None, "t/a@a", OWN)
     own = {"compression=zstd", "volblocksize=4k", "com.sun:auto-snapshot=false", "a:b=c=d"}
     assert options(first, "-o") == OF_ALL | own
     assert options(first, "-x") == {*NEVER, "readonly", "com.example:x", "volsize"}
 
 
-def test_what_is_set_is_not_left_out() -> None:
+def test_receive_does_not_exclude_what_it_sets() -> None:
     first = receive(source("@a,1"), None, "t/a@a", Properties(("mountpoint=none",)))
     assert "mountpoint=none" in options(first, "-o")
     assert "mountpoint" not in options(first, "-x")
 
 
 @pytest.mark.parametrize("mine", [None, local(""), local("@a,1"), local("@a,1", kind="volume")])
-def test_nothing_is_forced_where_data_may_be(mine: Dataset | None) -> None:
+def test_receive_forces_nothing_where_data_may_be(mine: Dataset | None) -> None:
     assert "-F" not in receive(source("@a,1"), mine, "t/a@a")
 
 
-def test_a_vacant_filesystem_is_overwritten() -> None:
+def test_receive_overwrites_an_empty_filesystem() -> None:
     assert "-F" in receive(source("@a,1"), local("", empty=True), "t/a@a")
 
 
-def test_nothing_is_forced_onto_what_has_come_before_in_the_same_batch() -> None:
+def test_receive_forces_nothing_onto_what_the_same_batch_brought() -> None:
     there = source("@a,1 @b,2")
     assert "-F" not in receive(there, replace(local("@a,1"), empty=True), "t/a@b")
     plan = Transfer((Receive(there.snapshots[0]),))
@@ -355,7 +355,7 @@ def test_nothing_is_forced_onto_what_has_come_before_in_the_same_batch() -> None
     assert "-F" not in receive(there, after, "t/a@b")
 
 
-def test_nothing_is_forced_over_what_has_children() -> None:
+def test_receive_forces_nothing_over_children() -> None:
     assert "-F" not in receive(source("@a,1"), replace(local("", empty=True), parent=True), "t/a@a")
 
 
@@ -397,15 +397,15 @@ ONE = Snapshot("offsite/vm/a@one", 1, 1, 0)
         (hold("tag", ["offsite/my files@one"]), "hold 'offsite/my files'"),
     ],
 )
-def test_what_is_granted_is_what_the_command_needs_and_for_the_whole_tree(command: Command, granted: str) -> None:
+def test_allow_command_grants_what_is_needed_on_the_whole_tree(command: Command, granted: str) -> None:
     assert allow_command(command, MY) == f"as root on here: zfs allow keeper {granted}"
 
 
-def test_no_right_is_known_for_what_needs_none() -> None:
+def test_allow_command_is_empty_for_what_needs_no_right() -> None:
     assert allow_command(list_tree("offsite/vm"), MY) == ""
 
 
-def test_the_readme_grants_all_that_the_commands_need() -> None:
+def test_readme_grants_all_rights_that_the_commands_need() -> None:
     readme = Path(zfs_replicate.__file__).with_name("README.md").read_text(encoding="utf-8")
     lines = [line for line in readme.splitlines() if line.startswith("    zfs allow ")]
     there, here, _mirrored = (set(line.split()[3].split(",")) for line in lines)

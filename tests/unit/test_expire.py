@@ -94,7 +94,7 @@ def known_to_be_let_go(twin: Snapshot | None) -> bool:
     return twin is None or (twin.tags is not None and TAG not in twin.tags)
 
 
-def test_every_small_state_expires_exactly_what_may_go() -> None:
+def test_expire_takes_exactly_what_may_go_in_every_small_state() -> None:
     rng = random.Random(11)
     here = list(locals_(rng))
     destroyed = kept = 0
@@ -125,50 +125,50 @@ def expired(there: str, mine: Dataset, now: int = SOON) -> str:
     return shorts(expire(source(there), mine, POLICY, now).destroy)
 
 
-def test_what_is_older_than_keep_days_goes_and_the_border_stays() -> None:
+def test_expire_takes_what_is_older_than_keep_days() -> None:
     assert expired(THERE, local(THERE)) == "@a"  # @b is 30 days older than @e to the second
 
 
 @pytest.mark.parametrize(("seconds", "expected"), [(0, "@a @c"), (-1, "@a @b @c")], ids=["on-the-border", "past-it"])
-def test_one_second_decides(seconds: int, expected: str) -> None:
+def test_expire_decides_by_one_second(seconds: int, expected: str) -> None:
     mine = local("@a,1,0 @b,2,10 @c,3,1 @e,5,40")
     aged = [replace(s, creation=s.creation + seconds) if s.guid == 2 else s for s in mine.snapshots]
     assert expired(THERE, replace(mine, snapshots=tuple(aged))) == expected
 
 
-def test_age_counts_back_from_the_newest_common_snapshot() -> None:
+def test_expire_counts_back_from_the_newest_common_snapshot() -> None:
     """A source that stopped making snapshots years ago must not empty the backup."""
     assert expired(THERE, local(THERE), now=4000 * DAY) == "@a"
 
 
-def test_age_counts_back_from_now_where_snapshots_come_from_the_future() -> None:
+def test_expire_counts_back_from_now_if_snapshots_are_of_the_future() -> None:
     """A source whose clock runs ahead must not empty it either."""
     mine = local("@a,1,0 @b,2,10 @c,3,20 @d,4,30 @e,5,4000")
     assert expired(THERE, mine, now=41 * DAY) == "@a @b"
 
 
 @pytest.mark.parametrize("now", [0, 5 * DAY, 30 * DAY])
-def test_a_clock_here_that_runs_behind_destroys_nothing(now: int) -> None:
+def test_expire_takes_nothing_if_the_clock_here_runs_behind(now: int) -> None:
     assert expired(THERE, local(THERE), now) == ""
 
 
 @pytest.mark.parametrize("days", [1, 30, 100_000])
-def test_without_a_source_nothing_goes(days: int) -> None:
+def test_expire_takes_nothing_without_a_source(days: int) -> None:
     policy = replace(POLICY, keep_days=days)
     assert expire(None, local(THERE), policy, SOON) == Expiry()
     assert expire(source(""), local(THERE), policy, SOON) == Expiry()
     assert expire(source("@x,99,40"), local(THERE), policy, SOON) == Expiry()
 
 
-def test_without_keep_days_nothing_goes() -> None:
+def test_expire_takes_nothing_without_keep_days() -> None:
     assert expire(source(THERE), local(THERE), replace(POLICY, keep_days=None), SOON) == Expiry()
 
 
-def test_what_the_source_no_longer_has_goes_as_well() -> None:
+def test_expire_takes_also_what_the_source_no_longer_has() -> None:
     assert expired("@e,5,40", local("@mine,9,1 " + THERE)) == "@mine @a"
 
 
-def test_a_bookmark_is_enough_to_count_from_and_is_no_twin_to_be_held() -> None:
+def test_expire_counts_from_a_bookmark_as_from_a_snapshot() -> None:
     assert expired("#a,1,0 #e,5,40", local(THERE)) == "@a"
 
 
@@ -193,7 +193,7 @@ def test_a_bookmark_is_enough_to_count_from_and_is_no_twin_to_be_held() -> None:
         ),
     ],
 )
-def test_why_one_past_its_time_is_kept(there: str, mine: Dataset, why: str) -> None:
+def test_expire_says_why_it_keeps_what_is_too_old(there: str, mine: Dataset, why: str) -> None:
     expiry = expire(source(there), mine, POLICY, SOON)
     assert expiry.destroy == ()
     assert [snapshot.guid for snapshot, _ in expiry.kept] == ([1] if why else [])
@@ -203,7 +203,7 @@ def test_why_one_past_its_time_is_kept(there: str, mine: Dataset, why: str) -> N
 @pytest.mark.parametrize(
     ("keep", "expected"), [(0, "@a @b @c @d"), (1, "@a @b @c @d"), (3, "@a @b"), (4, "@a"), (5, ""), (99, "")]
 )
-def test_the_newest_few_never_go(keep: int, expected: str) -> None:
+def test_expire_never_takes_the_newest_few(keep: int, expected: str) -> None:
     policy = replace(POLICY, keep_days=1, keep_min=keep)
     assert shorts(expire(source(THERE), local(THERE), policy, SOON).destroy) == expected
 
@@ -218,22 +218,22 @@ def test_the_newest_few_never_go(keep: int, expected: str) -> None:
         (Selection(snapshots=("x*",)), ""),
     ],
 )
-def test_only_what_is_selected_goes_and_counts(selection: Selection, expected: str) -> None:
+def test_expire_takes_and_counts_only_what_is_selected(selection: Selection, expected: str) -> None:
     policy = replace(POLICY, keep_days=1, keep_min=2, selection=selection)
     assert shorts(expire(source(THERE), local(THERE), policy, SOON).destroy) == expected
 
 
-def test_no_policy_however_absurd_expires_the_newest_common_snapshot() -> None:
+def test_expire_keeps_the_newest_common_snapshot_under_any_policy() -> None:
     expiry = expire(source(THERE), local(THERE), replace(POLICY, keep_days=-10_000), now=9999 * DAY)
     assert shorts(expiry.destroy) == "@a @b @c @d"
     assert [why for _, why in expiry.kept] == ["the newest common snapshot"]
 
 
-def test_a_foreign_tag_on_the_twin_keeps_nothing_here() -> None:
+def test_expire_ignores_foreign_tags_on_the_twin() -> None:
     assert expired(THERE.replace("@a,1,0", "@a,1,0!other!offsite:received"), local(THERE)) == "@a"
 
 
-def test_holds_are_read_of_the_twins_that_nothing_else_keeps() -> None:
+def test_holds_to_read_are_those_of_twins_that_nothing_else_keeps() -> None:
     here = local(f"@a,1 @b,2!keep @c,3 @d,4!{RECEIVED}")
     there = source("@a,1 @b,2 @c,3 @d,4")
     unknown = replace(there, snapshots=tuple(replace(it, tags=None) for it in there.snapshots))

@@ -126,7 +126,7 @@ def check(there: Dataset, mine: Dataset | None) -> None:
     assert not hold_changes(then_there, then_mine, POLICY), "moved again"
 
 
-def test_every_small_state_of_holds_converges() -> None:
+def test_hold_changes_converge_from_every_small_state() -> None:
     count = 0
     for there, mine in cases():
         try:
@@ -172,11 +172,11 @@ def moved(there: str, mine: Dataset | None) -> str:
         ),
     ],
 )
-def test_moves(there: str, here: str, expected: str) -> None:
+def test_hold_changes_move_to_the_newest_common_snapshot(there: str, here: str, expected: str) -> None:
     assert moved(there, local(here)) == expected
 
 
-def test_without_a_local_dataset_our_holds_go() -> None:
+def test_hold_changes_release_all_without_a_local_dataset() -> None:
     assert moved("@a,1!offsite @b,2!other", None) == "there -@a"
 
 
@@ -189,11 +189,13 @@ def test_without_a_local_dataset_our_holds_go() -> None:
     ],
     ids=["stays", "stays-for-a-first-receive", "is-placed"],
 )
-def test_the_target_of_an_interrupted_receive_is_held(there: str, here: str, waiting: object, expected: str) -> None:
+def test_hold_changes_hold_the_target_of_an_interrupted_receive(
+    there: str, here: str, waiting: object, expected: str
+) -> None:
     assert moved(there, replace(local(here), partial=waiting)) == expected  # type: ignore[arg-type]
 
 
-def test_moves_of_many_datasets_add_up() -> None:
+def test_hold_changes_of_many_datasets_add_up() -> None:
     one = HoldChanges(("a@1",), ("b@1",), ("a@0",), ("b@0",))
     two = HoldChanges(("a/c@1",), (), (), ("b/c@0",))
     assert one + two == HoldChanges(("a@1", "a/c@1"), ("b@1",), ("a@0",), ("b@0", "b/c@0"))
@@ -201,12 +203,12 @@ def test_moves_of_many_datasets_add_up() -> None:
 
 
 @pytest.mark.parametrize("field", ["place_source", "place_local", "release_source", "release_local"])
-def test_any_move_counts(field: str) -> None:
+def test_hold_changes_are_true_if_there_is_any(field: str) -> None:
     assert not HoldChanges()
     assert HoldChanges(**{field: ("a@1",)})
 
 
-def test_intermediates_change_nothing() -> None:
+def test_hold_changes_are_the_same_with_intermediates() -> None:
     there, mine = source("@a,1!offsite @b,2 @c,3"), local("@a,1!offsite:received @b,2 @c,3")
     assert hold_changes(there, mine, EVERY) == hold_changes(there, mine, POLICY)
 
@@ -223,7 +225,7 @@ def test_intermediates_change_nothing() -> None:
         pytest.param(f"@m,7!{RECEIVED}", "abcd", id="one held here is a bookmark there"),
     ],
 )
-def test_where_our_holds_there_may_be(here: str | None, asked: str) -> None:
+def test_holds_to_read_are_where_ours_may_be(here: str | None, asked: str) -> None:
     there = source("@a,1 @b,2 #m,7 @c,3 @d,4")
     found = holds_to_read(there, local(here) if here else None, POLICY, 0)
     assert "".join(snapshot.short[1:] for snapshot in found) == asked

@@ -32,14 +32,14 @@ def call(*command: str, **environment: str) -> str:
     return done.stdout
 
 
-def test_pip_install(tmp_path: Path, checkout: Path) -> None:
+def test_pip_installs_the_checkout(tmp_path: Path, checkout: Path) -> None:
     call(sys.executable, "-m", "venv", f"{tmp_path}/venv")
     call(f"{tmp_path}/venv/bin/pip", "install", "--quiet", str(checkout))
     assert call(f"{tmp_path}/venv/bin/zfs_replicate", "--version").startswith("zfs_replicate ")
     call(f"{tmp_path}/venv/bin/python", "-c", "import paramiko")
 
 
-def test_pipx_install(tmp_path: Path, checkout: Path) -> None:
+def test_pipx_installs_the_checkout(tmp_path: Path, checkout: Path) -> None:
     home = {"PIPX_HOME": f"{tmp_path}/home", "PIPX_BIN_DIR": f"{tmp_path}/bin", "PIPX_MAN_DIR": f"{tmp_path}/man"}
     call(sys.executable, "-m", "pipx", "install", "--quiet", str(checkout), **home)
     assert "--remote-host" in call(f"{tmp_path}/bin/zfs_replicate", "--help")

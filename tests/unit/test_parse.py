@@ -67,14 +67,14 @@ def row(
 
 
 @pytest.mark.parametrize("value", [0, 7, 2**63, 2**64 - 1])
-def test_a_number_of_64_bits_is_read(value: int) -> None:
+def test_number_of_64_bits_is_read(value: int) -> None:
     assert number(str(value), "a guid") == value
 
 
 @pytest.mark.parametrize(
     "text", ["", "-", "-1", "+1", " 1", "1\n", "1_0", "0x1", "1.5", "x", "\u0661", "\u00b2", str(2**64), "9" * 5_000]
 )
-def test_anything_else_is_no_number(text: str) -> None:
+def test_number_refuses_anything_else(text: str) -> None:
     with pytest.raises(Failure, match=r"^a guid should be a whole number below 2\^64") as caught:
         number(text, "a guid")
     assert len(caught.value.what) < 100
@@ -84,7 +84,7 @@ def test_anything_else_is_no_number(text: str) -> None:
 # zfs list
 
 
-def test_columns_are_those_the_rows_here_have() -> None:
+def test_list_columns_are_those_of_the_rows_in_these_tests() -> None:
     assert LIST_COLUMNS == (
         "name",
         "type",
@@ -100,7 +100,7 @@ def test_columns_are_those_the_rows_here_have() -> None:
     )
 
 
-def test_a_tree() -> None:
+def test_tree_is_read() -> None:
     text = (
         row("tank/vm", "filesystem")
         + row("tank/vm@new", "snapshot", 2, txg=20)
@@ -122,16 +122,16 @@ def test_a_tree() -> None:
     assert held == {"tank/vm@old": 2}
 
 
-def test_nothing_listed_is_an_empty_tree() -> None:
+def test_tree_of_nothing_is_empty() -> None:
     assert parse_tree("", "tank") == ({}, {})
 
 
-def test_the_root_may_be_a_pool() -> None:
+def test_tree_may_be_a_whole_pool() -> None:
     tree, _ = parse_tree(row("tank", "filesystem") + row("tank/a", "filesystem"), "tank")
     assert list(tree) == ["", "/a"]
 
 
-def test_spaces_belong_to_names_at_their_end_too() -> None:
+def test_tree_names_keep_spaces_also_at_their_end() -> None:
     text = (
         row("tank/my vm ", "filesystem") + row("tank/my vm @ a day ", "snapshot") + row("tank/my vm # m ", "bookmark")
     )
@@ -142,13 +142,13 @@ def test_spaces_belong_to_names_at_their_end_too() -> None:
     assert dataset.bookmarks[0].short == "# m "
 
 
-def test_datasets_whose_names_begin_alike_keep_their_own_snapshots() -> None:
+def test_tree_datasets_with_like_names_keep_their_own_snapshots() -> None:
     text = row("t/a", "filesystem") + row("t/a@1", "snapshot") + row("t/a ", "filesystem") + row("t/a-b", "filesystem")
     tree, _ = parse_tree(text.replace("t/a", "t/r/a") + row("t/r", "filesystem"), "t/r")
     assert {key: len(dataset.snapshots) for key, dataset in tree.items()} == {"/a": 1, "/a ": 0, "/a-b": 0, "": 0}
 
 
-def test_a_resume_token_waits_to_be_decoded() -> None:
+def test_tree_keeps_a_resume_token_undecoded() -> None:
     tree, _ = parse_tree(
         row("tank/vm", "filesystem", token="1-c0ffee-d8-789c63") + row("tank/vm/a", "volume"), "tank/vm"
     )
@@ -157,13 +157,13 @@ def test_a_resume_token_waits_to_be_decoded() -> None:
 
 
 @pytest.mark.parametrize("origin", ["tank/golden@one", "tank/golden@-", "tank/golden@-one-"])
-def test_the_origin_of_a_clone_whatever_its_name_ends_in(origin: str) -> None:
+def test_tree_has_the_origin_of_a_clone_whatever_its_name(origin: str) -> None:
     assert parse_tree(row("tank", "filesystem", origin=origin), "tank")[0][""].origin == origin
     assert parse_tree(row("tank", "filesystem"), "tank")[0][""].origin == ""
 
 
 @pytest.mark.parametrize("key", ["aes-256-gcm", "aes-128-ccm"])
-def test_encryption(key: str) -> None:
+def test_tree_knows_what_is_encrypted(key: str) -> None:
     assert parse_tree(row("tank", "filesystem", key=key), "tank")[0][""].encrypted
     assert not parse_tree(row("tank", "filesystem"), "tank")[0][""].encrypted
 
@@ -178,7 +178,7 @@ def test_encryption(key: str) -> None:
         pytest.param(row("tank", "filesystem").replace("\t", "    "), id="spaces-for-tabs"),
     ],
 )
-def test_a_line_of_another_width_is_refused(text: str) -> None:
+def test_tree_row_of_another_width_is_refused(text: str) -> None:
     with pytest.raises(Failure, match="columns where 11 or 3 were asked for"):
         parse_tree(text, "tank")
 
@@ -190,7 +190,7 @@ def test_a_line_of_another_width_is_refused(text: str) -> None:
         st.tuples(st.sampled_from("@#"), components, numbers, numbers), max_size=6, unique_by=lambda p: p[:2]
     ),
 )
-def test_every_name_comes_back(root: str, children: list[str], points: list[tuple[str, str, int, int]]) -> None:
+def test_tree_gives_back_every_name(root: str, children: list[str], points: list[tuple[str, str, int, int]]) -> None:
     names = [root, *(f"{root}/{child}" for child in children)]
     text = "".join(row(name, "filesystem") for name in names)
     for mark, short, guid, txg in points:
@@ -210,7 +210,7 @@ def test_every_name_comes_back(root: str, children: list[str], points: list[tupl
 # zfs holds
 
 
-def test_holds() -> None:
+def test_holds_are_read() -> None:
     text = (
         "tank/my vm @a \tkeep it \tThu Nov 16 10:00 2023\n"
         "tank/my vm @a \toffsite\tThu Nov 16 10:00 2023\n"
@@ -222,23 +222,23 @@ def test_holds() -> None:
     }
 
 
-def test_no_holds_print_nothing() -> None:
+def test_holds_of_nothing_are_none() -> None:
     assert parse_holds("", ["tank@a"]) == {}
 
 
 @pytest.mark.parametrize("text", ["tank@a\toffsite\n", "tank@a\toffsite\tThu\tNov\n", "cannot open 'tank@a'\n", "\n"])
-def test_a_line_of_holds_of_another_width_is_refused(text: str) -> None:
+def test_holds_row_of_another_width_is_refused(text: str) -> None:
     with pytest.raises(Failure, match="columns where 3 were asked for"):
         parse_holds(text, ["tank@a"])
 
 
 @given(st.dictionaries(st.tuples(datasets, components).map("@".join), st.sets(tag_names, min_size=1), max_size=5))
-def test_every_tag_comes_back(holds: dict[str, set[str]]) -> None:
+def test_holds_give_back_every_tag(holds: dict[str, set[str]]) -> None:
     text = "".join(f"{name}\t{tag}\tThu Nov 16 10:00 2023\n" for name, tags in holds.items() for tag in tags)
     assert parse_holds(text, holds) == holds
 
 
-def test_holds_and_numbers_of_encrypted_snapshots_come_in_one_text() -> None:
+def test_holds_and_ivsets_come_in_one_text() -> None:
     text = "tank@a\t18446744073709551615\ntank/plain@a\t-\ntank@a\tkeep\tThu Nov 16 10:00 2023\n"
     assert parse_holds_and_ivsets(text + "tank@a\tx\tThu Nov 16 10:00 2023\n", ["tank@a", "tank/plain@a"]) == (
         {"tank@a": frozenset({"keep", "x"})},
@@ -246,7 +246,7 @@ def test_holds_and_numbers_of_encrypted_snapshots_come_in_one_text() -> None:
     )
 
 
-def test_of_an_outline_neither_holds_nor_age_are_known() -> None:
+def test_tree_in_outline_leaves_holds_and_age_unknown() -> None:
     text = row("tank", "filesystem") + "tank@a\t3\t5\ntank#m\t3\t5\n"
     tree, held = parse_tree(text, "tank")
     assert tree[""].snapshots == (Snapshot("tank@a", 3, 5, UNKNOWN_CREATION, None),)
@@ -254,7 +254,7 @@ def test_of_an_outline_neither_holds_nor_age_are_known() -> None:
     assert held == {}
 
 
-def test_tags_are_filled_in_where_known_and_stay_unknown_elsewhere() -> None:
+def test_with_tags_fills_in_only_what_is_known() -> None:
     text = row("tank", "filesystem") + "".join(row(f"tank@{n}", "snapshot", refs=n, txg=int(n)) for n in "012")
     tree, held = parse_tree(text, "tank")
     assert held == {"tank@1": 1, "tank@2": 2}
@@ -263,7 +263,7 @@ def test_tags_are_filled_in_where_known_and_stay_unknown_elsewhere() -> None:
 
 
 @pytest.mark.parametrize("letter", ["\x0b", "\x1c", "\x85", "\u2028", "é", "\r"], ids=ascii)
-def test_a_tag_of_somebody_else_may_hold_any_letter(letter: str) -> None:
+def test_holds_of_others_may_have_any_letter_in_their_tag(letter: str) -> None:
     """zfs checks the length of a tag and no more; a line ends at a newline and nowhere else."""
     assert parse_holds(f"tank@a\ta{letter}b\tThu Nov 16 10:00 2023\n", ["tank@a"]) == {"tank@a": {f"a{letter}b"}}
 
@@ -284,16 +284,16 @@ send from @a to tank/my vm @b c estimated size is 4.00M
 """
 
 
-def test_a_token_of_an_increment() -> None:
+def test_token_of_an_increment() -> None:
     assert parse_token("1-x", INCREMENTAL) == Partial("1-x", GUID, 0x5D33BD9AD1BB21A4, raw=True, bytes=0x1B6A28)
 
 
-def test_a_token_of_a_first_receive_has_no_base() -> None:
+def test_token_of_a_first_receive_has_no_base() -> None:
     text = INCREMENTAL.replace("\tfromguid = 0x5d33bd9ad1bb21a4\n", "")
     assert parse_token("1-x", text) == Partial("1-x", GUID, None, raw=True, bytes=0x1B6A28)
 
 
-def test_a_token_decodes_where_its_snapshot_is_not() -> None:
+def test_token_decodes_where_its_snapshot_is_not() -> None:
     """Here, the name in the token is that of the source: the contents come on stdout all the same."""
     text = (
         INCREMENTAL.rsplit("send from", 1)[0]
@@ -309,21 +309,21 @@ def test_a_token_decodes_where_its_snapshot_is_not() -> None:
         "cannot resume send: resume token is corrupt (decompression failed)\n",
     ],
 )
-def test_a_corrupt_token_tells_nothing(text: str) -> None:
+def test_token_that_is_corrupt_tells_nothing(text: str) -> None:
     assert parse_token("1-x", text) == Partial("1-x", None, None, corrupt=True)
 
 
-def test_a_token_that_zfs_could_not_look_at_is_not_called_corrupt() -> None:
+def test_token_that_zfs_could_not_read_is_not_called_corrupt() -> None:
     assert parse_token("1-x", "internal error: out of memory\n") == Partial("1-x", None, None)
 
 
-def test_a_token_of_a_plain_stream() -> None:
+def test_token_of_a_plain_stream() -> None:
     text = INCREMENTAL.replace("\trawok = 1\n", "")
     assert parse_token("1-x", text) == Partial("1-x", GUID, 0x5D33BD9AD1BB21A4, bytes=0x1B6A28)
 
 
 @given(numbers, st.none() | numbers, datasets, components)
-def test_every_token_comes_back(to_guid: int, from_guid: int | None, dataset: str, snapshot: str) -> None:
+def test_token_gives_back_every_guid(to_guid: int, from_guid: int | None, dataset: str, snapshot: str) -> None:
     base = "" if from_guid is None else f"\tfromguid = {from_guid:#x}\n"
     text = (
         f"resume token contents:\nnvlist version: 0\n{base}\tobject = 0x0\n\toffset = 0x0\n\tbytes = 0x0\n"
@@ -337,7 +337,7 @@ def test_every_token_comes_back(to_guid: int, from_guid: int | None, dataset: st
 
 @pytest.mark.parametrize("text", ["x\n", "\n", "\t", "size\tx\n", "bytes = 0x1\n", "size\t1\r"])
 @pytest.mark.parametrize("size", [40_000, 10_000_000])
-def test_an_endless_answer_without_sizes_is_read_once(text: str, size: int) -> None:
+def test_estimates_in_an_endless_answer_are_read_once(text: str, size: int) -> None:
     """In a moment; with the square of its length it would be days."""
 
     def blocked_by_length(number: int, frame: object) -> None:
@@ -354,11 +354,11 @@ def test_an_endless_answer_without_sizes_is_read_once(text: str, size: int) -> N
 
 
 @pytest.mark.parametrize("size", [str(2**64), "9" * 30, "9" * 5_000, "-1", "1.5", "", " 7", "\u0667"])
-def test_a_size_that_is_none_is_passed_over(size: str) -> None:
+def test_estimates_pass_over_a_size_that_is_none(size: str) -> None:
     assert parse_estimates(f"size\t{size}\nsize\t{2**64 - 1}\n") == [(2**64 - 1, 0)]
 
 
-def test_the_size_of_a_stream() -> None:
+def test_estimates_of_streams_and_rests() -> None:
     """As OpenZFS 2.1.11 and 2.3.2 print it."""
     text = "incremental\t1\tp/a@2\t1059376\nincremental\t2\tp/a@3\t534352\nsize\t1593728\n"
     rest = INCREMENTAL.rsplit("send from", 1)[0] + "full\tp/a@3\t2637648\nsize\t2637648\n"
@@ -368,7 +368,7 @@ def test_the_size_of_a_stream() -> None:
     assert parse_estimates(text + INCREMENTAL) == [(1593728, 0)]
 
 
-def test_since_when_a_tag_is_on_a_snapshot() -> None:
+def test_hold_dates_of_one_tag() -> None:
     text = (
         "tank/a b@1\tours:received\tThu Nov 16 10:00 2023\ntank/a b@1\tother\tFri Nov 17 10:00 2023\n"
         "tank/a@2\tours:received\tWed Nov  1 09:05 2023\ntank/a@3\tother\tFri Nov 17 10:00 2023\n"
@@ -406,7 +406,7 @@ def test_since_when_a_tag_is_on_a_snapshot() -> None:
         ("", None),
     ],
 )
-def test_since_when_runs_fail(text: str, since: int | None) -> None:
+def test_failing_since_is_read_from_the_mark(text: str, since: int | None) -> None:
     assert parse_failing(text, "tank/a", now=1_700_000_000) == since
 
 
@@ -416,12 +416,12 @@ def test_since_when_runs_fail(text: str, since: int | None) -> None:
 @pytest.mark.parametrize(
     ("text", "count"), [("1\n", 1), ("1\n250\n3\n", 254), ("-\n1\n", 1), ("none\n6\n", 6), ("", 0)]
 )
-def test_objects_are_counted(text: str, count: int) -> None:
+def test_count_objects_adds_up(text: str, count: int) -> None:
     assert count_objects(text) == count
 
 
 @pytest.mark.parametrize("word", ["x", "", "-1", str(2**64), "9" * 5_000])
-def test_a_figure_that_is_none_is_refused(word: str) -> None:
+def test_figures_that_are_none_are_refused(word: str) -> None:
     with pytest.raises(Failure, match="used of tank/a@b should be a whole number"):
         parse_usage(f"tank/a@b\t{word}\t1\n")
     with pytest.raises(Failure, match="written of tank/a@b should be a whole number"):
@@ -434,7 +434,7 @@ def test_a_figure_that_is_none_is_refused(word: str) -> None:
         parse_space(f"1\t{word}\n")
 
 
-def test_figures_of_usage_and_space() -> None:
+def test_figures_of_usage_and_space_are_read() -> None:
     assert parse_usage("tank/a@b\t4096\t0\n") == {"tank/a@b": (4096, 0)}
     assert parse_space("1\t18446744073709551615\n") == (1, 2**64 - 1)
 
@@ -445,7 +445,7 @@ def test_space_of_another_shape_is_refused(text: str) -> None:
         parse_space(text)
 
 
-def test_a_count_of_another_width_is_refused() -> None:
+def test_count_objects_refuses_another_width() -> None:
     with pytest.raises(Failure, match="columns"):
         count_objects("root\t1\n")
 
@@ -513,12 +513,12 @@ GOOD = "1-c0ffee-d8-789c63"
         pytest.param(ROOT + row("tank/vm@a", "snapshot", refs="-1"), "whole number", id="userrefs-below-0"),
     ],
 )
-def test_a_listing_that_zfs_cannot_print_is_not_believed(text: str, why: str) -> None:
+def test_tree_that_zfs_cannot_print_is_not_believed(text: str, why: str) -> None:
     with pytest.raises(NotBelieved, match=why):
         parse_tree(text, "tank/vm")
 
 
-def test_rows_without_end_are_not_believed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tree_rows_without_end_are_not_believed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(zfs_replicate, "MAX_ROWS", 3)
     rows = [f"tank/vm@{number}\t{number}\t{number}\n" for number in range(3)]
     assert parse_tree(ROOT + "".join(rows[:2]), "tank/vm")
@@ -526,7 +526,7 @@ def test_rows_without_end_are_not_believed(monkeypatch: pytest.MonkeyPatch) -> N
         parse_tree(ROOT + "".join(rows), "tank/vm")
 
 
-def test_a_whole_tree_has_its_root_and_all_parents() -> None:
+def test_whole_tree_has_its_root_and_all_parents() -> None:
     tree, _ = parse_tree(ROOT + row("tank/vm/a", "filesystem") + row("tank/vm/a/b", "filesystem"), "tank/vm")
     assert whole_tree(tree, "") == tree
     for missing, told in (("", "its root"), ("/a", "/a")):
@@ -550,19 +550,19 @@ def clones(*origins: tuple[str, str]) -> Tree:
     }
 
 
-def test_clones_in_a_circle_are_not_believed() -> None:
+def test_with_clones_refuses_a_circle() -> None:
     for circle in ([("a", "tank/a@s")], [("a", "tank/b@s"), ("b", "tank/a@s")], [("x", "tank/a@s"), ("a", "tank/a@s")]):
         with pytest.raises(NotBelieved, match="a clone of its own clone"):
             with_clones(clones(*circle))
 
 
-def test_a_chain_of_a_thousand_clones_is_no_matter() -> None:
+def test_with_clones_takes_a_chain_of_a_thousand() -> None:
     chain = clones(*((str(n), f"tank/{n - 1}@s" if n else "") for n in range(1000)))
     assert len(with_clones(dict(reversed([*chain.items()])))["/999"].inherited) == 999
     assert in_order(chain)[-1] == "/999"
 
 
-def test_chains_of_clones_that_would_fill_the_memory_are_not_believed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_with_clones_refuses_chains_that_would_fill_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(zfs_replicate, "MAX_INHERITED", 40)
     with pytest.raises(NotBelieved, match="more than 40 snapshots"):
         with_clones(clones(*((str(n), f"tank/{n - 1}@s" if n else "") for n in range(10))))

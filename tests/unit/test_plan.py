@@ -266,7 +266,7 @@ def sources(length: int, rng: random.Random) -> Iterator[tuple[Dataset, Marks]]:
         pytest.param(replace(EVERY, selection=SOME), 4, 24_576, id="some"),
     ],
 )
-def test_every_history(policy: Policy, length: int, count: int) -> None:
+def test_plan_of_every_history(policy: Policy, length: int, count: int) -> None:
     rng = random.Random(length)
     ours = [(here, local_of(here, rng)) for here in local_histories(length, rng)]
     cases = (Case(*origin, *mine) for origin in sources(length, rng) for mine in ours)
@@ -290,7 +290,7 @@ def interrupted(length: int, rng: random.Random) -> Iterator[Case]:
 
 
 @pytest.mark.parametrize("policy", [POLICY, EVERY], ids=["newest", "intermediates"])
-def test_every_interrupted_receive(policy: Policy) -> None:
+def test_plan_of_every_interrupted_receive(policy: Policy) -> None:
     rng = random.Random(4)
     assert check_all(interrupted(4, rng), policy, rng) > 10_000
 
@@ -298,7 +298,7 @@ def test_every_interrupted_receive(policy: Policy) -> None:
 @pytest.mark.parametrize(
     "policy", [POLICY, EVERY, replace(EVERY, selection=SOME)], ids=["newest", "intermediates", "some"]
 )
-def test_what_is_sent_was_among_the_targets_of_the_first_plan(policy: Policy) -> None:
+def test_plan_names_first_all_targets_that_are_ever_sent(policy: Policy) -> None:
     """The targets of the first plan are held before any byte flows, and no others are."""
     rng = random.Random(6)
     for case in interrupted(3, rng):
@@ -344,7 +344,7 @@ def blocked(origin: Dataset, here: Dataset | None, policy: Policy = POLICY, loca
         pytest.param("@a,1 @b,2 @x,3", "@a,1 @b,2", "UpToDate", "UpToDate", id="only-another-is-newer"),
     ],
 )
-def test_some_snapshots_are_meant(there: str, here: str | None, newest: str, every: str) -> None:
+def test_plan_with_some_snapshots_selected(there: str, here: str | None, newest: str, every: str) -> None:
     meant = Selection(snapshots=("[a-d]",))
     assert decide(source(there), local(here) if here else None, replace(POLICY, selection=meant)) == newest
     assert decide(source(there), local(here) if here else None, replace(EVERY, selection=meant)) == every
@@ -363,7 +363,7 @@ def test_some_snapshots_are_meant(there: str, here: str | None, newest: str, eve
         (("", "/a", "A", "b"), ["", "/a", "/a/b", "/a/b/c", "/d e", "/d e/f"]),
     ],
 )
-def test_datasets_are_left_out_with_their_children(exclude: tuple[str, ...], left: list[str]) -> None:
+def test_selection_leaves_out_datasets_with_their_children(exclude: tuple[str, ...], left: list[str]) -> None:
     tree = {key: source("", SOURCE + key) for key in ("", "/a", "/a/b", "/a/b/c", "/d e", "/d e/f")}
     assert list(Selection(exclude=exclude).of_tree(tree)) == left
     assert list(Selection(recursive=False).of_tree(tree)) == [""]
@@ -396,46 +396,46 @@ def test_datasets_are_left_out_with_their_children(exclude: tuple[str, ...], lef
         pytest.param("@a,1 @b,2 @c,3", "@b,8 @a,1", "@a -> @c", "Blocked", id="name-taken-between"),
     ],
 )
-def test_plan(there: str, here: str | None, newest: str, every: str) -> None:
+def test_plan_by_example(there: str, here: str | None, newest: str, every: str) -> None:
     mine = None if here is None else local(here)
     assert decide(source(there), mine) == newest
     assert decide(source(there), mine, EVERY) == every
 
 
-def test_a_first_receive_takes_the_place_of_a_vacant_filesystem() -> None:
+def test_first_receive_takes_the_place_of_an_empty_filesystem() -> None:
     assert decide(source("@a,1 @b,2"), local("", empty=True)) == "full @b"
 
 
-def test_a_first_receive_never_overwrites_data_that_has_no_snapshot() -> None:
+def test_first_receive_never_overwrites_data_without_a_snapshot() -> None:
     plan = blocked(source("@a,1"), local(""))
     assert "would overwrite" in plan.reason
     assert plan.hint.endswith("--quarantine")
 
 
-def test_data_without_a_snapshot_is_no_obstacle_where_there_is_nothing_to_pull() -> None:
+def test_first_receive_of_nothing_is_not_blocked_by_data() -> None:
     assert decide(source("#a,1"), local("")) == "UpToDate"
 
 
 @pytest.mark.parametrize("waiting", [None, partial(2, 1)], ids=["", "partial"])
-def test_a_volume_does_not_go_where_a_filesystem_is(waiting: Partial | None) -> None:
+def test_plan_brings_no_volume_where_a_filesystem_is(waiting: Partial | None) -> None:
     plan = blocked(source("@a,1 @b,2", kind="volume"), local("@a,1", waiting))
     assert f"{SOURCE} is a volume, but {LOCAL} is a filesystem" in plan.reason
     assert decide(source("@a,1 @b,2"), local("@a,1", kind="volume")) == "Blocked"
 
 
-def test_nothing_in_common_names_the_newest_of_both_sides() -> None:
+def test_blocked_with_nothing_in_common_names_the_newest_of_both() -> None:
     plan = blocked(source("@a,1 @b,2"), local("@x,8 @y,9"))
     assert "(newest snapshot here: @y, at the source: @b)" in plan.reason
 
 
 @pytest.mark.parametrize(("here", "says"), [("", "1 local snapshot newer"), (" @n,9", "2 local snapshots newer")])
-def test_ahead_says_how_far_and_names_the_newest(here: str, says: str) -> None:
+def test_blocked_ahead_says_how_far_and_names_the_newest(here: str, says: str) -> None:
     plan = blocked(source("@a,1 @b,2"), local("@a,1 @m,8" + here))
     assert says in plan.reason
     assert ("here: @n," if here else "here: @m,") in plan.reason
 
 
-def test_a_taken_name_is_shown_with_the_way_to_free_it() -> None:
+def test_blocked_by_a_taken_name_shows_how_to_free_it() -> None:
     plan = blocked(source("@a,1 @b,2"), local("@b,8 @a,1"))
     assert f"zfs rename '{LOCAL}@b' '{LOCAL}@b.local'" in plan.hint
 
@@ -444,34 +444,34 @@ def test_a_taken_name_is_shown_with_the_way_to_free_it() -> None:
 
 
 @pytest.mark.parametrize(("excess", "expected"), [(0, "full @b"), (1, "Blocked")])
-def test_the_longest_name(excess: int, expected: str) -> None:
+def test_name_of_the_longest_length(excess: int, expected: str) -> None:
     name = "x" * (NAME_LIMIT - len("@b") + excess)
     assert decide(source("@long,1 @b,2"), None, local_name=name) == expected
 
 
-def test_a_base_does_not_count_for_the_longest_name() -> None:
+def test_name_length_does_not_count_the_base() -> None:
     name = "x" * (NAME_LIMIT - len("@b"))
     assert decide(source("@long,1 @b,2"), local("@was,1", name=name), local_name=name) == "@long -> @b"
 
 
 @pytest.mark.parametrize("here", [None, "@a,1"], ids=["first", "next"])
-def test_a_snapshot_between_counts_for_the_longest_name(here: str | None) -> None:
+def test_name_length_counts_snapshots_between(here: str | None) -> None:
     name = "x" * (NAME_LIMIT - len("@c"))
     mine = None if here is None else local(here, name=name)
     assert decide(source("@a,1 @long,2 @c,3"), mine, EVERY, name) == "Blocked"
     assert decide(source("@a,1 @long,2 @c,3"), mine, POLICY, name) != "Blocked"
 
 
-def test_a_name_too_long_is_shown_in_full() -> None:
+def test_name_too_long_is_shown_in_full() -> None:
     assert blocked(source("@a,1"), None, local_name="x" * 254).reason.startswith("x" * 254 + "@a would be longer")
 
 
 @pytest.mark.parametrize(("levels", "expected"), [(50, "full @a"), (51, "Blocked")])
-def test_the_deepest_name(levels: int, expected: str) -> None:
+def test_name_of_the_deepest_nesting(levels: int, expected: str) -> None:
     assert decide(source("@a,1"), None, local_name="/".join("x" * levels)) == expected
 
 
-def test_what_is_here_already_is_not_too_deep() -> None:
+def test_name_that_is_here_already_is_not_too_deep() -> None:
     """The administrator has raised zfs_max_dataset_nesting for a while."""
     name = "/".join("x" * 51)
     assert decide(source("@a,1 @b,2"), local("@a,1", name=name), local_name=name) == "@a -> @b"
@@ -496,11 +496,11 @@ def test_what_is_here_already_is_not_too_deep() -> None:
         pytest.param("@a,1 @b,2", "", partial(None), "abandon; full @b", id="first-token-beyond-decoding"),
     ],
 )
-def test_interrupted(there: str, here: str, waiting: Partial, expected: str) -> None:
+def test_interrupted_receive_goes_on_or_is_given_up(there: str, here: str, waiting: Partial, expected: str) -> None:
     assert decide(source(there), local(here, waiting)) == expected
 
 
-def test_the_rest_is_asked_for_by_its_token() -> None:
+def test_interrupted_receive_is_asked_for_by_its_token() -> None:
     plan = plan_dataset(source("@a,1 @b,2"), local("@a,1", partial(2, 1)), POLICY, LOCAL)
     assert isinstance(plan, Transfer)
     step = plan.steps[0]
@@ -508,7 +508,7 @@ def test_the_rest_is_asked_for_by_its_token() -> None:
     assert step.token == partial(2, 1).token
 
 
-def test_a_snapshot_made_on_top_of_an_interrupted_receive_blocks_it() -> None:
+def test_interrupted_receive_is_blocked_by_a_newer_snapshot() -> None:
     """The rest would stream to its end and then be refused: its base must be the most recent snapshot."""
     assert "@mine" in blocked(source("@a,1 @b,2"), local("@a,1 @mine,8", partial(2, 1))).reason
 
@@ -516,7 +516,7 @@ def test_a_snapshot_made_on_top_of_an_interrupted_receive_blocks_it() -> None:
 # Points in common
 
 
-def test_mutual_points() -> None:
+def test_newest_common_is_a_bookmark_or_a_snapshot() -> None:
     there, here = source("@a,1 @b,2 #b,2 #c,3 @d,4"), local("@one,1 @two,2 @three,3 @x,8")
     common, held = newest_common(there, here), newest_common_snapshot(there, here)
     assert common

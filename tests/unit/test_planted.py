@@ -14,14 +14,14 @@ PROGRAM = ast.parse(Path(zfs_replicate.__file__).read_text(encoding="utf-8"))
 
 
 @pytest.mark.parametrize("bug", BUGS)
-def test_the_plant_fits_and_compiles(bug: str) -> None:
+def test_plant_fits_and_compiles(bug: str) -> None:
     tops = {plant.where.partition(".")[0] for plant in BUGS[bug]}
     with planted(PROGRAM, bug):
         for top in tops:
             compile(ast.unparse(part_of(PROGRAM, top)), "planted", "exec")
 
 
-def test_what_is_planted_into_is_the_program_but_for_its_comments() -> None:
+def test_plants_all_gone_leave_the_program_but_for_its_comments() -> None:
     """Also after all bugs were planted, and gone again."""
     text = Path(zfs_replicate.__file__).read_text(encoding="utf-8")
     assert ast.dump(ast.parse(ast.unparse(PROGRAM))) == ast.dump(ast.parse(text))

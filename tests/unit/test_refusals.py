@@ -262,14 +262,14 @@ def written_messages() -> list[str]:
     ]
 
 
-def test_the_readme_has_a_row_for_each_reason_that_begins_as_it_does(tmp_path: Path) -> None:
+def test_readme_has_a_row_for_each_refusal(tmp_path: Path) -> None:
     rows = readme_rows()
     for what, _ in refusals(tmp_path):
         fitting = [row.beginnings for row in rows if row.fits(what)]
         assert len(fitting) == 1, (what, fitting)
 
 
-def test_no_row_of_the_readme_is_about_what_the_program_does_not_say(tmp_path: Path) -> None:
+def test_readme_has_no_row_for_what_the_program_does_not_say(tmp_path: Path) -> None:
     reasons = [what for what, _ in refusals(tmp_path)]
     written = written_messages()
     for beginning in (it for row in readme_rows() for it in row.beginnings):
@@ -278,7 +278,7 @@ def test_no_row_of_the_readme_is_about_what_the_program_does_not_say(tmp_path: P
         assert is_said or is_written, beginning
 
 
-def test_a_row_offers_no_option_that_the_program_does_not_and_rollback_where_it_does(tmp_path: Path) -> None:
+def test_readme_rows_offer_the_options_that_the_program_does(tmp_path: Path) -> None:
     reasons = list(refusals(tmp_path))
     for row in readme_rows():
         hints = " ".join(hint for what, hint in reasons if row.fits(what))
@@ -287,7 +287,7 @@ def test_a_row_offers_no_option_that_the_program_does_not_and_rollback_where_it_
         assert ("--rollback" in offered) == ("--rollback" in hints), row
 
 
-def test_no_reason_is_missing_from_the_table() -> None:
+def test_refusals_are_all_in_the_table_here() -> None:
     """As many advices as there are places in the planner that refuse."""
     tree = ast.parse(Path(zfs_replicate.__file__).read_text(encoding="utf-8"))
     places = [
@@ -299,7 +299,7 @@ def test_no_reason_is_missing_from_the_table() -> None:
 
 
 @pytest.mark.parametrize("reason", DIVERGED)
-def test_it_says_what_why_and_the_way_out_with_the_option_last(reason: str) -> None:
+def test_refusal_says_what_why_and_the_way_out_with_the_option_last(reason: str) -> None:
     plan = DIVERGED[reason]
     assert LOCAL in plan.reason or reason == "a pool's root that should make way"
     assert plan.advice
@@ -315,12 +315,12 @@ WITHOUT_SIDES = ("name too long", "nested too deep", "token not decoded", "other
     "reason",
     [reason for reason in DIVERGED if reason not in WITHOUT_SIDES],
 )
-def test_a_divergence_names_the_newest_snapshots_of_both_sides(reason: str) -> None:
+def test_refusal_names_the_newest_snapshots_of_both_sides(reason: str) -> None:
     assert "(newest snapshot here: " in DIVERGED[reason].reason
     assert ", at the source: @" in DIVERGED[reason].reason
 
 
-def test_holds_that_may_not_be_moved_name_the_rights_and_nothing_else_is_said() -> None:
+def test_refusal_to_move_holds_names_the_rights_and_nothing_else() -> None:
     world = World()
     origin, backup = Machine(world, "source", "backuppool"), Machine(world, "this host", "offsite")
     origin.snapshot("backuppool@a")
@@ -346,25 +346,25 @@ def test_holds_that_may_not_be_moved_name_the_rights_and_nothing_else_is_said() 
         ]
 
 
-def test_what_others_hold_is_not_offered_for_rollback() -> None:
+def test_rollback_is_not_offered_for_what_others_hold() -> None:
     plan = DIVERGED["newer local snapshots that others need"]
     assert "not to be rolled back: @y (held by keep)" in plan.hint
     assert plan.ways == (Quarantine(),)
 
 
-def test_our_own_hold_on_a_newer_local_snapshot_is_no_obstacle() -> None:
+def test_rollback_is_offered_despite_our_own_hold() -> None:
     """The source was rolled back to before what we had pulled."""
     plan = blocked(source("@a,1 @b,2"), local(f"@a,1 @x,8!{RECEIVED}"))
     assert [type(way) for way in plan.ways] == [Rollback, Quarantine]
 
 
-def test_a_twin_that_we_hold_at_the_source_is_not_offered_for_rollback() -> None:
+def test_rollback_is_not_offered_for_a_twin_held_at_the_source() -> None:
     """It is older there than the common one, and newer here: somebody has sent it back."""
     plan = blocked(source(f"@x,8!{TAG} @a,1 @b,2"), local("@a,1 @x,8"))
     assert plan.ways == (Quarantine(),)
 
 
-def test_a_token_of_a_plain_stream_is_given_up_when_the_source_is_sent_raw() -> None:
+def test_interrupted_plain_receive_is_given_up_if_sent_raw_now() -> None:
     origin = Dataset("tank/a", "filesystem", source("@a,1 @b,2", "tank/a").snapshots, encrypted=True)
     plan = plan_dataset(origin, local("@a,1", partial(2, 1)), POLICY, LOCAL)
     assert isinstance(plan, zfs_replicate.Transfer)
@@ -374,7 +374,7 @@ def test_a_token_of_a_plain_stream_is_given_up_when_the_source_is_sent_raw() -> 
 # --- Standing still ---------------------------------------------------------------------------------------------
 
 
-def test_a_stream_that_stands_still_is_ended_and_told() -> None:
+def test_stall_watch_ends_a_stream_that_stands_still() -> None:
     moved: list[int] = []
     transport = zfs_replicate.Transport(stall_timeout=0.3, on_progress=lambda: moved.append(1))
     with pytest.raises(StreamFailed, match=r"the stream stalled: no data came for 0s, .* \(still running: sh, cat\)"):
@@ -382,7 +382,7 @@ def test_a_stream_that_stands_still_is_ended_and_told() -> None:
     assert moved
 
 
-def test_the_last_process_may_be_quiet_for_longer() -> None:
+def test_stall_watch_waits_longer_for_the_last_process() -> None:
     """All bytes are in its hands; it has some writing to do."""
     transport = zfs_replicate.Transport(stall_timeout=0.15)
     stream([("echo", "some"), ("sh", "-c", "cat > /dev/null; sleep 0.3")], transport=transport)
@@ -390,7 +390,7 @@ def test_the_last_process_may_be_quiet_for_longer() -> None:
         stream([("echo", "some"), ("sh", "-c", "cat > /dev/null; sleep 60")], transport=transport)
 
 
-def test_pauses_grow_and_are_jittered() -> None:
+def test_retry_delays_grow_and_are_jittered() -> None:
     assert list(zfs_replicate.retry_delays(6, lambda low, high: 1.0)) == [5, 15, 45, 135, 300, 300]
     for low, high in zip(zfs_replicate.retry_delays(3, min), zfs_replicate.retry_delays(3, max)):
         assert low < high / 2

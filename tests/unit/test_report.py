@@ -66,7 +66,7 @@ STEP = Receive(Snapshot(f"{LOCAL}@b", 2**64 - 1, 9, 9), Snapshot(f"{LOCAL}@a", 7
 LINE = ["-h", "HOST", "-r", "backuppool/virt/machines", "-l", LOCAL, "-t", "offsite"]
 
 
-def test_what_a_terminal_could_act_upon_is_shown_as_an_escape() -> None:
+def test_printable_escapes_what_a_terminal_could_act_upon() -> None:
     assert printable(HOSTILE) == ESCAPED
     assert printable(f"{HOSTILE}\n{HOSTILE}") == f"{ESCAPED}\n{ESCAPED}"
     legal = "backuppool/virt/machines/a b-_.:c@2023-11-14 é 日本\\"
@@ -88,17 +88,17 @@ def test_what_a_terminal_could_act_upon_is_shown_as_an_escape() -> None:
     ],
     ids=["nothing", "all", "ten-lines", "eleven-lines", "2-KB", "more", "escapes", "letters", "10-MB"],
 )
-def test_of_what_others_say_the_beginning_is_shown(text: str, shown: str) -> None:
+def test_excerpt_shows_the_beginning(text: str, shown: str) -> None:
     assert excerpt(text) == shown
 
 
-def test_of_many_names_few_are_told() -> None:
+def test_few_tells_some_of_many_names() -> None:
     assert few(["a"]) == "a"
     assert few(["a", "b", "c"]) == "a, b, c"
     assert few(["a", "b", "c", "d", "e"]) == "a, b, c and 2 more"
 
 
-def test_whatever_is_told_is_printable_and_each_paragraph_keeps_its_indent(capsys: pytest.CaptureFixture[str]) -> None:
+def test_report_is_printable_and_indents_each_paragraph(capsys: pytest.CaptureFixture[str]) -> None:
     report = Report(2)
     said = f"{HOSTILE}\nzfs_replicate: all is well"
     told = f"{ESCAPED}\n    zfs_replicate: all is well"
@@ -117,7 +117,7 @@ def test_whatever_is_told_is_printable_and_each_paragraph_keeps_its_indent(capsy
     assert failure["what"] == f"{ESCAPED}\nzfs_replicate: all is well"
 
 
-def test_a_failure_is_short_whatever_was_said(capsys: pytest.CaptureFixture[str]) -> None:
+def test_report_of_a_failure_is_short_whatever_was_said(capsys: pytest.CaptureFixture[str]) -> None:
     report = Report()
     report.failure("dataset", Failure("\n" * 500 + "x" * 1_000_000, "y" * 1_000_000))
     report.failure("dataset", Failure("z" * 1_000_000, "w\n" * 1_000_000))
@@ -130,7 +130,7 @@ def test_a_failure_is_short_whatever_was_said(capsys: pytest.CaptureFixture[str]
     assert report.failures[1].count("...") == 2
 
 
-def test_the_log_takes_any_words(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_log_takes_any_words(monkeypatch: pytest.MonkeyPatch) -> None:
     logged: list[bytes] = []
     monkeypatch.setattr("syslog.syslog", lambda _level, line: logged.append(line.encode()))
     report = Report()
@@ -159,7 +159,7 @@ def test_the_log_takes_any_words(monkeypatch: pytest.MonkeyPatch) -> None:
         (2**64, "16.0E"),
     ],
 )
-def test_sizes_are_told_as_zfs_tells_them(count: float, text: str) -> None:
+def test_format_bytes_is_as_zfs_prints_sizes(count: float, text: str) -> None:
     assert format_bytes(count) == text
 
 
@@ -169,18 +169,18 @@ def test_sizes_are_told_as_zfs_tells_them(count: float, text: str) -> None:
 @example(-(10**400))
 @example(float("inf"))
 @example(float("nan"))
-def test_any_figure_can_be_told(figure: float) -> None:
+def test_format_takes_any_figure(figure: float) -> None:
     for told in (format_bytes(figure), format_timeout(figure), clock(figure), format_age(figure), format_clock(figure)):
         assert 0 < len(told) <= 40
 
 
-def test_a_moment_beyond_any_calendar_is_told_as_its_number() -> None:
+def test_clock_tells_a_moment_beyond_any_calendar_as_its_number() -> None:
     assert clock(10**18) == "1000000000000000000"
     assert clock(10**20) == "100000000000000000000"
     assert format_bytes(10**30) == "867362E"
 
 
-def test_times() -> None:
+def test_format_clock_in_minutes_and_hours() -> None:
     assert [format_clock(it) for it in (0.9, 65, 3599, 3600, 360000)] == [
         "0:00",
         "1:05",
@@ -214,7 +214,7 @@ class Terminal(ProgressLine):
 
 @pytest.mark.parametrize("columns", [80, 200])
 @pytest.mark.parametrize("name", [LOCAL, "offsite/" + "long/" * 40 + "end"])
-def test_the_progress_line_fits_any_terminal(columns: int, name: str) -> None:
+def test_progress_line_fits_any_terminal(columns: int, name: str) -> None:
     it = Terminal(columns)
     it.begin(name, 2**50, 0)
     for arrived in (0, 1, 2**30, 2**49, 2**50, 2**51):
@@ -224,7 +224,7 @@ def test_the_progress_line_fits_any_terminal(columns: int, name: str) -> None:
     assert "100%" in line
 
 
-def test_the_progress_line_tells_the_estimate_the_rate_and_the_rest() -> None:
+def test_progress_line_tells_the_estimate_the_rate_and_the_rest() -> None:
     it = Terminal()
     it.begin("offsite/www", 100 * 2**20, 0)
     assert "  0B of  100M   0%    0B/s  -:-- left buf    0B" in it.line(0)
@@ -232,14 +232,14 @@ def test_the_progress_line_tells_the_estimate_the_rate_and_the_rest() -> None:
     assert "10.0M of  100M  10% 5.00M/s  0:18 left buf 5.00M" in line
 
 
-def test_a_resumed_stream_counts_what_is_there() -> None:
+def test_progress_line_of_a_resumed_stream_counts_what_is_there() -> None:
     it = Terminal()
     it.begin("offsite/www", 100 * 2**20, 75 * 2**20)
     assert "75.0M of  100M  75% " in it.line(0)
     assert "80.0M of  100M  80% 2.50M/s  0:08 left" in it.line(5 * 2**20)
 
 
-def test_a_stream_of_nothing_and_one_of_unknown_size() -> None:
+def test_progress_line_of_no_size_and_of_unknown_size() -> None:
     it = Terminal()
     it.begin("offsite/www", 0, 0)
     assert "0B of    0B   0%" in it.line(0)
@@ -247,7 +247,7 @@ def test_a_stream_of_nothing_and_one_of_unknown_size() -> None:
     assert it.line(1024).endswith("  1.00K 1.00K/s buf    0B")
 
 
-def test_other_lines_wipe_the_progress_line_first(capsys: pytest.CaptureFixture[str]) -> None:
+def test_progress_line_is_wiped_before_other_lines(capsys: pytest.CaptureFixture[str]) -> None:
     it = Terminal()
     report = Report(meter=it)
     it.line(1)
@@ -258,7 +258,7 @@ def test_other_lines_wipe_the_progress_line_first(capsys: pytest.CaptureFixture[
     assert capsys.readouterr().err == ""
 
 
-def test_the_summary_and_the_document_of_a_run(capsys: pytest.CaptureFixture[str]) -> None:
+def test_summary_and_document_of_a_run(capsys: pytest.CaptureFixture[str]) -> None:
     report = Report(meter=Terminal())
     options, ending = parse(LINE), RunResult(1_700_000_000.9, 3.00049, 1)
     report.pulled(LOCAL, STEP, ReceivedStream(2**20, 2.0))
@@ -309,7 +309,7 @@ def common(name: str = "@monday", hours: float = 2) -> Snapshot:
     return Snapshot(f"{LOCAL}{name}", 42, 1, int(NOW - hours * HOUR))
 
 
-def test_the_table_of_the_status() -> None:
+def test_status_table() -> None:
     found = [
         MirrorStatus(LOCAL, SOURCE, common(), True, True, 3, 5 * 2**30, 12288),
         MirrorStatus(f"{LOCAL}/www", f"{SOURCE}/www", common(hours=100), False, True, 0, 0, 0, partial=2**20),
@@ -390,7 +390,7 @@ A_LITTLE_AHEAD = MirrorStatus(f"{LOCAL}/mail", None, common(hours=-0.08), receiv
         ([IN_2100] * 3, NOW - 99, None, 2, "CRITICAL - .*@monday and 2 more .* in the future: .*; runs fail since"),
     ],
 )
-def test_the_verdict_for_monitoring(
+def test_nagios_result_and_its_line(
     found: list[MirrorStatus], failing: int | None, ran: float | None, status: int, text: str
 ) -> None:
     ended, line = nagios_result(found, failing, ran, LIMIT, NOW)
@@ -404,7 +404,7 @@ def test_the_verdict_for_monitoring(
         assert re.fullmatch(f"{label}( {label})*", figures)
 
 
-def test_ages() -> None:
+def test_format_age_in_minutes_hours_and_days() -> None:
     assert [format_age(it) for it in (-5, 59, 119 * 60, 120 * 60, 71 * HOUR, 72 * HOUR)] == [
         "0m", "0m", "119m", "2h", "71h", "3d",
     ]  # fmt: skip
@@ -438,7 +438,7 @@ def test_metrics_are_read_by_the_client_library_of_prometheus() -> None:
     assert last_success("") == 0
 
 
-def test_a_first_run_that_fails_is_no_success(tmp_path: Path) -> None:
+def test_metrics_of_a_first_run_that_fails_tell_no_success(tmp_path: Path) -> None:
     target = tmp_path / "job.prom"
     options = parse([*LINE, "--metrics", str(target)])
     write_metrics(options, Report(), RunResult(NOW, 1, 3))
@@ -448,7 +448,7 @@ def test_a_first_run_that_fails_is_no_success(tmp_path: Path) -> None:
     assert last_success(target.read_text(encoding="utf-8")) == NOW + 1
 
 
-def test_labels_are_quoted_as_the_format_has_it() -> None:
+def test_metrics_quote_labels_as_the_format_has_it() -> None:
     """Names in a tree have none of these."""
     name = 'a"b\\c\nd\x1b\udcff'
     text = metrics(name, Report(), [replace(FRESH, name=name)], RunResult(NOW, 1, 0), NOW)
@@ -461,12 +461,12 @@ SUCCESS = 'zfs_replicate_last_success_timestamp_seconds{tree="x"}'
 
 
 @pytest.mark.parametrize("value", ["abc", "inf", "nan", "-1", "1e5", "1" * 400, "\u0663", "1 2", "", "0x10", "1_0"])
-def test_a_time_of_success_that_is_no_time_says_nothing(value: str) -> None:
+def test_last_success_that_is_no_time_is_none(value: str) -> None:
     assert last_success(f"{SUCCESS} {value}\n") == 0
 
 
 @pytest.mark.parametrize("kind", ["fifo", "symlink", "device", "bytes", "long", "directory"])
-def test_whatever_lies_where_the_metrics_go_does_no_harm(kind: str, tmp_path: Path) -> None:
+def test_metrics_file_of_any_kind_does_no_harm(kind: str, tmp_path: Path) -> None:
     target = tmp_path / "job.prom"
     if kind == "fifo":
         os.mkfifo(target)
@@ -493,7 +493,7 @@ def test_whatever_lies_where_the_metrics_go_does_no_harm(kind: str, tmp_path: Pa
     assert last_success(target.read_text(encoding="utf-8")) == (5 if kind == "bytes" else 0)
 
 
-def test_the_line_for_the_log() -> None:
+def test_log_line_of_a_run() -> None:
     report = Report()
     report.pulled(LOCAL, STEP, ReceivedStream(2**20, 2.5))
     assert log_line(parse(LINE), report, RunResult(NOW, 12.4, 0)) == (
@@ -550,7 +550,7 @@ def examined(**answers: str) -> dict[str, str]:
     return {finding.what: finding.remedy for finding in found}
 
 
-def test_the_doctor_is_content_with_two_good_hosts() -> None:
+def test_doctor_is_content_with_two_good_hosts() -> None:
     found = examined()
     assert found["source: OpenZFS zfs-2.3.2-1 zfs-kmod-2.3.2-1"] == ""
     assert found["clocks: 0s apart"] == ""
@@ -562,7 +562,7 @@ NONSENSE = ["", "\n", "abc\n", "9" * 400 + "\n", "9" * 5_000 + "\n", "-1\n", "1e
 
 
 @pytest.mark.parametrize("text", NONSENSE)
-def test_a_date_that_is_none_is_a_finding(text: str) -> None:
+def test_doctor_finds_a_date_that_is_none(text: str) -> None:
     remedies = [
         remedy for what, remedy in examined(date=text).items() if what.startswith("the date on source should be")
     ]
@@ -571,18 +571,18 @@ def test_a_date_that_is_none_is_a_finding(text: str) -> None:
 
 
 @pytest.mark.parametrize("text", ["", "zfs-" + "9" * 5_000 + ".9.1\n", "zfs-0.8.6-1\n", "zfs-2.0.7\n", "abc\n"])
-def test_a_version_that_is_none_or_old_is_a_finding(text: str) -> None:
+def test_doctor_finds_a_version_that_is_none_or_old(text: str) -> None:
     remedies = {what: remedy for what, remedy in examined(zfs_version=text).items() if ": OpenZFS" in what}
     assert set(remedies.values()) == {"use 2.1 or newer"}
 
 
 @pytest.mark.parametrize("text", ["zfs-2.1.11-1\n", "zfs-2.4\n", "zfs-10.0.0-rc1\n"])
-def test_a_version_that_is_new_enough_is_no_finding(text: str) -> None:
+def test_doctor_is_content_with_a_version_that_is_new_enough(text: str) -> None:
     assert {remedy for what, remedy in examined(zfs_version=text).items() if ": OpenZFS" in what} == {""}
 
 
 @pytest.mark.parametrize("text", ["", "x\n", "x\ty\n", "1\t2\n3\t4\n", "9" * 30 + "\t1\n", "1\t-\n"])
-def test_space_that_cannot_be_read_is_a_finding(text: str) -> None:
+def test_doctor_finds_space_that_cannot_be_read(text: str) -> None:
     found = examined(zfs_list=text)
     assert not [what for what in found if "bytes available" in what]
     assert [what for what, remedy in found.items() if remedy]
@@ -591,12 +591,12 @@ def test_space_that_cannot_be_read_is_a_finding(text: str) -> None:
 @pytest.mark.parametrize(
     "text", ["", "health\tONLINE\n", "health\tONLINE\ncapacity\t-\n", "capacity\t" + "9" * 400 + "\n"]
 )
-def test_a_pool_that_tells_no_capacity_is_a_finding(text: str) -> None:
+def test_doctor_finds_a_pool_that_tells_no_capacity(text: str) -> None:
     assert [remedy for what, remedy in examined(zpool_get=text).items() if what.startswith("capacity of offsite")]
 
 
 @pytest.mark.parametrize("creation", [10**18, 10**19, 10**20])
-def test_a_snapshot_of_an_age_beyond_any_calendar_is_no_trouble(creation: int) -> None:
+def test_doctor_takes_a_snapshot_of_an_age_beyond_any_calendar(creation: int) -> None:
     run = Run(POLICY, Says("source"), Says("this host"), lambda batch: BatchResult(), Report())
     run.trees = Trees({"": Dataset(SOURCE, "filesystem", (Snapshot(f"{SOURCE}@a", 1, 1, creation),))}, {})
     (finding,) = Doctor(run).trees()

@@ -72,7 +72,7 @@ def used(node: ast.stmt) -> set[str]:
     return loaded(compile(ast.Module([node], []), str(PATH), "exec", annotations.compiler_flag))
 
 
-def test_the_map_in_the_docstring_is_that_of_the_rooms() -> None:
+def test_docstring_maps_the_rooms_in_their_order() -> None:
     plan = (zfs_replicate.__doc__ or "").split("Rooms of this file", 1)[1]
     listed = re.findall(r"^ +(\d+) +(\S+(?: \S+)*?)  +\S", plan, re.MULTILINE)
     listed += re.findall(r"^ +(\d+) (Command line) \S", plan, re.MULTILINE)
@@ -106,7 +106,7 @@ def test_rooms_import_nothing_but_paramiko_where_a_login_is_made() -> None:
     assert set(late) == {(6, "paramiko")}
 
 
-def test_a_room_uses_only_rooms_above_it() -> None:
+def test_rooms_use_only_rooms_above_them() -> None:
     home = {name: room_of(node) for node in TREE.body for name in defined(node)}
     violations = [
         f"line {node.lineno}: room {room_of(node)} uses {name} of room {home[name]}"
@@ -137,16 +137,16 @@ def has_contract(node: Definition) -> bool:
     return bool(raises) or (body[-1].end_lineno or 0) - body[0].lineno >= 4
 
 
-def test_what_has_a_contract_has_a_docstring() -> None:
+def test_docstrings_are_where_a_contract_is() -> None:
     assert [node.name for node in public_definitions() if has_contract(node) and not ast.get_docstring(node)] == []
 
 
-def test_importing_it_does_not_import_paramiko() -> None:
+def test_import_of_the_program_does_not_import_paramiko() -> None:
     code = "import sys, zfs_replicate; sys.exit('paramiko' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=PATH.parent).returncode == 0
 
 
-def test_a_login_imports_paramiko_without_its_invoke() -> None:
+def test_login_imports_paramiko_without_invoke() -> None:
     code = """
         import sys, zfs_replicate
         try:
@@ -219,7 +219,7 @@ def groups() -> list[tuple[str, list[tuple[list[str], str]]]]:
     return found
 
 
-def test_the_table_of_the_readme_is_that_of_the_help() -> None:
+def test_readme_options_are_those_of_the_help() -> None:
     """The same options, in the same groups and order: -h, -r, -l, -t and -k first."""
     expected = [
         (
@@ -234,12 +234,12 @@ def test_the_table_of_the_readme_is_that_of_the_help() -> None:
     assert len(expected) == 6
 
 
-def test_every_option_is_in_one_group() -> None:
+def test_readme_options_are_in_one_group_each() -> None:
     grouped = [option for _, rows in groups() for words, _ in rows for option in words if option.startswith("-")]
     assert sorted(grouped) == sorted(options())
 
 
-def test_the_table_of_the_readme_names_defaults_and_what_is_required() -> None:
+def test_readme_options_have_their_defaults_and_what_is_required() -> None:
     for words, default in (row for _, rows in groups() for row in rows):
         action = options()[words[0]]
         assert action.required == (default == "required"), words
@@ -247,7 +247,7 @@ def test_the_table_of_the_readme_names_defaults_and_what_is_required() -> None:
             assert action.default in default, words
 
 
-def test_the_readme_speaks_of_no_option_that_is_not() -> None:
+def test_readme_names_no_option_that_is_not() -> None:
     """Whatever it writes as `--option` in code of its own, or on a command line of ours."""
     before, heading, rest = readme().partition("## Coming from another tool")
     others, end, after = rest.partition("\n## ")
@@ -260,11 +260,11 @@ def test_the_readme_speaks_of_no_option_that_is_not() -> None:
 
 
 @pytest.mark.parametrize("words", ["-h, --remote-host", "-k, --keep-days"])
-def test_the_parser_has_what_crontabs_out_there_say(words: str) -> None:
+def test_parser_has_the_options_of_crontabs_out_there(words: str) -> None:
     assert all(word in options() for word in words.split(", "))
 
 
-def test_the_man_page_comes_from_the_parser(tmp_path: Path) -> None:
+def test_man_page_comes_from_the_parser(tmp_path: Path) -> None:
     (line,) = re.findall(r"^    pipx run (argparse-manpage .*)$", readme(), re.MULTILINE)
     tool, *words = shlex.split(line)
     program = Path(sys.executable).with_name(tool)

@@ -7,13 +7,13 @@ from conftest import turns
 THREE = ["old", "middle", "new"]
 
 
-def test_tests_take_turns() -> None:
+def test_turns_go_round_the_releases() -> None:
     assert turns([(False, THREE)] * 4) == [{"old"}, {"middle"}, {"new"}, {"old"}]
 
 
-def test_what_is_for_each_runs_on_all_and_keeps_nobody_from_a_turn() -> None:
+def test_turns_are_not_taken_by_tests_for_each_release() -> None:
     assert turns([(False, THREE), (True, THREE)] * 2) == [{"old"}, set(THREE), {"middle"}, set(THREE)]
 
 
-def test_no_test_runs_where_it_is_not_written_for() -> None:
+def test_turns_are_only_where_a_test_can_run() -> None:
     assert turns([(for_each, ["middle"]) for for_each in (True, False, False)]) == [{"middle"}] * 3

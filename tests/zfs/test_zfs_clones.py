@@ -81,7 +81,7 @@ def test_clone_that_took_over_all_common_snapshots(site: Site) -> None:
 
 
 @pytest.mark.full
-def test_interrupted_clone_goes_on(site: Site) -> None:
+def test_clone_that_was_interrupted_goes_on(site: Site) -> None:
     site.plant("golden")
     site.snapshot("v1")
     site.replicate()
@@ -99,7 +99,7 @@ def test_interrupted_clone_goes_on(site: Site) -> None:
     assert site.checksums(site.backup, MIRROR) == site.checksums(site.source, TREE)
 
 
-def test_renamed_and_moved_datasets_are_followed_and_nothing_is_lost(site: Site) -> None:
+def test_renames_and_moves_are_followed_and_nothing_is_lost(site: Site) -> None:
     site.plant("www/logs", "mail", "db")
     site.snapshot("monday")
     site.replicate_silently()
@@ -132,7 +132,7 @@ def test_renamed_and_moved_datasets_are_followed_and_nothing_is_lost(site: Site)
 
 
 @pytest.mark.full
-def test_a_rename_that_is_refused_here_keeps_the_base_at_the_source(site: Site) -> None:
+def test_rename_that_is_refused_here_keeps_the_base_at_the_source(site: Site) -> None:
     site.plant("www/logs")
     site.snapshot("monday")
     site.replicate_silently()

@@ -31,7 +31,7 @@ def doctor(site: Site, *options: str, status: int) -> list[str]:
 
 
 @pytest.mark.full
-def test_before_the_first_run_and_when_all_is_well(site: Site) -> None:
+def test_doctor_before_the_first_run_and_when_all_is_well(site: Site) -> None:
     site.plant("www")
     said = doctor(site, status=1)
     at = said.index(f"!!  {TREE}: 3 datasets, 0 snapshots")
@@ -49,7 +49,7 @@ def test_before_the_first_run_and_when_all_is_well(site: Site) -> None:
     assert sum("OpenZFS zfs-" in line for line in said) == 2
 
 
-def test_what_is_wrong_is_named_with_its_remedy(site: Site) -> None:
+def test_doctor_names_what_is_wrong_with_its_remedy(site: Site) -> None:
     site.plant("www", "mail")
     site.snapshot("monday")
     site.replicate_silently()
@@ -80,7 +80,7 @@ def test_what_is_wrong_is_named_with_its_remedy(site: Site) -> None:
 
 
 @pytest.mark.full
-def test_a_hold_of_ours_that_somebody_placed_is_found_and_released(site: Site) -> None:
+def test_doctor_finds_a_hold_of_ours_and_a_run_releases_it(site: Site) -> None:
     site.plant("www")
     for day in ("monday", "tuesday"):
         site.snapshot(day)
@@ -92,7 +92,7 @@ def test_a_hold_of_ours_that_somebody_placed_is_found_and_released(site: Site) -
 
 
 @pytest.mark.full
-def test_a_host_that_is_not_reached(site: Site) -> None:
+def test_doctor_names_a_host_that_is_not_reached(site: Site) -> None:
     done = site.backup.run(f"zfs_replicate -h source -p 2 -r {TREE} -l {MIRROR} -t x --doctor", check=False)
     assert done.returncode == 1
     assert done.stdout.startswith("!!  cannot reach source port 2")

@@ -52,7 +52,7 @@ def of_each(machine: Machine, name: str, root: str, children: tuple[str, ...]) -
 
 
 @pytest.mark.full
-def test_raw_without_any_key_and_opened_at_the_mirror(site: Site) -> None:
+def test_raw_mirror_needs_no_key_and_opens_with_it(site: Site) -> None:
     plant(site)
     site.snapshot("monday")
     lock(site.source)
@@ -88,7 +88,7 @@ def test_raw_without_any_key_and_opened_at_the_mirror(site: Site) -> None:
 
 
 @pytest.mark.full
-def test_decrypted_and_under_the_key_of_the_local_parent(site: Site) -> None:
+def test_decrypted_mirror_is_under_the_key_of_the_local_parent(site: Site) -> None:
     plant(site)
     parent = MIRROR.rpartition("/")[0]
     site.backup.write("/root/local", KEYS["local"])

@@ -30,7 +30,7 @@ def aged(site: Site) -> Site:
     return site
 
 
-def test_expired_local_snapshots_go_and_the_source_loses_none(aged: Site) -> None:
+def test_expiry_takes_local_snapshots_and_none_of_the_source(aged: Site) -> None:
     aged.replicate_silently("-k", "30")
     for child in ("", "/www"):
         assert names(aged.backup, MIRROR + child) == ["now"]
@@ -39,20 +39,20 @@ def test_expired_local_snapshots_go_and_the_source_loses_none(aged: Site) -> Non
 
 
 @pytest.mark.full
-def test_without_keep_days_nothing_goes(aged: Site) -> None:
+def test_expiry_needs_keep_days(aged: Site) -> None:
     aged.replicate_silently()
     assert names(aged.backup, MIRROR) == ["monday", "tuesday", "wednesday", "now"]
 
 
 @pytest.mark.full
-def test_source_that_stopped_snapshotting_empties_nothing(aged: Site) -> None:
+def test_expiry_leaves_the_mirror_of_a_source_that_stopped(aged: Site) -> None:
     aged.source.run(f"zfs destroy -r {TREE}@now")
     aged.replicate_silently("-k", "30")
     assert names(aged.backup, MIRROR) == ["monday", "tuesday", "wednesday"]
 
 
 @pytest.mark.full
-def test_held_ones_stay_and_say_by_which_tag(aged: Site) -> None:
+def test_expiry_leaves_what_is_held_and_names_the_tag(aged: Site) -> None:
     aged.backup.run(f"zfs hold keepsake {MIRROR}/www@monday")
     aged.source.run(f"zfs hold {TAG} {TREE}/www@tuesday && zfs hold other {TREE}/www@wednesday")
     done = aged.replicate("-v", "-k", "30")
@@ -61,7 +61,7 @@ def test_held_ones_stay_and_say_by_which_tag(aged: Site) -> None:
     aged.assert_in_step()
 
 
-def test_nothing_goes_while_the_source_is_unreachable(aged: Site) -> None:
+def test_expiry_takes_nothing_while_the_source_is_unreachable(aged: Site) -> None:
     aged.replicate("-I")
     aged.source.cable(plugged=False)
     try:
@@ -88,7 +88,7 @@ def failing(machine: Machine, word: str) -> Iterator[None]:
 
 @pytest.mark.full
 @pytest.mark.parametrize("word", ["holds", "release"])
-def test_nothing_goes_while_holds_cannot_be_read_or_released(aged: Site, word: str) -> None:
+def test_expiry_takes_nothing_while_holds_cannot_be_read_or_released(aged: Site, word: str) -> None:
     with failing(aged.source, word):
         done = aged.replicate("-k", "30", status=1)
     assert f"cannot {word}: permission denied" in done.stderr or "still held" in done.stderr
@@ -103,7 +103,7 @@ def test_nothing_goes_while_holds_cannot_be_read_or_released(aged: Site, word: s
 
 
 @pytest.mark.full
-def test_one_snapshot_that_cannot_be_destroyed_does_not_keep_the_others(aged: Site) -> None:
+def test_expiry_goes_on_after_one_that_cannot_be_destroyed(aged: Site) -> None:
     aged.backup.run(f"zfs clone -o canmount=off {MIRROR}/www@tuesday offsite/clone")
     done = aged.replicate("-k", "30", status=1)
     assert f"{MIRROR}/www@tuesday" in done.stderr

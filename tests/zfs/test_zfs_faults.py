@@ -48,7 +48,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     metafunc.parametrize(("bench", "scenario", "kind"), rows, indirect=["bench"])
 
 
-def test_after_a_fault_plain_runs_lead_where_an_undisturbed_one_does(
+def test_fault_is_mended_by_plain_runs(
     bench: Bench,
     scenario: Scenario,
     kind: Kind,

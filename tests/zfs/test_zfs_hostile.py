@@ -81,7 +81,7 @@ def copy_of(dataset: str, snapshot: str, name: str) -> str:
 # --- Streams ----------------------------------------------------------------------------------------------------------
 
 
-def test_recursive_packages_in_answer_to_one_plain_send(site: Site) -> None:
+def test_package_in_answer_to_a_plain_send_is_refused(site: Site) -> None:
     """Into a place that is free, into a placeholder with a child, and upon an ordinary increment."""
     site.source.run(
         f"zfs create -p {TREE}/new/www && zfs create {TREE}/ours && echo 1 > /{TREE}/new/www/file && "
@@ -130,7 +130,7 @@ def test_recursive_packages_in_answer_to_one_plain_send(site: Site) -> None:
 
 
 @pytest.mark.full
-def test_recursive_packages_in_answer_to_a_rest_a_clone_a_volume_and_a_raw_send(site: Site) -> None:
+def test_package_in_answer_to_any_other_send_is_refused(site: Site) -> None:
     """Whatever kind of stream was asked for: a package is refused at its head, and nothing below is touched."""
     key = "-o encryption=on -o keyformat=raw -o keylocation=file:///root/raw"
     site.source.run(
@@ -289,7 +289,7 @@ def assert_inert(site: Site) -> None:
     assert [row for row in rows.splitlines() if row.partition("\t")[2] in bad] == []
 
 
-def test_no_property_of_the_source_mounts_shares_or_exposes_anything(site: Site) -> None:
+def test_properties_of_the_source_mount_share_and_expose_nothing(site: Site) -> None:
     for machine in (site.source, site.backup):
         share_by_nfs(machine)
         machine.run("echo passphrase > /root/key")
@@ -407,7 +407,7 @@ def assert_over_and_repaired(site: Site, *trees: str) -> None:
 
 
 @pytest.mark.full
-def test_what_dribbles_is_ended(site: Site) -> None:
+def test_answer_or_stream_that_dribbles_is_ended(site: Site) -> None:
     """A listing, and a stream, of which a byte comes now and then; a stream of which nothing comes but endless words."""
     trees = ("listing", "stream", "words")
     plant_trees(site, *trees)
@@ -427,7 +427,7 @@ def test_what_dribbles_is_ended(site: Site) -> None:
 
 
 @pytest.mark.full
-def test_what_has_no_end_is_ended(site: Site) -> None:
+def test_answer_or_stream_without_end_is_ended(site: Site) -> None:
     """Answers without end on either stream, too long an estimate, a name too deep, and a stream that ends in noise."""
     expected = {"stdout": 3, "stderr": 3, "slashes": 3, "noise": 1, "estimate": 0}
     plant_trees(site, *expected)
@@ -485,7 +485,7 @@ LISTINGS = {
 
 
 @pytest.mark.full
-def test_listings_that_are_not_of_this_tree(site: Site) -> None:
+def test_listing_of_another_tree_is_not_believed(site: Site) -> None:
     """With another mirror beside this one, and one that was set aside in it; long after all of it would have expired."""
     site.source.run(f"zfs create -p {TREE}/www")
     for day in ("monday", "tuesday", "wednesday"):

@@ -18,7 +18,7 @@ pytestmark = pytest.mark.zfs
 
 
 @pytest.mark.full
-def test_unreachable_host(site: Site) -> None:
+def test_host_that_is_unreachable_is_named(site: Site) -> None:
     done = site.replicate(status=3, job=f"zfs_replicate -h source -p 2 -r {TREE} -l {MIRROR} -t {TAG}")
     assert "cannot reach source port 2" in done.stderr
     done = site.replicate(status=3, job=f"zfs_replicate -h nowhere.invalid -r {TREE} -l {MIRROR} -t {TAG}")
@@ -26,7 +26,7 @@ def test_unreachable_host(site: Site) -> None:
 
 
 @pytest.mark.full
-def test_unknown_host_key_is_refused_with_the_remedy(site: Site) -> None:
+def test_host_key_unknown_is_refused_with_the_remedy(site: Site) -> None:
     site.backup.write("/root/.ssh/config", "Host source\n  GlobalKnownHostsFile none\n")
     try:
         done = site.replicate(status=3)
@@ -37,7 +37,7 @@ def test_unknown_host_key_is_refused_with_the_remedy(site: Site) -> None:
 
 
 @pytest.mark.full
-def test_wrong_key_is_refused_with_the_remedy(site: Site) -> None:
+def test_identity_that_is_wrong_is_refused_with_the_remedy(site: Site) -> None:
     site.backup.run("rm -f /root/stranger*; ssh-keygen -q -t ed25519 -N '' -f /root/stranger")
     done = site.replicate("-i", "/root/stranger", status=3)
     assert "does not accept our login (/root/stranger)" in done.stderr
@@ -75,7 +75,7 @@ def test_ssh_config_rules_both_connections(site: Site) -> None:
 
 
 @pytest.mark.full
-def test_csh_as_login_shell(site: Site) -> None:
+def test_login_shell_may_be_csh(site: Site) -> None:
     site.plant("my files")
     site.snapshot("day one ")
     site.source.run(
@@ -111,7 +111,7 @@ def chain(site: Site, third: Machine) -> None:
 
 
 @pytest.mark.full
-def test_overlapping_run_leaves_silently(site: Site) -> None:
+def test_second_run_leaves_silently(site: Site) -> None:
     site.source.run(f"zfs create -p {TREE} && head -c 80M /dev/urandom > /{TREE}/big")
     site.snapshot("monday")
     first = site.backup.popen(JOB)
@@ -150,7 +150,7 @@ def accounts(site: Site) -> str:
 
 
 @pytest.mark.full
-def test_by_sudo_as_the_readme_says(site: Site) -> None:
+def test_readme_setup_with_sudo(site: Site) -> None:
     rule = re.findall("^    (puller ALL=.*)$", README, re.MULTILINE)[0]
     job = accounts(site)
     site.plant("www")
@@ -174,7 +174,7 @@ def test_by_sudo_as_the_readme_says(site: Site) -> None:
     assert site.checksums(site.backup, MIRROR) == site.checksums(site.source, TREE)
 
 
-def test_without_root_as_the_readme_says(site: Site) -> None:
+def test_readme_setup_without_root(site: Site) -> None:
     allow_there, *allow_here = re.findall("^    (zfs allow .*)$", README, re.MULTILINE)
     job = accounts(site)
     site.plant("www")
@@ -206,7 +206,7 @@ def test_without_root_as_the_readme_says(site: Site) -> None:
     assert site.checksums(site.backup, MIRROR) == site.checksums(site.source, TREE)
 
 
-def test_real_cron_is_silent_on_success_and_mails_a_failure(site: Site) -> None:
+def test_cron_is_silent_on_success_and_mails_a_failure(site: Site) -> None:
     """The program is one copied file here, beside the distribution's paramiko."""
     site.plant("www")
     site.snapshot("monday")

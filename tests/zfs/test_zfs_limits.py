@@ -20,7 +20,7 @@ PARENT = "offsite" + "/x" * 46
 
 
 @pytest.mark.full
-def test_names_too_long_or_too_deep_here_and_odd_ones(site: Site) -> None:
+def test_names_too_long_too_deep_and_odd(site: Site) -> None:
     tag, deep = "t" * 246, f"{PARENT}/m"
     job = f"zfs_replicate -h source -r {TREE} -l {deep} -t {tag} -k 30"
     site.backup.run(f"zfs set mountpoint=none offsite && zfs create -p {PARENT}")
@@ -52,7 +52,7 @@ def test_names_too_long_or_too_deep_here_and_odd_ones(site: Site) -> None:
 
 
 @pytest.mark.full
-def test_datasets_without_snapshots_and_such_that_are_another_one_now(site: Site) -> None:
+def test_datasets_without_snapshots_and_datasets_made_anew(site: Site) -> None:
     site.source.run(f"zfs create -p {TREE}")
     site.replicate_silently()
     assert site.backup.run("zfs list -H -r -o name offsite").stdout == "offsite\n"
@@ -91,7 +91,7 @@ def test_datasets_without_snapshots_and_such_that_are_another_one_now(site: Site
 
 
 @pytest.mark.full
-def test_whole_pools(site: Site) -> None:
+def test_pools_as_a_whole_on_both_sides(site: Site) -> None:
     site.plant("www")
     site.source.run("head -c 300000 /dev/urandom > /backuppool/file")
     job = f"zfs_replicate -h source -r backuppool -l offsite -t {TAG}"
@@ -152,7 +152,7 @@ def test_pools_that_are_read_only_not_there_or_full(site: Site) -> None:
 
 
 @pytest.mark.full
-def test_suspended_pool_is_told_and_done_when_it_is_back(site: Site) -> None:
+def test_pool_that_is_suspended_is_told_and_goes_on_when_it_is_back(site: Site) -> None:
     """Its disk is a file that can no longer grow: every write fails, and ZFS waits for somebody to mend that."""
     site.source.run(f"zfs create -p {TREE} && head -c 300000 /dev/urandom > /{TREE}/one")
     site.snapshot("monday")
@@ -183,7 +183,7 @@ def test_suspended_pool_is_told_and_done_when_it_is_back(site: Site) -> None:
 
 
 @pytest.mark.full
-def test_each_missing_right_is_granted_by_the_command_in_the_hint(site: Site) -> None:
+def test_rights_that_are_missing_are_granted_by_the_hints(site: Site) -> None:
     """Allowed nothing at first, then what the hints say, and no more."""
     job = accounts(site)
     site.source.run(f"zfs create -p {TREE}/a/b")

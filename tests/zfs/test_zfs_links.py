@@ -56,7 +56,7 @@ def test_cable_pulled_during_a_stream(site: Site) -> None:
 
 @pytest.mark.full
 @ON_ONE
-def test_frozen_peer_during_a_stream(site: Site) -> None:
+def test_peer_frozen_during_a_stream(site: Site) -> None:
     """Without a word on the command line: keepalives notice."""
     plant_big(site)
     running = site.start()
@@ -97,7 +97,7 @@ def test_signals_end_everything_and_leave_a_resumable_state(site: Site) -> None:
 
 
 @pytest.mark.full
-def test_receive_that_outlives_its_killed_run_is_reported_and_left_alone(site: Site) -> None:
+def test_receive_that_outlives_its_run_is_told_and_left_alone(site: Site) -> None:
     plant_big(site, "80M")
     running = site.start()
     site.backup.run("kill -KILL $(cat /run/job.pid)")
@@ -151,7 +151,7 @@ def test_bookmark_of_our_own_carries_the_chain_on(site: Site) -> None:
 
 @ON_ONE
 @pytest.mark.full
-def test_a_gibibyte_cut_five_times_costs_little_more_than_one(
+def test_stream_cut_five_times_costs_little_more_than_one(
     site: Site, record_property: Callable[[str, object], None]
 ) -> None:
     """At random points; each cut costs at most what had not come to rest on the disk of the backup machine."""

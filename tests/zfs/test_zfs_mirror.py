@@ -32,7 +32,7 @@ def test_crontab_line_does_a_full_then_an_incremental_pull(site: Site) -> None:
     assert names(site.source, TREE) == ["monday", "tuesday", "wednesday"]
 
 
-def test_received_datasets_are_unmounted_read_only_and_below_missing_parents(site: Site) -> None:
+def test_mirror_is_unmounted_and_read_only_below_missing_parents(site: Site) -> None:
     site.plant("www")
     site.source.run(f"zfs set compression=gzip-3 atime=off quota=1G sharenfs=off {TREE}/www")
     site.snapshot("monday")
@@ -46,7 +46,7 @@ def test_received_datasets_are_unmounted_read_only_and_below_missing_parents(sit
 
 
 @pytest.mark.full
-def test_override_on_the_mirror_survives_an_increment(site: Site) -> None:
+def test_property_set_on_the_mirror_survives_an_increment(site: Site) -> None:
     site.plant("www")
     site.snapshot("monday")
     site.replicate()
@@ -58,7 +58,7 @@ def test_override_on_the_mirror_survives_an_increment(site: Site) -> None:
 
 
 @pytest.mark.full
-def test_no_increment_takes_over_a_quota_or_reservation(site: Site) -> None:
+def test_quota_and_reservation_are_not_taken_over(site: Site) -> None:
     """ZFS 2.1 does at every second one, if such a property is only left out (`-x`)."""
     site.plant("www")
     site.source.run(f"zfs set quota=2G refquota=1G reservation=1M {TREE}/www")
@@ -83,7 +83,7 @@ def test_second_run_does_nothing_with_one_login_and_two_commands(site: Site) -> 
 
 
 @pytest.mark.full
-def test_a_tree_goes_by_one_command_and_what_fails_holds_nobody_up(site: Site) -> None:
+def test_batch_takes_one_command_and_a_failure_holds_nobody_up(site: Site) -> None:
     """The number of commands at the source is that of the batches, whatever the number of datasets."""
     children = [f"d{number}" for number in range(6)]
     site.plant(*children, "d1/inner")
@@ -114,7 +114,7 @@ def test_a_tree_goes_by_one_command_and_what_fails_holds_nobody_up(site: Site) -
     site.assert_in_step()
 
 
-def test_intermediates_pulls_every_snapshot_between(site: Site) -> None:
+def test_intermediates_bring_every_snapshot_between(site: Site) -> None:
     site.plant("www")
     for day in ("monday", "tuesday", "wednesday"):
         site.write(day, "www")
@@ -129,7 +129,7 @@ def test_intermediates_pulls_every_snapshot_between(site: Site) -> None:
 
 
 @pytest.mark.full
-def test_new_child_later_and_child_gone_at_the_source(site: Site) -> None:
+def test_children_come_later_and_go_at_the_source(site: Site) -> None:
     site.plant("www", "mail")
     site.snapshot("monday")
     site.replicate()
@@ -142,7 +142,7 @@ def test_new_child_later_and_child_gone_at_the_source(site: Site) -> None:
     site.assert_in_step()
 
 
-def test_parent_without_snapshot_becomes_a_placeholder_and_later_a_mirror(site: Site) -> None:
+def test_placeholder_becomes_a_mirror_later(site: Site) -> None:
     site.plant("www/logs")
     site.snapshot("monday", f"{TREE}/www/logs")
     site.replicate_silently()
@@ -162,7 +162,7 @@ def test_tree_without_any_snapshot_creates_nothing(site: Site) -> None:
 
 
 @pytest.mark.full
-def test_existing_empty_target_is_accepted(site: Site) -> None:
+def test_empty_target_is_accepted(site: Site) -> None:
     site.plant("www")
     site.snapshot("monday")
     site.backup.run(f"zfs create -p {MIRROR}")
@@ -172,7 +172,7 @@ def test_existing_empty_target_is_accepted(site: Site) -> None:
 
 
 @pytest.mark.full
-def test_renamed_source_snapshot_is_still_the_base(site: Site) -> None:
+def test_base_may_be_renamed_at_the_source(site: Site) -> None:
     site.plant("www")
     site.snapshot("monday")
     site.replicate()
@@ -185,7 +185,7 @@ def test_renamed_source_snapshot_is_still_the_base(site: Site) -> None:
 
 
 @pytest.mark.full
-def test_bookmark_serves_as_base_when_its_snapshot_is_gone(site: Site) -> None:
+def test_base_may_be_a_bookmark(site: Site) -> None:
     site.plant("www")
     site.snapshot("monday")
     site.replicate()
@@ -214,7 +214,7 @@ def test_names_with_spaces_also_trailing_ones(site: Site) -> None:
 
 
 @pytest.mark.full
-def test_thousand_snapshots(site: Site) -> None:
+def test_snapshots_by_the_thousand(site: Site) -> None:
     site.source.run(f"zfs create -p {TREE}/a && zfs create {TREE}/b && zfs create {TREE}/c")
     site.snapshot("first")
     site.replicate_silently()
@@ -273,7 +273,7 @@ def test_interrupted_increment_goes_on_and_its_base_stays(site: Site) -> None:
 
 
 @pytest.mark.full
-def test_stale_token_is_abandoned_and_the_pull_planned_anew(site: Site) -> None:
+def test_interrupted_receive_with_a_stale_token_is_given_up(site: Site) -> None:
     site.source.run(f"zfs create -p {TREE} && head -c 30M /dev/urandom > /{TREE}/big")
     site.snapshot("monday")
     interrupt(site)

@@ -28,7 +28,7 @@ def aged(site: Site, *children: str) -> None:
     site.snapshot("now")
 
 
-def test_line_on_the_wrong_host_expires_nothing_of_the_production(site: Site) -> None:
+def test_wrong_host_expires_nothing_of_the_production(site: Site) -> None:
     """With both trees exchanged, and with the same name on both sides; also where it is run again."""
     aged(site, "/www")
     site.replicate_silently("-I")
@@ -45,7 +45,7 @@ def test_line_on_the_wrong_host_expires_nothing_of_the_production(site: Site) ->
 
 
 @pytest.mark.full
-def test_another_tree_of_the_same_pool_as_target(site: Site) -> None:
+def test_target_with_other_data_below_is_left_alone(site: Site) -> None:
     """`-l` is the root of a pool, or a dataset, below which other data lives."""
     site.source.run(f"zfs create -p {TREE}/www && zfs set atime=off compression=gzip {TREE}")
     site.snapshot("monday")
@@ -63,7 +63,7 @@ def test_another_tree_of_the_same_pool_as_target(site: Site) -> None:
 
 
 @pytest.mark.full
-def test_dataset_that_is_no_mirror_gets_nothing_below_it(site: Site) -> None:
+def test_target_that_is_no_mirror_gets_nothing_below_it(site: Site) -> None:
     """It has data and a history of its own; what is beside it is done."""
     site.source.run(f"zfs create -p {TREE}")
     site.snapshot("sunday")
@@ -84,7 +84,7 @@ def test_dataset_that_is_no_mirror_gets_nothing_below_it(site: Site) -> None:
 
 
 @pytest.mark.full
-def test_line_one_level_up_leaves_the_other_mirror_its_name(site: Site) -> None:
+def test_mirror_of_another_line_is_not_renamed_from_one_level_up(site: Site) -> None:
     site.source.run(f"zfs create -p {TREE}/www")
     site.snapshot("monday")
     site.replicate_silently()
@@ -98,7 +98,7 @@ def test_line_one_level_up_leaves_the_other_mirror_its_name(site: Site) -> None:
     assert names(site.backup, MIRROR) == ["monday", "tuesday"]
 
 
-def test_tree_of_two_lines_loses_nobodys_years(site: Site) -> None:
+def test_mirror_of_two_lines_loses_nothing_that_one_keeps(site: Site) -> None:
     """One keeps it for years, the other 30 days; in either order the snapshots of the first stay, and it is said."""
     aged(site, "/www")
     site.replicate_silently("-I", job="zfs_replicate -h source -r backuppool/virt -l offsite/virt -t years")
@@ -133,7 +133,7 @@ def at_work(site: Site, job: str = JOB) -> Iterator[None]:
 
 
 @pytest.mark.full
-def test_runs_of_other_jobs_wait_for_no_tree_in_silence(site: Site) -> None:
+def test_lock_of_another_job_is_told(site: Site) -> None:
     """The same line is silent; the same tree from elsewhere, and a tree within or around, are told. One beside is free."""
     site.source.run(
         f"zfs create -p {TREE} && head -c 40M /dev/urandom > /{TREE}/big && zfs create -p backuppool/other/www"

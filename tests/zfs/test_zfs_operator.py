@@ -75,7 +75,7 @@ def test_progress_at_a_terminal(site: Site, columns: int) -> None:
 
 
 @pytest.mark.full
-def test_a_resumed_stream_counts_what_is_there(site: Site) -> None:
+def test_progress_of_a_resumed_stream_counts_what_is_there(site: Site) -> None:
     site.source.run(f"zfs create -p {TREE} && head -c 30M /dev/urandom > /{TREE}/big")
     site.snapshot("monday")
     running = site.start(after=15_000_000)
@@ -93,7 +93,7 @@ def test_a_resumed_stream_counts_what_is_there(site: Site) -> None:
 
 
 @pytest.mark.full
-def test_what_a_run_would_do_is_what_it_does(site: Site) -> None:
+def test_dry_run_tells_what_a_run_does(site: Site) -> None:
     site.plant("www", "mail")
     site.snapshot("monday")
     plan = looking_on(site, "--dry-run")
@@ -128,7 +128,7 @@ def test_what_a_run_would_do_is_what_it_does(site: Site) -> None:
     assert "in step" in looking_on(site, "--dry-run", "-k", "30")
 
 
-def test_the_status_with_and_without_the_source(site: Site) -> None:
+def test_status_with_and_without_the_source(site: Site) -> None:
     site.plant("www", "mail")
     site.snapshot("monday")
     site.replicate_silently()
@@ -153,7 +153,7 @@ def test_the_status_with_and_without_the_source(site: Site) -> None:
 
 
 @pytest.mark.full
-def test_monitoring(site: Site) -> None:
+def test_check_and_metrics_tell_why_a_mirror_is_late(site: Site) -> None:
     """The three reasons of a late mirror are told apart, and since when runs fail."""
     site.plant("www")
     assert looking_on(site, "--check", status=3).startswith("ZFS_REPLICATE UNKNOWN - ")
@@ -202,7 +202,7 @@ def test_monitoring(site: Site) -> None:
 
 
 @pytest.mark.full
-def test_the_end_of_a_mirror(site: Site) -> None:
+def test_retire_ends_a_mirror(site: Site) -> None:
     site.plant("www")
     site.snapshot("monday")
     site.replicate_silently("--bookmark", "--exclude", "disk")
@@ -278,7 +278,7 @@ README = (PROGRAM.parent / "README.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.full
-def test_lines_of_the_readme_word_for_word(site: Site) -> None:
+def test_readme_lines_work_word_for_word(site: Site) -> None:
     """The line of the crontab, run by the systemd timer's service; where our holds are."""
     site.plant("www")
     site.snapshot("monday")

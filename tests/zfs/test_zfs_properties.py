@@ -118,7 +118,7 @@ def assert_neither_mounted_nor_shared(machine: Machine, *but: str) -> None:
     assert [line for line in lines if MIRROR in line or line.startswith("/srv")] == list(but)
 
 
-def test_what_a_mirror_takes_over_and_what_it_never_does(site: Site) -> None:
+def test_properties_that_a_mirror_takes_over_and_never_does(site: Site) -> None:
     """Below a pool that is shared, over increments and a boot, with changes at the source and here."""
     plant(site)
     site.backup.run("zfs set sharenfs=on offsite")
@@ -169,7 +169,7 @@ def commands(word: str) -> list[str]:
 
 
 @pytest.mark.full
-def test_restore_as_the_readme_says(site: Site) -> None:
+def test_readme_restore(site: Site) -> None:
     plant(site)
     site.snapshot("monday")
     site.replicate_silently("--set", "recordsize=16K")

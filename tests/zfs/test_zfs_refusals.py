@@ -36,7 +36,7 @@ def test_target_with_data_is_refused_and_the_rest_is_done(site: Site) -> None:
 
 
 @pytest.mark.full
-def test_same_name_with_other_guid_is_refused(site: Site) -> None:
+def test_name_with_another_guid_is_refused(site: Site) -> None:
     site.plant("www")
     site.snapshot("monday")
     site.replicate()
@@ -99,7 +99,7 @@ def test_local_change_is_refused_by_zfs_and_explained(site: Site) -> None:
 
 
 @pytest.mark.full
-def test_failed_parent_keeps_its_children_waiting_and_says_so(site: Site) -> None:
+def test_parent_that_fails_keeps_its_children_waiting(site: Site) -> None:
     site.plant("www/logs")
     site.snapshot("monday")
     site.backup.run(f"zfs create -p {MIRROR} && zfs create -V 16M {MIRROR}/www")
@@ -110,7 +110,7 @@ def test_failed_parent_keeps_its_children_waiting_and_says_so(site: Site) -> Non
 
 
 @pytest.mark.full
-def test_host_that_would_pull_from_itself_is_told(site: Site) -> None:
+def test_same_host_as_source_is_refused(site: Site) -> None:
     """One crontab on both of two hosts, or a name that leads back here: expiry would destroy the only copy."""
     site.backup.run(f"zfs create -p {MIRROR} && zfs snapshot -r offsite@monday && zfs snapshot -r offsite@tuesday")
     site.source.shift_clock(40)
@@ -125,7 +125,7 @@ def test_host_that_would_pull_from_itself_is_told(site: Site) -> None:
 
 
 @pytest.mark.full
-def test_missing_dataset_missing_pool_and_missing_zfs_stop_before_the_start(site: Site) -> None:
+def test_missing_dataset_pool_or_zfs_stops_before_the_start(site: Site) -> None:
     site.plant()
     site.snapshot("monday")
     done = site.replicate(status=3, job=f"zfs_replicate -h source -r backuppool/none -l {MIRROR} -t {TAG}")

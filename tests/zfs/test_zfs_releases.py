@@ -57,7 +57,7 @@ def sums(site: Site) -> list[str]:
     return found
 
 
-def test_from_one_release_to_the_other(site: Site) -> None:
+def test_release_to_another_release(site: Site) -> None:
     plant(site)
     too_new = site.backup.release == OLDEST
     if too_new:

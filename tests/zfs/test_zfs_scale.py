@@ -49,7 +49,7 @@ def snapshots(site: Site, first: int, last: int) -> None:
 Record = Callable[[str, object], None]
 
 
-def test_500_datasets_with_20_snapshots_each(site: Site, record_property: Record) -> None:
+def test_scale_of_500_datasets_with_20_snapshots_each(site: Site, record_property: Record) -> None:
     with mounts_apart(site.source) as apart:
         make(site, 500, apart)
         snapshots(site, 1, 1)
@@ -69,7 +69,7 @@ def test_500_datasets_with_20_snapshots_each(site: Site, record_property: Record
     assert max(first[1], next_one[1]) < 20, "five batches, and few for all"
 
 
-def test_every_one_of_20_snapshots_of_50_datasets(site: Site, record_property: Record) -> None:
+def test_scale_of_every_one_of_20_snapshots_of_50_datasets(site: Site, record_property: Record) -> None:
     with mounts_apart(site.source) as apart:
         make(site, 50, apart)
         snapshots(site, 1, 1)

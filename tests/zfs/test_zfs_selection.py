@@ -30,7 +30,7 @@ def test_properties_that_the_mirror_has_of_its_own(site: Site) -> None:
 
 
 @pytest.mark.full
-def test_part_of_a_tree_and_some_of_its_snapshots(site: Site) -> None:
+def test_selection_of_datasets_and_snapshots(site: Site) -> None:
     site.plant("www/cache", "mail")
     for name in ("daily-1", "hourly-1", "daily-2", "daily-3", "hourly-2"):
         site.snapshot(name)

@@ -251,18 +251,18 @@ def take_over(site: Site, kinds: Sequence[Kind]) -> None:
 
 
 @pytest.mark.full
-def test_mirrors_made_by_hand_and_as_zrepl_does(site: Site) -> None:
+def test_take_over_of_mirrors_made_by_hand_and_as_zrepl_does(site: Site) -> None:
     take_over(site, (MOUNTED, LIKE_ZREPL))
 
 
 @pytest.mark.full
-def test_mirrors_made_by_other_tools(site: Site) -> None:
+def test_take_over_of_mirrors_made_by_other_tools(site: Site) -> None:
     install_tools(site.backup)
     take_over(site, (SYNCOID, BZFS, AUTOBACKUP))
 
 
 @pytest.mark.full
-def test_the_first_increment_breaks_off(site: Site) -> None:
+def test_take_over_whose_first_increment_is_interrupted(site: Site) -> None:
     """What is resumed carries no properties: those of the increment after it are the first ones."""
     plant(site)
     prepare(site.backup)
