@@ -14,8 +14,8 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, Callable
 
 import pytest
+from near_end import MEBIBYTE, SshConfig, executable, shell
 from ssh_server import PATIENCE, Fault, Server
-from test_hosts import MEBIBYTE, SshConfig, executable, shell
 
 from zfs_replicate import (
     COMPRESSORS,
@@ -212,6 +212,22 @@ def test_stderr_that_others_keep_open_is_not_waited_for(tmp_path: Path) -> None:
         os.kill(int((tmp_path / "pid").read_text()), 0)  # it is still there
     finally:
         os.kill(int((tmp_path / "pid").read_text()), signal.SIGKILL)
+
+
+def test_stall_watch_ends_a_stream_that_stands_still() -> None:
+    moved: list[int] = []
+    transport = Transport(stall_timeout=0.3, on_progress=lambda: moved.append(1))
+    with pytest.raises(StreamFailed, match=r"the stream stalled: no data came for 0s, .* \(still running: sh, cat\)"):
+        stream([("sh", "-c", "echo some; exec sleep 60"), ("cat",)], transport=transport)
+    assert moved
+
+
+def test_stall_watch_waits_longer_for_the_last_process() -> None:
+    """All bytes are in its hands; it has some writing to do."""
+    transport = Transport(stall_timeout=0.15)
+    stream([("echo", "some"), ("sh", "-c", "cat > /dev/null; sleep 0.3")], transport=transport)
+    with pytest.raises(StreamFailed, match="no data came"):
+        stream([("echo", "some"), ("sh", "-c", "cat > /dev/null; sleep 60")], transport=transport)
 
 
 TALK = "while :; do echo word >&2; sleep 0.05; done"

@@ -5,8 +5,8 @@ from __future__ import annotations
 
 import pytest
 from histories import LOCAL, RECEIVED, SOURCE, TAG
+from jobs import Job, new_job, once, refusing
 from simulated import Machine, Near, Point, Wire, World, days
-from test_simulated_run import Job, new_job, once, refusing
 
 from zfs_replicate import PLACEHOLDER, FencedHost, Policy, Report, Selection, retire
 

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 from histories import LOCAL, RECEIVED, SOURCE, TAG
+from jobs import Job, break_link, new_job, once, refusing, taken_over, told
 from simulated import Machine, Near, World, days
-from test_simulated_run import Job, break_link, new_job, once, refusing, taken_over, told
 
 from zfs_replicate import ASIDE, PLACEHOLDER, TAKEN_OVER, Dataset, Failure, Policy, Report, Run, main, with_clones
 

@@ -125,6 +125,12 @@ def test_option_h_is_the_host_and_not_help(capsys: pytest.CaptureFixture[str]) -
     assert "-h/--remote-host: expected one argument" in refused(["-h"], capsys)
 
 
+@pytest.mark.parametrize("words", ["-h, --remote-host", "-k, --keep-days"])
+def test_parser_has_the_options_of_crontabs_out_there(words: str) -> None:
+    known = [option for action in zfs_replicate.parser()._actions for option in action.option_strings]
+    assert all(word in known for word in words.split(", "))
+
+
 def test_help_goes_to_stdout(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
         main(["--help"])
@@ -357,6 +363,12 @@ def test_retries_none_make_a_lost_link_a_failure(monkeypatch: pytest.MonkeyPatch
     runs = Attempts(monkeypatch, "lost", "well")
     assert main(words()) == 1
     assert runs.words == ["well"]
+
+
+def test_retry_delays_grow_and_are_jittered() -> None:
+    assert list(zfs_replicate.retry_delays(6, lambda low, high: 1.0)) == [5, 15, 45, 135, 300, 300]
+    for low, high in zip(zfs_replicate.retry_delays(3, min), zfs_replicate.retry_delays(3, max)):
+        assert low < high / 2
 
 
 @pytest.mark.parametrize("text", ["90", "0s", "1d", "s", "1.5h", "1234567s"])

@@ -6,16 +6,13 @@ import shutil
 import string
 import subprocess
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 from histories import LOCAL, SOURCE, local, source
 from hypothesis import given, settings, strategies as st
 
-import zfs_replicate
 from zfs_replicate import (
     BATCH_BYTES,
-    RIGHTS,
     SBIN,
     Account,
     Command,
@@ -403,13 +400,3 @@ def test_allow_command_grants_what_is_needed_on_the_whole_tree(command: Command,
 
 def test_allow_command_is_empty_for_what_needs_no_right() -> None:
     assert allow_command(list_tree("offsite/vm"), MY) == ""
-
-
-def test_readme_grants_all_rights_that_the_commands_need() -> None:
-    readme = Path(zfs_replicate.__file__).with_name("README.md").read_text(encoding="utf-8")
-    lines = [line for line in readme.splitlines() if line.startswith("    zfs allow ")]
-    there, here, _mirrored = (set(line.split()[3].split(",")) for line in lines)
-    assert there == {RIGHTS[verb] for verb in ("send", "hold", "release")}
-    verbs = ("hold", "release", "create", "recv", "recv -A", "destroy", "userspace")
-    needed = {right for verb in verbs for right in RIGHTS[verb].split(",")} | set(OURS.split(","))
-    assert needed <= here

@@ -513,6 +513,13 @@ def test_interrupted_receive_is_blocked_by_a_newer_snapshot() -> None:
     assert "@mine" in blocked(source("@a,1 @b,2"), local("@a,1 @mine,8", partial(2, 1))).reason
 
 
+def test_interrupted_plain_receive_is_given_up_if_sent_raw_now() -> None:
+    origin = Dataset("tank/a", "filesystem", source("@a,1 @b,2", "tank/a").snapshots, encrypted=True)
+    plan = plan_dataset(origin, local("@a,1", partial(2, 1)), POLICY, LOCAL)
+    assert isinstance(plan, Transfer)
+    assert [type(step).__name__ for step in plan.steps] == ["AbortReceive", "Receive"]
+
+
 # Points in common
 
 

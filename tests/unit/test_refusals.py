@@ -1,24 +1,18 @@
-"""What the program refuses, and the README's table of it: each reason begins as one of its rows does.
-
-A row writes DATASET, HOST, N and the like for what differs from case to case, and ` / ` between several beginnings.
-`tests/tools/messages.py` prints what the program says, for whoever writes a row.
-"""
+"""What the program refuses: each reason brought about, with the way out. `tests/tools/messages.py` prints them."""
 
 from __future__ import annotations
 
 import ast
 import fcntl
 import os
-import re
 import time
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-from histories import LOCAL, POLICY, RECEIVED, SOURCE, TAG, local, partial, source
+from histories import LOCAL, POLICY, RECEIVED, SOURCE, TAG, local, source
 from simulated import Machine, Near, Wire, World
-from test_stream import stream
 
 import zfs_replicate
 from zfs_replicate import (
@@ -38,7 +32,6 @@ from zfs_replicate import (
     Rollback,
     Run,
     StreamBatch,
-    StreamFailed,
     judge_holder,
     plan_dataset,
     pull,
@@ -216,77 +209,6 @@ def refusals(scratch: Path) -> Iterator[tuple[str, str]]:
         yield failure.what, failure.hint
 
 
-PLACEHOLDERS = {
-    "DATASET": r"[\w.:/-]+",
-    "SNAPSHOT": r"[\w.:/-]+@\S+",
-    "NAME": r"\S+",
-    "TAG": r"\S+",
-    "HOST": r"\S+",
-    "TYPE": "(?:filesystem|volume)",
-    "DATE": r"[\d-]+ [\d:]+",
-    "N": r"[\d,]+",
-}
-PLACEHOLDER_WORDS = re.compile(rf"\b(?:{'|'.join(PLACEHOLDERS)})\b")
-
-
-@dataclass(frozen=True)
-class Row:
-    """A row of the README: how messages begin, what happened, what to do."""
-
-    beginnings: tuple[str, ...]
-    cause: str
-    remedy: str
-
-    def fits(self, message: str) -> bool:
-        return any(pattern_of(beginning).match(message) for beginning in self.beginnings)
-
-
-def pattern_of(beginning: str) -> re.Pattern[str]:
-    return re.compile(PLACEHOLDER_WORDS.sub(lambda word: PLACEHOLDERS[word[0]], re.escape(beginning)))
-
-
-def readme_rows() -> list[Row]:
-    readme = (Path(zfs_replicate.__file__).parent / "README.md").read_text(encoding="utf-8")
-    head = "message begins with | what happened | what to do\n---|---|---\n"
-    rows = [line.split(" | ") for line in readme.partition(head)[2].partition("\n\n")[0].splitlines()]
-    return [Row(tuple(first.split(" / ")), cause, remedy) for first, cause, remedy in rows]
-
-
-def written_messages() -> list[str]:
-    """All texts that are written in the program, with an X for each value that is put in."""
-    tree = ast.parse(Path(zfs_replicate.__file__).read_text(encoding="utf-8"))
-    return [
-        "".join(str(part.value) if isinstance(part, ast.Constant) else "X" for part in node.values)
-        for node in ast.walk(tree)
-        if isinstance(node, ast.JoinedStr)
-    ]
-
-
-def test_readme_has_a_row_for_each_refusal(tmp_path: Path) -> None:
-    rows = readme_rows()
-    for what, _ in refusals(tmp_path):
-        fitting = [row.beginnings for row in rows if row.fits(what)]
-        assert len(fitting) == 1, (what, fitting)
-
-
-def test_readme_has_no_row_for_what_the_program_does_not_say(tmp_path: Path) -> None:
-    reasons = [what for what, _ in refusals(tmp_path)]
-    written = written_messages()
-    for beginning in (it for row in readme_rows() for it in row.beginnings):
-        is_said = any(pattern_of(beginning).match(what) for what in reasons)
-        is_written = any(text.startswith(PLACEHOLDER_WORDS.sub("X", beginning)) for text in written)
-        assert is_said or is_written, beginning
-
-
-def test_readme_rows_offer_the_options_that_the_program_does(tmp_path: Path) -> None:
-    reasons = list(refusals(tmp_path))
-    for row in readme_rows():
-        hints = " ".join(hint for what, hint in reasons if row.fits(what))
-        offered = set(re.findall("--[a-z-]+", row.remedy))
-        assert offered <= {*re.findall("--[a-z-]+", hints)}, row
-        assert ("--rollback" in offered) == ("--rollback" in hints), row
-
-
 def test_refusals_are_all_in_the_table_here() -> None:
     """As many advices as there are places in the planner that refuse."""
     tree = ast.parse(Path(zfs_replicate.__file__).read_text(encoding="utf-8"))
@@ -362,35 +284,3 @@ def test_rollback_is_not_offered_for_a_twin_held_at_the_source() -> None:
     """It is older there than the common one, and newer here: somebody has sent it back."""
     plan = blocked(source(f"@x,8!{TAG} @a,1 @b,2"), local("@a,1 @x,8"))
     assert plan.ways == (Quarantine(),)
-
-
-def test_interrupted_plain_receive_is_given_up_if_sent_raw_now() -> None:
-    origin = Dataset("tank/a", "filesystem", source("@a,1 @b,2", "tank/a").snapshots, encrypted=True)
-    plan = plan_dataset(origin, local("@a,1", partial(2, 1)), POLICY, LOCAL)
-    assert isinstance(plan, zfs_replicate.Transfer)
-    assert [type(step).__name__ for step in plan.steps] == ["AbortReceive", "Receive"]
-
-
-# --- Standing still ---------------------------------------------------------------------------------------------
-
-
-def test_stall_watch_ends_a_stream_that_stands_still() -> None:
-    moved: list[int] = []
-    transport = zfs_replicate.Transport(stall_timeout=0.3, on_progress=lambda: moved.append(1))
-    with pytest.raises(StreamFailed, match=r"the stream stalled: no data came for 0s, .* \(still running: sh, cat\)"):
-        stream([("sh", "-c", "echo some; exec sleep 60"), ("cat",)], transport=transport)
-    assert moved
-
-
-def test_stall_watch_waits_longer_for_the_last_process() -> None:
-    """All bytes are in its hands; it has some writing to do."""
-    transport = zfs_replicate.Transport(stall_timeout=0.15)
-    stream([("echo", "some"), ("sh", "-c", "cat > /dev/null; sleep 0.3")], transport=transport)
-    with pytest.raises(StreamFailed, match="no data came"):
-        stream([("echo", "some"), ("sh", "-c", "cat > /dev/null; sleep 60")], transport=transport)
-
-
-def test_retry_delays_grow_and_are_jittered() -> None:
-    assert list(zfs_replicate.retry_delays(6, lambda low, high: 1.0)) == [5, 15, 45, 135, 300, 300]
-    for low, high in zip(zfs_replicate.retry_delays(3, min), zfs_replicate.retry_delays(3, max)):
-        assert low < high / 2

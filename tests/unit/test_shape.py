@@ -1,13 +1,11 @@
-"""The file is what its docstring says: rooms in order, a pure core, options as in the README."""
+"""The file is what its docstring says: rooms in order, a pure core, and what depends on what."""
 
 from __future__ import annotations
 
-import argparse
 import ast
 import dis
 import functools
 import re
-import shlex
 import subprocess
 import sys
 import textwrap
@@ -16,14 +14,11 @@ from pathlib import Path
 from types import CodeType
 from typing import Union
 
-import pytest
-
 import zfs_replicate
 
 PATH = Path(zfs_replicate.__file__)
 TEXT = PATH.read_text(encoding="utf-8")
 TREE = ast.parse(TEXT, feature_version=(3, 9))
-README = PATH.parent / "README.md"
 
 BANNER = re.compile(r"^# Room (\d+): (.+)$", re.MULTILINE)
 RULE = "# " + "-" * 117
@@ -192,83 +187,3 @@ def test_commands_that_change_something_are_built_in_one_place() -> None:
     built = [(node.lineno, name) for node, name, is_shown in changing_commands() if not is_shown]
     assert len(built) >= 15
     assert [name for line, name in built if not begin < line < end and name != "allow_command"] == []
-
-
-# README
-
-
-def options() -> dict[str, argparse.Action]:
-    return {option: action for action in zfs_replicate.parser()._actions for option in action.option_strings}
-
-
-def readme() -> str:
-    return README.read_text(encoding="utf-8")
-
-
-def groups() -> list[tuple[str, list[tuple[list[str], str]]]]:
-    """The groups of the table of options: title, and of each row the code in the first cell and the default."""
-    table = readme().partition("\noption | meaning | default\n---|---|---\n")[2].partition("\n\n")[0]
-    found: list[tuple[str, list[tuple[list[str], str]]]] = []
-    for line in table.splitlines():
-        title = re.fullmatch(r"\*\*(.+)\*\* \|", line)
-        if title:
-            found.append((title[1], []))
-        else:
-            words, _, default = (line + " | " * (line.count(" | ") == 1)).split(" | ")
-            found[-1][1].append((re.findall("`([^`]+)`", words), default))
-    return found
-
-
-def test_readme_options_are_those_of_the_help() -> None:
-    """The same options, in the same groups and order: -h, -r, -l, -t and -k first."""
-    expected = [
-        (
-            group.title,
-            [[*it.option_strings, *([str(it.metavar)] if it.metavar else [])] for it in group._group_actions],
-        )
-        for group in zfs_replicate.parser()._action_groups
-        if group._group_actions
-    ]
-    assert [(title, [words for words, _ in rows]) for title, rows in groups()] == expected
-    assert [words[0] for words, _ in groups()[0][1]] == ["-h", "-r", "-l", "-t", "-k"]
-    assert len(expected) == 6
-
-
-def test_readme_options_are_in_one_group_each() -> None:
-    grouped = [option for _, rows in groups() for words, _ in rows for option in words if option.startswith("-")]
-    assert sorted(grouped) == sorted(options())
-
-
-def test_readme_options_have_their_defaults_and_what_is_required() -> None:
-    for words, default in (row for _, rows in groups() for row in rows):
-        action = options()[words[0]]
-        assert action.required == (default == "required"), words
-        if isinstance(action.default, str) and action.default != argparse.SUPPRESS:
-            assert action.default in default, words
-
-
-def test_readme_names_no_option_that_is_not() -> None:
-    """Whatever it writes as `--option` in code of its own, or on a command line of ours."""
-    before, heading, rest = readme().partition("## Coming from another tool")
-    others, end, after = rest.partition("\n## ")
-    ours = re.sub(r"^.* \| .* \| .* \| (.*)$", r"\1", others, flags=re.MULTILINE)  # of the table, our column
-    text = re.sub("^    pipx run argparse-manpage .*", "", before + heading + ours + end + after, flags=re.MULTILINE)
-    spans = re.findall(r"(?<!`)`(--[a-z][a-z-]*)", text)
-    lines = re.findall(r"\b(?:zfs_replicate(?:\.py)?|job)( -[^|\n]*)", text)
-    words = [word for line in lines for word in re.findall(r"(?<=\s)--?[A-Za-z][a-z-]*", line)]
-    assert [word for word in spans + words if word not in options()] == []
-
-
-@pytest.mark.parametrize("words", ["-h, --remote-host", "-k, --keep-days"])
-def test_parser_has_the_options_of_crontabs_out_there(words: str) -> None:
-    assert all(word in options() for word in words.split(", "))
-
-
-def test_man_page_comes_from_the_parser(tmp_path: Path) -> None:
-    (line,) = re.findall(r"^    pipx run (argparse-manpage .*)$", readme(), re.MULTILINE)
-    tool, *words = shlex.split(line)
-    program = Path(sys.executable).with_name(tool)
-    subprocess.run([program, *words[:1], PATH, *words[2:]], cwd=tmp_path, check=True)
-    page = (tmp_path / words[-1]).read_text(encoding="utf-8")
-    assert words[:2] == ["--pyfile", PATH.name]
-    assert set(re.findall(r"\\fB(\S+)\\fR", page.replace("\\-", "-"))) >= options().keys() - {"--help"}
