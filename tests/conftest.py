@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     from lab import Lab
     from site_pair import Keeper, Pair, Site
 
+pytest_plugins = ("jobs", "near_end")
+"""Where fixtures are that several files share."""
+
 # The same examples on every run, however slow the machine: a failure must be one of the change at hand.
 settings.register_profile(
     "steady", deadline=None, derandomize=True, database=None, suppress_health_check=[HealthCheck.too_slow]
