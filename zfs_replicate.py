@@ -416,6 +416,19 @@ class Receive:
     origin: str = ""
     lost_origin: str = ""
 
+    @property
+    def facts(self) -> dict[str, Any]:
+        """The step as data, for JSON. Guids are text: many programs read no number of 64 bits."""
+        base = self.base
+        return {
+            "snapshot": self.snapshot.short,
+            "guid": str(self.snapshot.guid),
+            "base": base.short if base else None,
+            "base_guid": str(base.guid) if base else None,
+            "resumed": self.token is not None,
+            "clone_of": self.origin or None,
+        }
+
     def __str__(self) -> str:
         if self.token:
             return f"rest of {self.snapshot.short}"
@@ -691,11 +704,6 @@ TOKEN = re.compile("[0-9]+(?:-[0-9a-f]+){3}")
 """What the parts of a listing look like (zfs_namecheck.c of OpenZFS). The `%` of hidden datasets is never printed."""
 
 
-def number_if_any(text: str, what: str) -> int:
-    """As `number`; 0 if the dataset has no such property."""
-    return 0 if text == "-" else number(text, what)
-
-
 def is_name(name: str, form: re.Pattern[str]) -> bool:
     """Whether zfs allows this name: its characters, its length, its depth."""
     parts = re.split("[@#]", name)[0].split("/")
@@ -775,7 +783,7 @@ class Listing:
         own = self.points.setdefault(owner, {})
         if name in own:
             raise NotBelieved("it is there twice")
-        count = number_if_any(userrefs, "userrefs")
+        count = 0 if userrefs == "-" else number(userrefs, "userrefs")
         is_known = "#" in name or (creation != "" and count == 0)
         own[name] = Snapshot(
             name,
@@ -783,11 +791,12 @@ class Listing:
             number(createtxg, "createtxg"),
             number(creation, "creation") if creation else UNKNOWN_CREATION,
             NO_TAGS if is_known else None,
-            number_if_any(ivset, "ivsetguid"),
+            0 if ivset == "-" else number(ivset, "ivsetguid"),
         )
         if count:
             self.holds[name] = count
 
+    @property
     def tree(self) -> Tree:
         """The datasets by key. Raises NotBelieved if there are snapshots of a dataset that is not listed."""
         for name in self.points.keys() - self.datasets.keys():
@@ -817,7 +826,7 @@ def parse_tree(text: str, *roots: str) -> tuple[Tree, dict[str, int]]:
         if count == MAX_ROWS:
             raise NotBelieved(f"zfs printed more than {MAX_ROWS:,} datasets and snapshots of {roots[0]}")
         listing.take(row)
-    return listing.tree(), listing.holds
+    return listing.tree, listing.holds
 
 
 def whole_tree(tree: Tree, *roots: str) -> Tree:
@@ -865,7 +874,7 @@ def parse_holds_and_ivsets(text: str, asked: Container[str]) -> tuple[dict[str, 
         if len(row) == 3:
             tags.append("\t".join(row) + "\n")
         elif row[0] in asked:
-            ivsets[row[0]] = number_if_any(row[1], "ivsetguid")
+            ivsets[row[0]] = 0 if row[1] == "-" else number(row[1], "ivsetguid")
         else:
             raise NotBelieved(f"zfs told of what it was not asked about: {row[0][:NAME_LIMIT]!r}")
     return parse_holds("".join(tags), asked), ivsets
@@ -1260,16 +1269,6 @@ def newest_received(local: Dataset, policy: Policy) -> Snapshot | None:
 def is_set_aside(key: str) -> bool:
     """Whether a dataset, or one above it, was set aside: then it is nobody's mirror any more."""
     return ASIDE in key
-
-
-def is_passing(key: str) -> bool:
-    """Whether the source, which may be a mirror itself, has this name only for a while."""
-    return is_set_aside(key) or PLACEHOLDER in key
-
-
-def may_be_empty(local: Dataset) -> bool:
-    """Whether a local dataset is a filesystem that a first stream may replace, or a parent of such ones."""
-    return local.kind == "filesystem" and not local.snapshots and not is_set_aside(local.name)
 
 
 def strangers_below(
@@ -2072,12 +2071,6 @@ def batches(names: Iterable[str], most: int = BATCH_BYTES) -> Iterator[list[str]
         yield batch
 
 
-def batches_by_count(commands: Sequence[Command], size: int) -> Iterator[Sequence[Command]]:
-    """Split `commands` into lists of at most `size`."""
-    for start in range(0, len(commands), size):
-        yield commands[start : start + size]
-
-
 # The property of the local root that says since when runs fail. The first run that fails sets it, and the first that
 # succeeds removes it. It is a property because there is no state outside ZFS.
 FAILING = "zfs_replicate:failing"
@@ -2337,24 +2330,8 @@ def exposure(
     return Exposure(key, {**missing, **marked}, own, shows, came, is_marked or bool(marked))
 
 
-LIMITS = ("quota", "refquota", "reservation", "refreservation", "snapshot_limit", "filesystem_limit")
-
-
 SHARES = ("sharenfs", "sharesmb")
-
-
-def shares_last(values: Mapping[str, str]) -> tuple[dict[str, str], dict[str, str]]:
-    """Split values into those to set first, and those of shares to set then."""
-    # While zoned is on, zfs lets nobody set a share. And setting one to off while canmount is on mounts the dataset
-    # (changelist_postfix in libzfs). So zoned and canmount come first.
-    others = {key: value for key, value in values.items() if key not in SHARES}
-    return others, {key: value for key, value in values.items() if key in SHARES}
-
-
-def settable(key: str, value: str) -> str:
-    """A value that `zfs get -p` has printed, in the form that `zfs set` takes."""
-    # Without a limit it prints 0, or all ones.
-    return "none" if key in LIMITS and value in ("0", str(2**64 - 1)) else value
+LIMITS = ("quota", "refquota", "reservation", "refreservation", "snapshot_limit", "filesystem_limit")
 
 
 # The features of a pool that streams need.
@@ -2375,13 +2352,25 @@ def list_features(pool: str) -> Command:
 # name datasets of the local tree only (see `outside`), except `hold`, `release`, and our own bookmarks at the source.
 
 
+# A placeholder never mounts. -u: without it zfs tries once, and an account that is not root may not.
+CREATE_PARENT: Command = ("zfs", "create", "-u", "-o", "canmount=off")
+
+MAKE_READ_ONLY: Command = ("zfs", "set", "readonly=on")
+INHERIT: Command = ("zfs", "inherit")  # a property, and the name of the dataset, follow
+UNMOUNT: Command = ("zfs", "unmount")
+ABORT_RECEIVE: Command = ("zfs", "recv", "-A")
+
+# Until a transaction group is written out, `written` and `zfs userspace` do not count what is in it.
+SYNC_POOL: Command = ("zpool", "sync")
+
+
 def set_failing(root: str, since: int) -> Command:
     # With the root, so that a copy of the property (a clone, a restored dataset) says nothing: see `parse_failing`.
     return ("zfs", "set", f"{FAILING}={since} {root}", root)
 
 
 def clear_failing(root: str) -> Command:
-    return inherit(root, FAILING)
+    return (*INHERIT, FAILING, root)
 
 
 def hold(tag: str, snapshots: Iterable[str]) -> Command:
@@ -2423,34 +2412,8 @@ def destroy_bookmark(name: str) -> Command:
     return ("zfs", "destroy", name)
 
 
-def make_read_only(name: str) -> Command:
-    return ("zfs", "set", "readonly=on", name)
-
-
-def create_parent(name: str) -> Command:
-    # A placeholder never mounts. -u: without it zfs tries once, and an account that is not root may not.
-    return ("zfs", "create", "-u", "-o", "canmount=off", name)
-
-
 def set_values(name: str, values: Mapping[str, str]) -> Command:
     return ("zfs", "set", *(f"{key}={value}" for key, value in values.items()), name)
-
-
-def inherit(name: str, key: str) -> Command:
-    return ("zfs", "inherit", key, name)
-
-
-def unmount(name: str) -> Command:
-    return ("zfs", "unmount", name)
-
-
-def abandon(name: str) -> Command:
-    return ("zfs", "recv", "-A", name)
-
-
-def sync_pool(pool: str) -> Command:
-    # Until a transaction group is written out, `written` and `zfs userspace` do not count what is in it.
-    return ("zpool", "sync", pool)
 
 
 def receive(
@@ -4390,7 +4353,8 @@ class Lister:
             if f"'{root}': dataset does not exist" in failure.what:
                 failure.hint = f"check -r; is the pool imported there? zpool import {root.split('/')[0]}"
             raise
-        return with_clones({key: it for key, it in tree.items() if not is_passing(key)})
+        # The source may be a mirror itself. What has a name there only for a while is nothing to follow.
+        return with_clones({key: it for key, it in tree.items() if not (is_set_aside(key) or PLACEHOLDER in key)})
 
     def list_target(self) -> Trees:
         """The local tree, and what there is of its ancestors."""
@@ -4447,8 +4411,9 @@ class Lister:
             is_place = local.kind == "filesystem" and not local.snapshots and not local.partial
             if is_place and there and policy.selection.of_snapshots(there.snapshots):
                 tree = read_tree(host, local.name, Selection(), self.report.failure)
-                host.ask(sync_pool(with_ancestors(local.name)[0]))  # so that what was written lately counts
-                empty = {inner: self.is_empty(it.name) for inner, it in tree.items() if may_be_empty(it)}
+                host.ask((*SYNC_POOL, with_ancestors(local.name)[0]))  # so that what was written lately counts
+                doubtful = [it for it in tree.items() if it[1].kind == "filesystem" and not it[1].snapshots]
+                empty = {inner: self.is_empty(it.name) for inner, it in doubtful if not is_set_aside(inner)}
                 strangers = strangers_below(key, tree, empty, trees.source, policy)
                 local = replace(local, empty=empty.get(""), parent=len(tree) > 1, strangers=strangers)
             target[key] = local
@@ -4538,7 +4503,7 @@ class LocalSteps:
         if isinstance(step, Rename):
             for parent in parents:
                 self.report.creation(parent)
-                run(self.host, create_parent(parent))
+                run(self.host, (*CREATE_PARENT, parent))
             self.move(step.old, key)
         elif isinstance(step, MakeWay):
             self.make_way(trees, key)
@@ -4548,7 +4513,7 @@ class LocalSteps:
             self.roll_back(trees.target[key], step)
         else:
             self.report.event("abandon", name, f"{name}: {step}")
-            run(self.host, abandon(name))
+            run(self.host, (*ABORT_RECEIVE, name))
 
     def local_name(self, key: str) -> str:
         return self.policy.target_root + key
@@ -4604,7 +4569,7 @@ class LocalSteps:
         for batch in batches(snapshot.name for snapshot in way.newer if snapshot.tags):
             run(host, release(policy.received_tag, batch))
         if local.partial and local.partial.from_guid != way.to.guid:
-            run(host, abandon(local.name))  # it hangs on a snapshot that is to go
+            run(host, (*ABORT_RECEIVE, local.name))  # it hangs on a snapshot that is to go
         run(host, rollback(way.to))
 
 
@@ -4666,13 +4631,19 @@ class InertMirror:
         host = self.host
         self.report.exposure(name, it)
         if it.is_mounted:  # first, for each `zfs set` of how it is mounted does that anew
-            run(host, unmount(name))
-        for values in filter(None, shares_last(it.missing)):
+            run(host, (*UNMOUNT, name))
+        # While zoned is on, zfs lets nobody set a share. And setting one to off while canmount is on mounts the dataset
+        # (changelist_postfix in libzfs). So zoned and canmount come first.
+        shares = {key: value for key, value in it.missing.items() if key in SHARES}
+        others = {key: value for key, value in it.missing.items() if key not in SHARES}
+        for values in filter(None, (others, shares)):
             run(host, set_values(name, values))
         if it.mountpoint_came:
-            run(host, inherit(name, "mountpoint"))
+            run(host, (*INHERIT, "mountpoint", name))
         own = {key: run(host, (*GET_VALUE, key, name))[:-1] for key in it.own}
-        return {key: settable(key, value) for key, value in own.items()}
+        # What has no limit, `zfs get -p` prints as 0, or as all ones. `zfs set` takes neither.
+        unlimited = ("0", str(2**64 - 1))
+        return {key: "none" if key in LIMITS and value in unlimited else value for key, value in own.items()}
 
     def put_back(
         self, trees: Trees, raw: Sequence[str], keys_before: Mapping[str, str], arrived: Sequence[Stream]
@@ -4696,15 +4667,15 @@ class InertMirror:
                     self.report.failure(name, failure)
         taken = sorted({root + it.key for it in arrived if self.own_values.get(it.key)})
         for name in sorted({root + it.key for it in arrived if it.key in self.marked and not it.step.token}):
-            host.ask(inherit(name, TAKEN_OVER))  # it came with properties; what is left of that is no harm
+            host.ask((*INHERIT, TAKEN_OVER, name))  # it came with properties; what is left of that is no harm
         for batch in batches(name for name in taken if name[len(root) :] in trees.target):
             for (name,) in fields(run(host, (*LIST_FOREIGN_MOUNTPOINTS, *batch)), 1):
-                run(host, inherit(name, "mountpoint"))
+                run(host, (*INHERIT, "mountpoint", name))
 
 
 def is_written(host: Host, name: str) -> bool:
     """Whether anything was written to a local dataset since its newest snapshot."""
-    host.ask(sync_pool(with_ancestors(name)[0]))
+    host.ask((*SYNC_POOL, with_ancestors(name)[0]))
     return number(run(host, (*GET_VALUE, "written", name)).strip(), "written") > 0
 
 
@@ -4757,18 +4728,18 @@ class Executor:
         self.report.failure(self.local_name(key), failure)
 
     def is_stuck(self, key: str, left: int) -> bool:
-        """Give up a dataset that we have worked on too often without getting any further."""
+        """Give up a dataset that we have worked on too often without getting any further; so many steps are left."""
         count, before = self.tries.get(key, (0, None))
         count += before is not None and left >= before
-        self.tries[key] = (count, None)
+        self.tries[key] = (count, left)
         if count > MAX_STEPS:
             what = f"still not in step after {MAX_STEPS} steps that brought it no further"
             self.give_up(key, StreamFailed(what, "run again; if it stays so, report it"))
         return count > MAX_STEPS
 
-    def note_try(self, key: str, left: int) -> None:
-        """A step of a dataset was taken, while so many were left."""
-        self.tries[key] = (self.tries.get(key, (0, None))[0], left)
+    def spare(self, keys: Iterable[str]) -> None:
+        """That the turn of a dataset did not come is no want of progress."""
+        self.tries.update((key, (self.tries[key][0], None)) for key in keys)
 
     # names and overrides
 
@@ -4786,7 +4757,9 @@ class Executor:
                 coming.add(key)
             elif isinstance(step, LOCAL_STEPS):
                 names = {key, step.old} if isinstance(step, Rename) else {key}
-                if must_wait(key, step, coming, moved):
+                # A step waits for a stream, or for a listing under the name that a dataset has just got.
+                places = [*with_ancestors(key), *(with_ancestors(step.old) if isinstance(step, Rename) else ())]
+                if not (coming if isinstance(step, Rename) else coming | moved).isdisjoint(places):
                     coming |= names  # nor may anything come to what has still to leave that name
                     continue
                 is_done = True
@@ -4801,7 +4774,6 @@ class Executor:
     def change_name(self, trees: Trees, key: str, step: LocalStep, now: int, parents: Sequence[str]) -> bool:
         """Take one such step. Returns whether it succeeded."""
         self.touched.add(key)
-        self.note_try(key, 0)
         if self.is_stuck(key, 0):
             return False
         try:
@@ -4841,9 +4813,8 @@ class Executor:
             empty = [key for key in empty if key not in self.given_up]
             if all((local := trees.target.get(key)) and local.empty for key in empty):
                 batch = self.next_batch(trees, receives)
-        if not batch:
-            for key, steps in receives.items():
-                self.note_try(key, len(steps))  # should that be so again and again, it comes to an end
+        if batch:
+            self.spare(receives.keys() - {it.key for it in batch})
         return trees, batch
 
     def hold(self, trees: Trees, receives: Mapping[str, Sequence[Receive]]) -> Trees:
@@ -4888,7 +4859,7 @@ class Executor:
                 continue
             try:
                 self.report.creation(name)
-                run(self.lister.target_host, create_parent(name))
+                run(self.lister.target_host, (*CREATE_PARENT, name))
             except CommandFailed as failure:
                 for other in receives:
                     if is_below(self.local_name(other), name):
@@ -4906,7 +4877,7 @@ class Executor:
             # Hours may have gone since the listing, and hours may go until the stream is whole: what anybody writes
             # meanwhile -F would overwrite.
             try:
-                run(self.lister.target_host, make_read_only(self.local_name(key)))
+                run(self.lister.target_host, (*MAKE_READ_ONLY, self.local_name(key)))
             except CommandFailed as failure:
                 self.give_up(key, failure)
         return empty
@@ -4936,7 +4907,6 @@ class Executor:
                 batch.append(Stream(key, step, (sending, receiving)))
                 # The next one of this dataset comes on top of that.
                 local = after_transfer(source[key], local, self.local_name(key), Transfer((step,)))
-            self.note_try(key, len(some))
             coming |= {key, *(self.local_name(key) + step.snapshot.short for step in steps)}
         return batch
 
@@ -4987,8 +4957,7 @@ class Executor:
         except StreamFailed as failure:
             result = BatchResult((), failure)
         arrived, lost = batch[: len(result.arrived)], batch[len(result.arrived) :][:1]
-        for key in {it.key for it in batch} - {it.key for it in [*arrived, *lost]}:
-            self.tries[key] = (self.tries[key][0], None)  # that its turn did not come is no want of progress
+        self.spare({it.key for it in batch} - {it.key for it in [*arrived, *lost]})
         self.lister.received |= {it.key for it in arrived}
         trees, unproven = self.lister.list_received(trees, arrived)
         trees = self.lister.list_some_again(trees, [*unproven, *(it.key for it in lost)])
@@ -5040,13 +5009,6 @@ class Executor:
             failure.hint = f"if this rest never comes, give it up, bytes and all: zfs recv -A '{local.name}'"
         self.give_up(stream.key, failure)
         return trees
-
-
-def must_wait(key: str, step: LocalStep, coming: set[str], moved: set[str]) -> bool:
-    """Whether a step must wait: for a stream, or for a listing under the name that a dataset has just got."""
-    if isinstance(step, Rename):
-        return not coming.isdisjoint([*with_ancestors(key), *with_ancestors(step.old)])
-    return not (coming | moved).isdisjoint(with_ancestors(key))
 
 
 def in_step(source: Dataset, local: Dataset | None, policy: Policy) -> str:
@@ -5272,7 +5234,8 @@ class Run:
         failure is reported, and the next run tries again."""
         holds = Holds(self.policy, self.source_host, self.target_host, self.report)
         together = [command for commands in holds.bookmark_commands(self.trees).values() for command in commands]
-        if all(self.source_host.ask(*some).status == 0 for some in batches_by_count(together, MAX_PER_REQUEST)):
+        requests = (together[at : at + MAX_PER_REQUEST] for at in range(0, len(together), MAX_PER_REQUEST))
+        if all(self.source_host.ask(*some).status == 0 for some in requests):
             return
         self.trees = self.lister.list_both(now)
         for name, commands in holds.bookmark_commands(self.trees).items():
@@ -5310,19 +5273,6 @@ class Run:
                     self.report.expired(snapshot, "expired")
                 except CommandFailed as failure:
                     self.report.failure(snapshot.name, failure)
-
-
-def facts(step: Receive) -> dict[str, Any]:
-    """A step as data. Guids are text: many programs read no number of 64 bits."""
-    base = step.base
-    return {
-        "snapshot": step.snapshot.short,
-        "guid": str(step.snapshot.guid),
-        "base": base.short if base else None,
-        "base_guid": str(base.guid) if base else None,
-        "resumed": step.token is not None,
-        "clone_of": step.origin or None,
-    }
 
 
 def mark_failing(target: Host, root: str, now: int) -> int:
@@ -5495,7 +5445,7 @@ def print_step(it: Run, key: str, step: Entry, sizes: Mapping[str, int], now: in
         base = f", onto that of guid {step.base.guid}" if step.base else ""
         amount = "size unknown" if size is None else format_bytes(size)
         line = f"{name}: pull {step}: {amount} (guid {step.snapshot.guid}{base})"
-        report.event("pull", name, line, **facts(step), bytes=size)
+        report.event("pull", name, line, **step.facts, bytes=size)
     else:
         kinds = {Rollback: "rollback", AbortReceive: "abandon", MakeWay: "make way"}
         report.event(kinds[type(step)], name, f"{name}: {step}")
@@ -5756,7 +5706,7 @@ class Report:
     def pulled(self, dataset: str, step: Receive, stream: ReceivedStream) -> None:
         """A stream was received completely."""
         figures = {"bytes": stream.bytes, "seconds": stream.seconds}
-        self.events.append({"event": "pull", "dataset": dataset, **facts(step), **figures})
+        self.events.append({"event": "pull", "dataset": dataset, **step.facts, **figures})
         if self.meter:
             self.say(f"{dataset}: {step}: {format_rate(stream.bytes, stream.seconds)}")
 

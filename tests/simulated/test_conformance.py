@@ -37,7 +37,9 @@ from simulated import Machine, Refused, World
 from site_pair import DISK
 
 from zfs_replicate import (
+    ABORT_RECEIVE,
     COUNT_FILES,
+    CREATE_PARENT,
     DECODE_TOKEN,
     GET_FAILING,
     HOLD_DATE,
@@ -51,10 +53,8 @@ from zfs_replicate import (
     Dataset,
     Receive,
     Snapshot,
-    abandon,
     clear_failing,
     count_objects,
-    create_parent,
     destroy,
     estimate,
     fields,
@@ -651,9 +651,9 @@ COMMANDS: dict[str, Callable[..., Command]] = {
     "datasets": lambda name: list_fast(name)[0],
     "points": lambda name: list_fast(name)[1],
     "own-points": lambda *names: list_fast(*names, alone=True)[1],
-    "make": create_parent,
+    "make": lambda name: (*CREATE_PARENT, name),
     "files": lambda name: (*COUNT_FILES, name),
-    "abandon": abandon,
+    "abandon": lambda name: (*ABORT_RECEIVE, name),
     "token": lambda name: (*DECODE_TOKEN, TOKEN_OF + name),
     "decode": lambda token: (*DECODE_TOKEN, token),
     "mark": lambda name: set_failing(name, 1700000000),

@@ -8,6 +8,7 @@ from jobs import EACH, Job
 from simulated import USED, WRITTEN, Machine, Near, days
 
 from zfs_replicate import (
+    CREATE_PARENT,
     LIST_EXISTING,
     Answer,
     Command,
@@ -19,7 +20,6 @@ from zfs_replicate import (
     Run,
     all_statuses,
     clear_failing,
-    create_parent,
     hold,
     local_statuses,
     mark_failing,
@@ -34,7 +34,7 @@ CHANGING = {
     "rename": rename(LOCAL, f"{LOCAL}.x"),
     "set": set_failing(LOCAL, 5),
     "inherit": clear_failing(LOCAL),
-    "create": create_parent(LOCAL),
+    "create": (*CREATE_PARENT, LOCAL),
     "abort": ("zfs", "recv", "-A", LOCAL),
     "unknown": ("zfs", "promote", LOCAL),
 }

@@ -207,7 +207,11 @@ BUGS: dict[str, tuple[Plant, ...]] = {
     ),
     "what others have mounted stays mounted": (Plant("InertMirror.expose_no_more", "if it.is_mounted:", "if False:"),),
     "what is set here goes with the first stream": (
-        Plant("InertMirror.expose_no_more", "{key: settable(key, value) for key, value in own.items()}", "{}"),
+        Plant(
+            "InertMirror.expose_no_more",
+            "{key: 'none' if key in LIMITS and value in unlimited else value for key, value in own.items()}",
+            "{}",
+        ),
     ),
     "each attempt asks anew what was held before": (
         Plant("run_with_retries", "it.lister.held_before = held", "it.lister.held_before = None"),
@@ -319,9 +323,11 @@ BUGS: dict[str, tuple[Plant, ...]] = {
         ),
     ),
     "what was set aside is as anything else": (Plant("is_set_aside", "ASIDE in key", "False"),),
-    "what was set aside is at the source": (Plant("Lister.list_source", "not is_passing(key)", "True"),),
+    "what was set aside is at the source": (
+        Plant("Lister.list_source", "is_set_aside(key) or PLACEHOLDER in key", "False"),
+    ),
     "a placeholder of the source is mirrored": (
-        Plant("is_passing", "is_set_aside(key) or PLACEHOLDER in key", "is_set_aside(key)"),
+        Plant("Lister.list_source", "is_set_aside(key) or PLACEHOLDER in key", "is_set_aside(key)"),
     ),
     "received over children": (
         Plant("plan_first", "(MakeWay(),) if local is not None and local.parent else ()", "()"),
@@ -365,9 +371,9 @@ BUGS: dict[str, tuple[Plant, ...]] = {
     ),
     "a rename does not wait for the stream before it": (
         Plant(
-            "must_wait",
-            "not coming.isdisjoint([*with_ancestors(key), *with_ancestors(step.old)])",
-            "False",
+            "Executor.change_names",
+            "coming if isinstance(step, Rename) else coming | moved",
+            "set() if isinstance(step, Rename) else coming | moved",
         ),
     ),
     "a stream does not wait for the rename before it": (
