@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Are the fast tests any good? Plants one bug after another in a copy of the program and runs them on it.
 
-    tests/tools/planted.py           all of them, about ten seconds each
+    tests/tools/planted.py           all of them, about half a minute each
     tests/tools/planted.py WORD...   those whose names have one of the words
 
 Prints each bug with the test that caught it first; exits 1 if one was not caught. `tests/run --full` tries them all,
