@@ -1,17 +1,18 @@
 #!/usr/bin/env python3
 """Are the fast tests any good? Plants one bug after another in a copy of the program and runs them on it.
 
-    tests/tools/planted.py           all of them, about ten seconds each
+    tests/tools/planted.py           all of them, about half a minute each
     tests/tools/planted.py WORD...   those whose names have one of the words
 
-Prints each bug with the test that caught it first; exits 1 if one was not caught. That every plant still fits the
-program is among the fast tests themselves.
+Prints each bug with the test that caught it first; exits 1 if one was not caught. `tests/run --full` tries them all,
+too. That every plant still fits the program is among the fast tests themselves.
 """
 
 from __future__ import annotations
 
 import ast
 import contextlib
+import os
 import re
 import shutil
 import subprocess
@@ -566,17 +567,28 @@ def planted(program: ast.Module, bug: str) -> Iterator[None]:
         yield
 
 
-def caught_by(bug: str, scratch: Path) -> str:
-    """The first test that fails; "" if none does. One that does not end fails."""
-    shutil.copytree(ROOT, scratch, ignore=shutil.ignore_patterns(".git"))
-    program = ast.parse((ROOT / PROGRAM).read_text(encoding="utf-8"))
-    with planted(program, bug):
-        (scratch / PROGRAM).write_text(ast.unparse(program) + "\n", encoding="utf-8")
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-n", "2", "-m", "not zfs and not network"]
+def caught_by(bug: str, workers: int = 2) -> str:
+    """The first test that fails; "" if none does. One that does not end fails: its worker is ended, and not all."""
+    with tempfile.TemporaryDirectory() as directory:
+        scratch = Path(directory, "copy")
+        shutil.copytree(ROOT, scratch, ignore=shutil.ignore_patterns(".git"))
+        program = ast.parse((ROOT / PROGRAM).read_text(encoding="utf-8"))
+        with planted(program, bug):
+            (scratch / PROGRAM).write_text(ast.unparse(program) + "\n", encoding="utf-8")
+        return first_failure(scratch, workers)
+
+
+def first_failure(checkout: Path, workers: int) -> str:
+    """Of the fast tests, which run as if nobody had called us: pytest may have, and with more examples."""
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-n", str(workers), "-m", "not zfs and not network"]
     left_out = ("zfs/*", "unit/test_planted.py", "unit/test_shape.py")  # that last one reads comments
     command += [f"--ignore-glob=tests/{it}" for it in left_out]
     command += ["-o", "faulthandler_timeout=120", "-o", "faulthandler_exit_on_timeout=true"]
-    done = subprocess.run(command, cwd=scratch, capture_output=True, encoding="utf-8", errors="replace", timeout=600)
+    command += ["-o", f"cache_dir={checkout}/.cache"]
+    environment = {it: value for it, value in os.environ.items() if not it.startswith(("PYTEST_", "ZFS_REPLICATE_"))}
+    done = subprocess.run(
+        command, cwd=checkout, env=environment, capture_output=True, encoding="utf-8", errors="replace", timeout=900
+    )
     found = re.search(r"^(?:FAILED|ERROR) (?:tests/)?(\S+)", done.stdout, re.MULTILINE)
     assert found or done.returncode == 0, done.stdout + done.stderr
     return found[1] if found else ""
@@ -586,8 +598,7 @@ def main(words: list[str]) -> int:
     survivors = 0
     bugs = [bug for bug in BUGS if not words or any(word in bug for word in words)]
     for bug in bugs:
-        with tempfile.TemporaryDirectory() as directory:
-            test = caught_by(bug, Path(directory, "copy"))
+        test = caught_by(bug)
         survivors += not test
         print(f"{bug:55} {test or 'NOT CAUGHT'}", flush=True)
     print(f"{len(bugs)} bugs planted, {len(bugs) - survivors} caught")

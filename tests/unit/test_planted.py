@@ -1,4 +1,4 @@
-"""The bugs of planted.py must fit the program as it is now; whether they are caught is for that script to try."""
+"""The bugs of planted.py must fit the program as it is now, and the fast tests must catch each of them."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import ast
 from pathlib import Path
 
 import pytest
-from planted import BUGS, part_of, planted
+from planted import BUGS, caught_by, part_of, planted
 
 import zfs_replicate
 
@@ -25,3 +25,9 @@ def test_plants_all_gone_leave_the_program_but_for_its_comments() -> None:
     """Also after all bugs were planted, and gone again."""
     text = Path(zfs_replicate.__file__).read_text(encoding="utf-8")
     assert ast.dump(ast.parse(ast.unparse(PROGRAM))) == ast.dump(ast.parse(text))
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("bug", BUGS)
+def test_plant_is_caught(bug: str) -> None:
+    assert caught_by(bug, workers=1), f"no fast test fails on this bug: {bug}"
