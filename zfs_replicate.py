@@ -4481,11 +4481,12 @@ class Lister:
 
 @dataclass(frozen=True)
 class Stream:
-    """A step of one dataset, with the commands that send and receive it."""
+    """A step of one dataset, with the commands that send and receive it, and whether a compressor is worth it."""
 
     key: str
     step: Receive
     ends: tuple[Command, Command]
+    compress: bool
 
 
 class LocalSteps:
@@ -4717,8 +4718,13 @@ class Executor:
         self.placed: dict[str, set[str]] = {}  # what was held at the source to be sent
         self.touched: set[str] = set()  # the datasets of which anything may have changed on either side
         self.tries: dict[str, tuple[int, int | None]] = {}  # how often a dataset got no further; steps left at the last
-        self.features: list[str] | None = None  # of the local pool
         self.lost: tuple[str, LinkLost] | None = None  # what was at work when the link broke
+
+    @functools.cached_property
+    def features(self) -> list[str]:
+        """Those of the local pool that streams may use."""
+        rows = fields(run(self.lister.target_host, list_features(with_ancestors(self.policy.target_root)[0])), 2)
+        return [name.partition("@")[2] for name, value in rows if value in ("enabled", "active")]
 
     def local_name(self, key: str) -> str:
         return self.policy.target_root + key
@@ -4885,28 +4891,26 @@ class Executor:
     def next_batch(self, trees: Trees, receives: Mapping[str, Sequence[Receive]]) -> list[Stream]:
         """The streams that can be sent together now: through one compressor, at most MAX_PER_REQUEST. A child may
         follow its parent in the batch, and a clone its origin."""
-        policy, host, source = self.policy, self.lister.target_host, trees.source
+        policy, flags = self.policy, stream_flags(self.features)
         batch: list[Stream] = []
         coming: set[str] = set()  # datasets, and names of snapshots, that this batch brings
         for key, some in receives.items():
-            steps, local = some[:MAX_PER_REQUEST], trees.target.get(key)
-            fits = not batch or (
-                len(batch) + len(steps) <= MAX_PER_REQUEST
-                and self.compressible(source[key]) == self.compressible(source[batch[0].key])
-            )
+            source, local, steps = trees.source[key], trees.target.get(key), some[:MAX_PER_REQUEST]
+            # Nothing makes smaller what is encrypted, or is sent as it is stored, compressed.
+            compress = not policy.raw(source) and not (source.compressed and "-c" in flags)
+            fits = not batch or (len(batch) + len(steps) <= MAX_PER_REQUEST and compress == batch[0].compress)
             if not fits or key in self.given_up or not self.has_place(trees, key, receives, coming):
                 continue
-            parent = source.get(key.rpartition("/")[0]) if key else None
+            parent = trees.source.get(key.rpartition("/")[0]) if key else None
             own = self.inert.own_values.get(key, {})
             for step in steps:
                 name = self.local_name(key) + step.snapshot.short
-                born = first_receive_options(source[key], parent, step, policy)
-                receiving = receive(source[key], local, name, policy.properties, born, own=own)
-                host.check(receiving)
-                sending = send(source[key], step, policy.raw(source[key]), self.flags())
-                batch.append(Stream(key, step, (sending, receiving)))
+                born = first_receive_options(source, parent, step, policy)
+                receiving = receive(source, local, name, policy.properties, born, own=own)
+                self.lister.target_host.check(receiving)
+                batch.append(Stream(key, step, (send(source, step, policy.raw(source), flags), receiving), compress))
                 # The next one of this dataset comes on top of that.
-                local = after_transfer(source[key], local, self.local_name(key), Transfer((step,)))
+                local = after_transfer(source, local, self.local_name(key), Transfer((step,)))
             coming |= {key, *(self.local_name(key) + step.snapshot.short for step in steps)}
         return batch
 
@@ -4930,19 +4934,6 @@ class Executor:
         has_origin = not first.origin or first.origin in coming or any(it.name == first.origin for it in origins)
         return has_origin and all(name in trees.existing for name in above)
 
-    def compressible(self, source: Dataset) -> bool:
-        """Whether compressing a stream would make it smaller: not if it is sent raw, or compressed as stored."""
-        as_stored = source.compressed and "-c" in self.flags()
-        return not as_stored and not self.policy.raw(source)
-
-    def flags(self) -> Command:
-        """What streams may use, asked when the first of them is due."""
-        if self.features is None:
-            pool = with_ancestors(self.policy.target_root)[0]
-            rows = fields(run(self.lister.target_host, list_features(pool)), 2)
-            self.features = [name.partition("@")[2] for name, value in rows if value in ("enabled", "active")]
-        return stream_flags(self.features)
-
     def send_batch(self, trees: Trees, batch: Sequence[Stream]) -> Trees:
         """Send a batch, and verify with a listing what has arrived. At most one stream of a batch fails; those
         behind it are planned again."""
@@ -4953,7 +4944,7 @@ class Executor:
         keys_before = key_places(self.lister.target_host, [name for name in raw if name in here])
         try:
             ends = tuple(stream.ends for stream in batch)
-            result = self.send(StreamBatch(ends, self.compressible(trees.source[batch[0].key])))
+            result = self.send(StreamBatch(ends, batch[0].compress))
         except StreamFailed as failure:
             result = BatchResult((), failure)
         arrived, lost = batch[: len(result.arrived)], batch[len(result.arrived) :][:1]
@@ -4990,7 +4981,7 @@ class Executor:
             return trees
         local = trees.target.get(stream.key)
         said = failure.receiver_said if isinstance(failure, StreamFailed) else ""
-        missing = " or ".join(lacking(said, self.features or ()))
+        missing = " or ".join(lacking(said, self.features))
         if local and "has been modified" in said:
             # zfs says so too of a stream that has another base than it should. Then nothing here is to be rolled back
             # or set aside, whatever the command line allows.
@@ -5456,7 +5447,7 @@ def estimated_sizes(it: Run, plan: TreePlan) -> dict[str, int]:
     found: dict[str, int] = {}
     source, raw = it.trees.source, it.policy.raw
     sendings: dict[str, Command] = {
-        step.snapshot.name: estimate(send(source[key], step, raw(source[key]), it.executor.flags()))
+        step.snapshot.name: estimate(send(source[key], step, raw(source[key]), stream_flags(it.executor.features)))
         for key, step in plan.entries
         if isinstance(step, Receive)
     }
