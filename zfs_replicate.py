@@ -4199,8 +4199,8 @@ def read_tags(host: Host, held: dict[str, int]) -> dict[str, frozenset[str]]:
 
 
 def says_absent(answer: Answer, name: str) -> bool:
-    """Whether zfs itself says that a dataset does not exist. Any other error must not count: a mirror that we take
-    for absent would lose the hold on its base."""
+    """Whether zfs itself says that a dataset does not exist."""
+    # Any other error must not count: a mirror that we take for absent would lose the hold on its base.
     return answer.status != 0 and f"'{name}': dataset does not exist" in answer.stderr
 
 
@@ -4243,8 +4243,9 @@ def read_holds_and_ivsets(
 
 
 def also_to_read(names: Sequence[str], others: Iterable[str], now: int) -> list[str]:
-    """Choose other snapshots whose holds are read as well: as many as still fit into the request for `names`, a
-    different part each day. This is how a hold of ours that should not be there is found, whoever left it."""
+    """Choose other snapshots whose holds are read as well: as many as still fit into the request for `names`."""
+    # This is how a hold of ours that should not be there is found, whoever left it. Each day has another part of them,
+    # so that in a large tree every snapshot's turn comes.
     *_, last = [[], *batches(names)]
     room = BATCH_BYTES - sum(len(name) + NAME_COST for name in last)
     turns = list(batches(others, room)) if room > NAME_LIMIT else []
@@ -4324,12 +4325,12 @@ class Lister:
         return self.inspect(replace(trees, target=target), keys)
 
     def list_received(self, trees: Trees, streams: Sequence[Stream]) -> tuple[Trees, list[str]]:
-        """Verify what is said to have arrived: of each dataset list the last snapshot alone, because its history may
-        be long. If that one is there, those before it have arrived too. Returns also the datasets where it is not."""
+        """Verify by a listing what is said to have arrived. Returns also the datasets where it has not."""
         steps: dict[str, list[Receive]] = {}
         for stream in streams:
             steps.setdefault(stream.key, []).append(stream.step)
         names = {key: self.policy.target_root + key for key in steps}
+        # The last snapshot of each proves that those before it have arrived too. The whole history may be long.
         exactly = (it for key, some in steps.items() for it in (names[key], names[key] + some[-1].snapshot.short))
         found: Tree = {}
         for batch in batches(exactly):
@@ -4432,18 +4433,18 @@ class Lister:
         return count_objects(answer.stdout) == 1
 
     def recognise(self, trees: Trees, keys: Iterable[str]) -> set[str]:
-        """Which datasets an earlier run received but died before it could hold them. They have all the properties
-        that we set, and nobody else sets them all. We set them too before the first pull into another tool's mirror;
-        then `TAKEN_OVER` tells whether anything has arrived since."""
+        """Find the datasets that an earlier run received, and did not live to hold."""
         target, found = trees.target, set()
         doubtful = [key for key in keys if key in target and key in trees.source]
         doubtful = [key for key in doubtful if not is_ours(trees.source[key], target[key])]
         for batch in batches(target[key].name for key in doubtful):
             for name, sources in parse_sources(run(self.target_host, (*LIST_SOURCES, *batch)), batch).items():
                 key = name[len(self.policy.target_root) :]
+                # They have all the properties that we set. Nobody else sets them all.
                 ours = kinds_values(target[key].kind, self.policy.properties)
                 if any(sources.get(it) != "local" for it in ours):
                     continue
+                # Another tool's mirror gets them too, before our first stream: then this tells whether one has arrived.
                 is_marked = sources.get(TAKEN_OVER) == "local"
                 mark = run(self.target_host, (*GET_VALUE, TAKEN_OVER, name)).strip() if is_marked else ""
                 if mark != str(target[key].snapshots[-1].guid):
@@ -4451,12 +4452,8 @@ class Lister:
         return found
 
     def read_holds(self, trees: Trees, keys: Iterable[str], now: int) -> Trees:
-        """Add to a fast listing the holds that a run must know, and whether encrypted snapshots that both sides have
-        were sent raw.
-
-        Falls back to a full listing if it would ask for most of a long list, if a snapshot is gone by now, or if the
-        base of an encrypted dataset is a bookmark.
-        """
+        """Add to a fast listing the holds that a run must know (`holds_to_read`), and the ivset numbers of encrypted
+        snapshots that both sides have."""
         source, target = trees.source, trees.target
         wanted = (it for key in keys for it in holds_to_read(source[key], target.get(key), self.policy, now))
         names = [*dict.fromkeys(it.name for it in wanted)]
@@ -4465,6 +4462,7 @@ class Lister:
         commons = (newest_common(there, target.get(key)) for key, there in source.items() if there.encrypted)
         encrypted = {common.source.name for common in commons if common}
         every = [it.name for dataset in source.values() for it in dataset.snapshots]
+        # A full listing is quicker than many questions about most of it. And of bookmarks only it has ivset numbers.
         is_long = sum(map(len, names)) > BATCH_BYTES and 2 * len(names) > len(every)
         if not is_long and not any("#" in name for name in encrypted):
             others = also_to_read(names, (name for name in every if name not in {*names}), now)
@@ -4600,12 +4598,11 @@ class InertMirror:
                 yield exposure(key, trees.target[key], sources[name], self.policy.properties, name in mounted)
 
     def make_inert(self, trees: Trees, keys: Iterable[str]) -> tuple[Trees, set[str]]:
-        """Make what we are going to pull into as inert as what we receive ourselves, before the first stream: the
-        mirrors of other tools, and those of an earlier version of this program. What is set here stays set.
+        """Make inert, before the first stream, what we did not make ourselves: the mirrors of other tools, and those of
+        an earlier version of this program. What is set here stays set.
 
-        A dataset that turns out to be modified is marked so in the trees, and nothing is set there. Returns the
-        datasets where it failed and that are not ours yet: they are left alone, because they might be mounted or
-        shared.
+        A dataset that turns out to be modified is marked so in the trees, and nothing is set there. Returns also the
+        datasets where it failed and that are not ours yet. Nothing is pulled into these: it might be mounted or shared.
         """
         target = dict(trees.target)
         # Children first: to unmount a dataset unmounts what is mounted below it.
@@ -4649,23 +4646,20 @@ class InertMirror:
     def put_back(
         self, trees: Trees, raw: Sequence[str], keys_before: Mapping[str, str], arrived: Sequence[Stream]
     ) -> None:
-        """Undo what streams have set here and zfs recv cannot be told to leave out.
-
-        `keylocation`: what has just arrived raw gets `prompt`; what was here before gets back what it had.
-
-        The mountpoint: up to OpenZFS 2.3.8 and 2.4.3, a dataset that was here before takes over the source's mountpoint
-        in spite of -x, if one is set above it (https://github.com/openzfs/zfs/commit/66a45b8269). Once inherited, it
-        stays so. Nothing is mounted meanwhile, because canmount was set with the stream.
-        """
+        """Undo what streams have set here and zfs recv cannot be told to leave out: `keylocation`, and in some releases
+        the mountpoint."""
         host, root = self.host, self.policy.target_root
         here = [name for name in raw if name[len(root) :] in trees.target]
         for name, place in key_places(host, here).items():
-            wanted = keys_before.get(name, "prompt")
+            wanted = keys_before.get(name, "prompt")  # that of what is new here
             if place != wanted:
                 try:
                     run(host, set_values(name, {"keylocation": wanted}))
                 except CommandFailed as failure:
                     self.report.failure(name, failure)
+        # Up to OpenZFS 2.3.8 and 2.4.3, a dataset that was here before takes over the source's mountpoint in spite of
+        # -x, if one is set above it (https://github.com/openzfs/zfs/commit/66a45b8269). Once inherited, it stays so.
+        # Nothing is mounted meanwhile, because canmount came with the stream.
         taken = sorted({root + it.key for it in arrived if self.own_values.get(it.key)})
         for name in sorted({root + it.key for it in arrived if it.key in self.marked and not it.step.token}):
             host.ask((*INHERIT, TAKEN_OVER, name))  # it came with properties; what is left of that is no harm
@@ -4681,11 +4675,9 @@ def is_written(host: Host, name: str) -> bool:
 
 
 def key_places(host: Host, names: Iterable[str]) -> dict[str, str]:
-    """The `keylocation` of each encryption root among local datasets.
-
-    A raw stream with properties sets it to what the source says, each time, and zfs recv cannot be told otherwise: to a
-    file of this host, or an address of another (recv_fix_encryption_hierarchy in libzfs).
-    """
+    """The `keylocation` of each encryption root among local datasets."""
+    # Each raw stream with properties sets it to what the source says: to a file of this host, or an address of another.
+    # zfs recv cannot be told to leave it out (recv_fix_encryption_hierarchy in libzfs).
     found: dict[str, str] = {}
     for batch in batches(names):
         roots = [row[0] for row in fields(run(host, (*LIST_KEY_ROOTS, *batch)), 2) if row[0] == row[1]]
@@ -4700,11 +4692,10 @@ def key_places(host: Host, names: Iterable[str]) -> dict[str, str]:
 
 
 class Executor:
-    """Carries out the plan of a tree, in rounds (see `Run.transfer`): names and overrides first, then streams, in as
-    few batches as possible. Lists again what it has touched.
+    """Carries out the plan of a tree, in rounds (see `Run.transfer`): names and overrides first, then streams in few
+    batches. Lists again what it has touched.
 
-    A dataset that fails is reported and `given_up`; the others go on. A lost link ends the transfer, and is noted in
-    `lost`.
+    A dataset that fails is reported and `given_up`; the others go on. A link that is `lost` ends the transfer.
     """
 
     def __init__(self, policy: Policy, lister: Lister, send: Send, report: Report) -> None:
@@ -4744,7 +4735,7 @@ class Executor:
         return count > MAX_STEPS
 
     def spare(self, keys: Iterable[str]) -> None:
-        """That the turn of a dataset did not come is no want of progress."""
+        """Do not count a round in which the turn of a dataset did not come."""
         self.tries.update((key, (self.tries[key][0], None)) for key in keys)
 
     # names and overrides
@@ -5020,34 +5011,32 @@ class Holds:
         self.refused: list[tuple[Host, Command, str]] = []  # what could not be placed or released, and what zfs said
 
     def move_all(self, trees: Trees, changes: Mapping[str, HoldChanges]) -> None:
-        """Move the holds, in four steps whose order is what keeps a mirror alive:
+        """Move the holds, in four phases. Their order is what keeps a mirror alive.
 
-            1  place new ones: on the source everywhere, here where one of ours is already
-            2  release old ones on the source, of datasets where 1 succeeded
-            3  place the first one of a dataset here, where 2 left nothing behind
-            4  release old ones here, of the same datasets
-
-        1 comes before 2: at every instant one common snapshot must be held, and a release can destroy (`destroy -d`).
-
-        2 comes before 3 and 4, because nothing of ours on the source is ever older than our oldest hold here. The next
-        run relies on that: it looks for ours on the source from there on, and not in all of a long history (see
-        `holds_to_read`). So our oldest hold here must not move up, nor come first, before everything that is older is
-        gone there.
+        Nothing of ours on the source is ever older than our oldest hold here. Every run relies on that: it looks for
+        ours on the source from there on, and not in all of a long history (see `holds_to_read`). So our oldest hold
+        here must not come, nor move up, before everything older is gone there: phases 3 and 4 follow phase 2.
         """
         source, target = (self.source_host, self.policy.tag), (self.target_host, self.policy.received_tag)
         self.refused = []
         mirrors = mirrors_of(trees, self.policy)
+        # Where nothing is held here yet, the first hold will be our oldest one.
         new = {
             key
             for key in changes
             if not any(it.may_be_held_by(target[1]) for it in (mirrors[key].snapshots if key in mirrors else ()))
         }
+        # 1  Place new ones, on the source everywhere, here where one of ours is already. At every instant one common
+        #    snapshot must be held, and a release can destroy (`zfs destroy -d`): so this comes first.
         missing = self.place_new(*target, (it for key in changes if key not in new for it in changes[key].place_local))
         missing |= self.place_new(*source, (it for each in changes.values() for it in each.place_source))
+        # 2  Release old ones on the source, of datasets where 1 succeeded.
         sure = [key for key, it in changes.items() if missing.isdisjoint([*it.place_local, *it.place_source])]
         left = self.release_old(*source, (it for key in sure for it in changes[key].release_source))
+        # 3  Place the first one of a dataset here, where 2 left nothing behind.
         clean = [key for key in sure if left.isdisjoint(it.name for it in trees.source[key].history)]
         self.place_new(*target, (it for key in clean if key in new for it in changes[key].place_local))
+        # 4  Release old ones here, of the same datasets.
         self.release_old(*target, (it for key in clean for it in changes[key].release_local))
 
     def place_new(self, host: Host, tag: str, names: Iterable[str]) -> set[str]:
@@ -5120,10 +5109,9 @@ class Run:
         return self.lister.target_host
 
     def begin(self, now: int, *, in_full: bool = False) -> None:
-        """List both trees for the first time. Raises Failure also if both are in one pool and overlap: expiry would
-        take the source for its own mirror."""
+        """List both trees for the first time. Raises Failure also if they overlap in one pool."""
         roots = (self.policy.source_root, self.policy.target_root)
-        if overlap(*roots):
+        if overlap(*roots):  # on one host, expiry would take the source for its own mirror
             guids = [
                 run(host, (*GET_VALUE, "guid", roots[0].split("/")[0])) for host in (self.source_host, self.target_host)
             ]
@@ -5253,7 +5241,7 @@ class Run:
             yield expiry
 
     def destroy_all(self, snapshots: dict[str, Snapshot]) -> None:
-        """Destroy in few commands. zfs destroys none of a list if it cannot destroy one of them: then one by one."""
+        """Destroy snapshots in few commands, or one by one: zfs destroys none of a list if one of them cannot go."""
         for batch in batches(snapshots):
             together = [snapshots[name] for name in batch]
             done = self.target_host.ask(destroy(together)).status == 0
