@@ -2819,52 +2819,57 @@ class LocalHost:
         pass
 
 
-class SudoHost:
-    """A host on which every command runs by sudo, which must not ask for a password."""
+class WrappedHost:
+    """A host whose commands go through `admit` first, which returns what runs in their place, or raises."""
 
     def __init__(self, host: Host) -> None:
         self.host = host
-        self.label = host.label
-        self.account: Account | None = None
-        self.connected = host.connected
-        self.has = host.has
-        self.close = host.close
-
-    def ask(self, *commands: Command) -> Answer:
-        if commands == (CLOCK_TIME,):  # nobody needs to be root for that, and sudo may be set up to permit zfs alone
-            return self.host.ask(*commands)
-        answer = self.host.ask(*map(by_sudo, commands))
-        if answer.status == 127:  # of a missing zfs sudo says so itself, and exits with 1
-            return Answer(1, "", "sudo is not installed\n")
-        return answer
-
-    def stream_command(self, *commands: Command, then: Command = ()) -> Command:
-        return self.host.stream_command(*map(by_sudo, commands), then=then)
-
-
-class FencedHost:
-    """A host on which no command can change anything outside the local tree `root`.
-
-    No plan contains such a command. But if that were wrong, it would cost data of which nobody has a copy, so each
-    command is checked once more before it runs.
-    """
-
-    def __init__(self, host: Host, root: str) -> None:
-        self.host = host
-        self.root = root
         self.label = host.label
         self.account = host.account
         self.connected = host.connected
         self.has = host.has
         self.close = host.close
 
+    def admit(self, *commands: Command) -> Iterable[Command]:
+        raise NotImplementedError
+
     def ask(self, *commands: Command) -> Answer:
-        self.check(*commands)
-        return self.host.ask(*commands)
+        return self.host.ask(*self.admit(*commands))
 
     def stream_command(self, *commands: Command, then: Command = ()) -> Command:
+        return self.host.stream_command(*self.admit(*commands), then=then)
+
+
+class SudoHost(WrappedHost):
+    """A host on which every command runs by sudo, which must not ask for a password."""
+
+    def __init__(self, host: Host) -> None:
+        super().__init__(host)
+        self.account = None
+
+    def admit(self, *commands: Command) -> Iterable[Command]:
+        # Nobody needs to be root for the time of day, and sudo may be set up to permit zfs alone.
+        return [it if it == CLOCK_TIME else ("sudo", "-n", *it) for it in commands]
+
+    def ask(self, *commands: Command) -> Answer:
+        answer = super().ask(*commands)
+        # If zfs is missing, sudo says so itself, and exits with 1.
+        return Answer(1, "", "sudo is not installed\n") if answer.status == 127 else answer
+
+
+class FencedHost(WrappedHost):
+    """A host on which no command can change anything outside the local tree `root`."""
+
+    # No plan contains such a command. But if that were wrong, it would cost data of which nobody has a copy. So each
+    # command is checked once more before it runs.
+
+    def __init__(self, host: Host, root: str) -> None:
+        super().__init__(host)
+        self.root = root
+
+    def admit(self, *commands: Command) -> Iterable[Command]:
         self.check(*commands)
-        return self.host.stream_command(*commands, then=then)
+        return commands
 
     def check(self, *commands: Command) -> None:
         """Raises Failure for a command that would change anything outside."""
@@ -2892,10 +2897,6 @@ class ReadOnly(FencedHost):
 
     def stream_command(self, *commands: Command, then: Command = ()) -> Command:
         raise AssertionError(f"a mode that only looks must not receive anything: {commands}")
-
-
-def by_sudo(command: Command) -> Command:
-    return ("sudo", "-n", *command)
 
 
 def environment() -> dict[str, str]:
@@ -3130,8 +3131,13 @@ class SshHost:
         # Drain both ends before asking for the status: an undrained stderr stalls stdout after some 2 MiB.
         with contextlib.closing(channel):
             channel.settimeout(self.stall_timeout)
-            with time_limit(transport):
+            # paramiko waits without end for the answer to "may this command start?".
+            watch = threading.Timer(LINK_SECONDS, transport.close)
+            watch.start()
+            try:
                 channel.exec_command(line)
+            finally:
+                watch.cancel()
             channel.shutdown_write()
             complained = in_background(lambda: drain(channel, channel.recv_stderr, complaints.add, until))
             try:
@@ -3224,17 +3230,6 @@ def drain(channel: Any, receive: Callable[[int], bytes], take: Callable[[bytes],
         take(data)
 
 
-@contextlib.contextmanager
-def time_limit(transport: Any) -> Iterator[None]:
-    """Bound what paramiko waits for without end: its answer to "may this command start?"."""
-    watch = threading.Timer(LINK_SECONDS, transport.close)
-    watch.start()
-    try:
-        yield
-    finally:
-        watch.cancel()
-
-
 def log_in(connection: Connection) -> Any:
     """A connected paramiko client. Raises LinkLost if the host is out of reach, and Failure if either side refuses the
     other."""
@@ -3297,10 +3292,10 @@ def connect(client: Any, connection: Connection) -> None:
             auth_timeout=CONNECT_SECONDS,
         )
     except paramiko.BadHostKeyException as error:
+        listed = name if port == 22 else f"[{name}]:{port}"  # as known_hosts writes it
         raise Failure(
             f"the host key of {name} has changed: somebody may be in between ({error.key.get_name()} was offered)",
-            "if the change is genuine: "
-            f"ssh-keygen -R {shlex.quote(host_pattern(name, port))}, then {connection.ssh_command_for_user()}",
+            f"if the change is genuine: ssh-keygen -R {shlex.quote(listed)}, then {connection.ssh_command_for_user()}",
         ) from None
     except Failure:
         raise
@@ -3318,11 +3313,6 @@ def connect(client: Any, connection: Connection) -> None:
             "authorise a key there (ssh-copy-id), or name the right one with -i; "
             f"this must work without a question asked: {connection.ssh_command_for_user()} true",
         ) from None
-
-
-def host_pattern(name: str, port: int) -> str:
-    """How known_hosts writes a host on a port."""
-    return name if port == 22 else f"[{name}]:{port}"
 
 
 def ssh_client(connection: Connection, control_path: str) -> Command:
