@@ -5431,11 +5431,15 @@ def print_plan(it: Run, now: int) -> None:
     if receives:  # after them other snapshots may be due to expire, and the holds on their twins must be known
         it.trees = it.lister.read_holds(it.trees, it.trees.source, now)
     source, target = dict(it.trees.source), dict(it.trees.target)
+    tag, received = it.policy.tag, it.policy.received_tag
     for key, changes in all_hold_changes(it.trees, it.policy, plan.left_alone).items():
-        print_hold_changes(it, changes)
-        source[key] = held_after(source[key], it.policy.tag, changes.place_source, changes.release_source)
+        it.report.holds("hold", tag, changes.place_source)
+        it.report.holds("hold", received, changes.place_local)
+        it.report.holds("release", tag, changes.release_source)
+        it.report.holds("release", received, changes.release_local)
+        source[key] = held_after(source[key], tag, changes.place_source, changes.release_source)
         if key in target:
-            target[key] = held_after(target[key], it.policy.received_tag, changes.place_local, changes.release_local)
+            target[key] = held_after(target[key], received, changes.place_local, changes.release_local)
     it.trees = replace(it.trees, source=source, target=target)
     for expiry in it.expiries(now):
         for snapshot in expiry.destroy:
@@ -5454,14 +5458,6 @@ def permitted_plan(it: Run) -> TreePlan:
             except Failure as failure:
                 executor.give_up(key, failure)
     return TreePlan(it.trees, it.policy, executor.given_up)
-
-
-def print_hold_changes(it: Run, changes: HoldChanges) -> None:
-    """The holds of one dataset, as they are going to be moved."""
-    it.report.holds("hold", it.policy.tag, changes.place_source)
-    it.report.holds("hold", it.policy.received_tag, changes.place_local)
-    it.report.holds("release", it.policy.tag, changes.release_source)
-    it.report.holds("release", it.policy.received_tag, changes.release_local)
 
 
 def print_step(it: Run, key: str, step: Entry, sizes: Mapping[str, int], now: int) -> None:
@@ -6430,13 +6426,6 @@ def check(options: argparse.Namespace) -> int:
     return status
 
 
-def run_retire(options: argparse.Namespace, report: Report, alone: Lock) -> int:
-    """What --retire does."""
-    with open_run(options, report, alone) as it:
-        retire(it.source_host, it.target_host, it.policy, report)
-    return report.status
-
-
 def choose_compressor(options: argparse.Namespace, source: Host, compressible: bool, report: Report) -> str:
     """Which of the COMPRESSORS a stream goes through; "" for none."""
     if options.remote_host == "localhost" or options.compress == "none":  # there is no wire, or it is not wanted
@@ -6444,14 +6433,11 @@ def choose_compressor(options: argparse.Namespace, source: Host, compressible: b
     if options.compress == "auto" and not compressible:  # sent raw, or compressed as it is stored
         return ""
     compressor = "zstd" if options.compress == "auto" else str(options.compress)
-    lacking = [
-        where
-        for where, has in ((source.label, source.has(compressor)), ("this host", installed(compressor)))
-        if not has
-    ]
-    if lacking:
-        report.step(f"{compressor} is not installed on {' and '.join(lacking)}: the stream goes without it")
-    return "" if lacking else compressor
+    places = {source.label: source.has(compressor), "this host": installed(compressor)}
+    without = [place for place, is_here in places.items() if not is_here]
+    if without:
+        report.step(f"{compressor} is not installed on {' and '.join(without)}: the stream goes without it")
+    return "" if without else compressor
 
 
 def here(options: argparse.Namespace, note: Callable[[str], None] = ignore_line) -> Host:
@@ -6635,8 +6621,7 @@ def metrics_before(path: str) -> str:
 
 def dispatch(options: argparse.Namespace, report: Report) -> int:
     """Do what the options ask for. Returns the exit code. Raises Failure, or Stopped after a signal."""
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(signals_stop_us())
+    with signals_stop_us():
         # These change nothing, and need no lock.
         if options.doctor:
             return run_doctor(options, report)
@@ -6646,14 +6631,18 @@ def dispatch(options: argparse.Namespace, report: Report) -> int:
             return show_status(options, report)
         if options.dry_run:
             return run_dry_run(options, report)
-        alone = stack.enter_context(lock(options.local_fs, job_of(options), options.stall_timeout))
-        if alone is None and options.retire:
-            raise Failure("a run is at work", "retire it when that has ended")
-        if alone is None:  # it is still at work when cron starts this one: no failure, and no mail
-            report.overlapped = True
-            report.event("overlap", options.local_fs, f"{options.local_fs}: another run is at work")
-            return 0
-        return run_retire(options, report, alone) if options.retire else replicate(options, report, alone)
+        with lock(options.local_fs, job_of(options), options.stall_timeout) as alone:
+            if alone is None and options.retire:
+                raise Failure("a run is at work", "retire it when that has ended")
+            if alone is None:  # it is still at work when cron starts this one: no failure, and no mail
+                report.overlapped = True
+                report.event("overlap", options.local_fs, f"{options.local_fs}: another run is at work")
+                return 0
+            if not options.retire:
+                return replicate(options, report, alone)
+            with open_run(options, report, alone) as it:
+                retire(it.source_host, it.target_host, it.policy, report)
+            return report.status
 
 
 def main(argv: list[str] | None = None) -> int:
