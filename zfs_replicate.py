@@ -5338,6 +5338,7 @@ def all_statuses(it: Run) -> Iterator[MirrorStatus]:
     """The status of each dataset of the source, then of those that are only here."""
     source, target, root = it.trees.source, it.trees.target, it.policy.target_root
     usage = parse_usage(run(it.source_host, (*LIST_USAGE, it.policy.source_root)))
+    # By components, so that children follow their parent: as text, "/a-b" would come before "/a/b".
     for key in sorted(source, key=lambda key: key.split("/")):
         yield mirror_status(source[key], target.get(key), root + key, it.policy, usage)
     for key in sorted(target.keys() - source.keys(), key=lambda key: key.split("/")):
@@ -5393,7 +5394,7 @@ def retire(source: Host, target: Host, policy: Policy, report: Report) -> None:
 def release_all(host: Host, root: str, tag: str, report: Report) -> list[Snapshot]:
     """Release `tag` in a whole tree, and report what was done. Returns the bookmarks of the tree."""
     answer = host.ask((*LIST_EXISTING, root))
-    if says_absent(answer, root):
+    if says_absent(answer, root):  # if it cannot be listed for another reason, that is raised below
         report.step(f"{root}: not there (any more)")
         return []
     tree = whole(host, root, Selection())
@@ -5419,6 +5420,7 @@ def print_plan(it: Run, now: int) -> None:
     # `it.trees` instead, so that the next step is planned on what the steps before it would leave.
     plan = permitted_plan(it)
     receives = {key: step for key, step in plan.entries if isinstance(step, Receive)}
+    # A run makes inert only what it pulls into. What it creates is so from the first moment.
     mirrors = [key for key in receives if newest_common(it.trees.source[key], it.trees.target.get(key))]
     for exposed in it.executor.inert.exposures(it.trees, mirrors):
         it.report.exposure(it.executor.local_name(exposed.key), exposed)
@@ -5470,6 +5472,7 @@ def print_step(it: Run, key: str, step: Entry, sizes: Mapping[str, int], now: in
         report.in_step(name, in_step(it.trees.source[key], local, it.policy))
     elif isinstance(step, Create):
         report.creation(step.name)
+    # A run tells the next two as done; here they are yet to come.
     elif isinstance(step, Rename):
         report.event("rename", name, f"{it.policy.target_root + step.old}: rename to {name}, as at the source")
     elif isinstance(step, Quarantine):
@@ -5549,6 +5552,7 @@ class Doctor:
 
     def programs(self) -> Iterator[Finding]:
         for host in (self.run.source_host, self.run.target_host):
+            # The version of the programs, then that of the kernel module. The source may print anything, so few digits.
             said = run(host, ZFS_VERSION).split()
             known = re.match(r"zfs-([0-9]{1,4})\.([0-9]{1,4})(?![0-9])", said[0]) if said else None
             old = not known or (int(known[1]), int(known[2])) < (2, 1)
@@ -5558,6 +5562,7 @@ class Doctor:
 
     def clocks(self, there: str) -> Iterator[Finding]:
         """Whether both clocks agree. `there` is what `date` has printed on the source."""
+        # Some seconds have passed since the source was asked. The limit is wide enough for that.
         here = run(self.run.target_host, CLOCK_TIME)
         theirs = number(there.strip(), f"the date on {self.run.source_host.label}")
         skew = abs(theirs - number(here.strip(), f"the date on {self.run.target_host.label}"))
@@ -5578,9 +5583,10 @@ class Doctor:
         ours = [right_to_set(value.partition("=")[0]) for value in OVERRIDES]
         for host, place, verbs, properties in (
             (self.run.source_host, self.policy.source_root, SOURCE_RIGHTS, []),
+            # On a tree that does not exist yet nothing is allowed: then the nearest ancestor counts.
             (self.run.target_host, self.run.trees.existing[-1], TARGET_RIGHTS, ours),
         ):
-            if host.account is None:
+            if host.account is None:  # root, or by sudo
                 continue
             user = host.account.user
             needed = {right for verb in verbs for right in RIGHTS[verb].split(",")} | set(properties)
@@ -5634,6 +5640,7 @@ class Doctor:
         """Whether somebody could write to the mirror, or see it, by accident; and placeholders that are left over."""
         if not self.run.trees.target:
             return
+        # A run leaves it: the program destroys no dataset.
         for key, local in self.run.trees.target.items():
             if (
                 key.endswith(PLACEHOLDER)
@@ -5648,6 +5655,7 @@ class Doctor:
             # A placeholder never mounts, and what the source does not have is not ours to judge.
             if canmount == "off" or name[len(self.policy.target_root) :] not in self.run.trees.source:
                 continue
+            # What each would repair, and whether it is wrong. A volume has "-" where there is no such property.
             it = shlex.quote(name)
             faults = {
                 f"zfs set readonly=on {it}": readonly != "on",
@@ -5748,6 +5756,7 @@ class Report:
 
     def notice(self, kind: str, dataset: str, line: str) -> None:
         """Tell what the user must not miss, although nothing failed."""
+        # With our name before it, as a failure: in the mail of cron others may speak as well.
         self.events.append({"event": kind, "dataset": dataset})
         self.say(f"zfs_replicate: {line}")
 
@@ -5825,6 +5834,7 @@ def status_data(it: MirrorStatus) -> dict[str, Any]:
 def format_age(seconds: float) -> str:
     """An age in one unit: `45m`, `30h`, `12d`."""
     seconds = tellable(seconds)
+    # Up to two hours in minutes, up to three days in hours: a 1 would be too coarse.
     for unit, size, most in (("m", 60, 120), ("h", 3600, 72)):
         if seconds < size * most:
             return f"{max(seconds, 0) // size:.0f}{unit}"
@@ -5871,7 +5881,7 @@ def nagios_result(
             none if idle else "no run is known to fail: is one at work, or does the source make no snapshots?"
         )
         return 2, f"ZFS_REPLICATE CRITICAL - {len(late)} of {len(ages)} late, {oldest}; {why} | {figures}"
-    if failing:
+    if failing:  # early enough to repair it before anything is late
         return 1, f"ZFS_REPLICATE WARNING - {fails}; none late yet, {oldest} | {figures}"
     return 0, f"ZFS_REPLICATE OK - none of {len(ages)} late, {oldest} | {figures}"
 
@@ -5946,6 +5956,7 @@ def last_success(text: str) -> float:
 
 def format_rate(arrived: int, seconds: float) -> str:
     """Amount, time and rate: `1.20G in 0:25, 49.1M/s`."""
+    # A small stream may take no time at all.
     return f"{format_bytes(arrived)} in {format_clock(seconds)}, {format_bytes(arrived / max(seconds, 0.001))}/s"
 
 
@@ -6049,6 +6060,7 @@ def summary(options: argparse.Namespace, report: Report, ending: RunResult) -> s
     """One line about a whole run, for a person."""
     done = Totals.of(report.events)
     in_step = sum(event["event"] == "in step" for event in report.events)
+    # "before": the datasets that were pulled are in step as well by now.
     what = [f"{in_step} in step before", f"{done.streams} pulled ({format_bytes(done.bytes)})"]
     what += [f"{done.expired} expired"] + ([f"{done.failures} failed"] if done.failures else [])
     return f"zfs_replicate: {options.local_fs}: {', '.join(what)}, in {format_clock(ending.seconds)}"
@@ -6268,6 +6280,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     options = it.parse_args(argv)
     if options.remote_host == "localhost" and overlap(options.remote_fs, options.local_fs):
         it.error(f"{options.local_fs} and {options.remote_fs} overlap: a tree cannot be mirrored into itself")
+    # --check has a form of its own, and what --doctor says is for a person.
     if options.json and (options.doctor or options.check):
         it.error("--json goes with a run, --dry-run, --status and --retire")
     return options
@@ -6536,6 +6549,7 @@ def is_run(options: argparse.Namespace) -> bool:
 
 def columns() -> int:
     """The current width of the terminal."""
+    # stderr is where progress is shown. With --progress it may be a file, which has none.
     try:
         return os.get_terminal_size(sys.stderr.fileno()).columns
     except OSError:
@@ -6592,7 +6606,7 @@ def write_metrics(options: argparse.Namespace, report: Report, ending: RunResult
     with tempfile.NamedTemporaryFile("w", dir=place, prefix=hidden, encoding="utf-8", delete=False) as file:
         try:
             file.write(metrics(options.local_fs, report, found, ending, succeeded))
-            file.flush()
+            file.flush()  # before it gets its name, all of it is there
             os.fchmod(file.fileno(), 0o644)  # the collector is another user
             os.replace(file.name, options.metrics)
         except BaseException:
