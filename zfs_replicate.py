@@ -5606,7 +5606,7 @@ class Doctor:
                 yield Finding(step.what, step.hint)
             if type(step) in what:
                 found[key] = what[type(step)]
-        counts = {word: [*found.values()].count(word) for word in found.values()}
+        counts = {word: [*found.values()].count(word) for word in dict.fromkeys(found.values())}
         yield Finding(f"{self.policy.target_root}: " + ", ".join(f"{n} {word}" for word, n in counts.items()))
 
     def dates(self) -> Iterator[Finding]:
