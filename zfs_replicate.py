@@ -5777,7 +5777,6 @@ class Report:
         if text not in self.failed:
             self.failed.add(text)
             self.failures.append(printable(text).replace("\n", "\n    "))
-
             self.events.append({"event": "failure", "dataset": subject, "what": what, "hint": hint})
             self.say(text)
 
