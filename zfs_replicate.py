@@ -2820,7 +2820,7 @@ class LocalHost:
 
 
 class WrappedHost:
-    """A host whose commands go through `admit` first, which returns what runs in their place, or raises."""
+    """A host behind a check. `admit` returns what runs instead of some commands, or raises Failure."""
 
     def __init__(self, host: Host) -> None:
         self.host = host
@@ -5770,7 +5770,7 @@ class Report:
         self.say("\n".join(map(excerpt, told)), sys.stdout)
 
     def failure(self, subject: str, failure: Failure) -> None:
-        """Record a failure, and print it. One that is found again, word for word, is neither."""
+        """Record a failure, and print it. If the same was recorded before, word for word, it is ignored."""
         # A run lists and plans several times, and meets what it could not read each time.
         what, hint = excerpt(failure.what), excerpt(failure.hint)
         text = f"zfs_replicate: {subject}: {what}\n{hint}".strip()
