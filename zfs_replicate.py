@@ -2782,52 +2782,57 @@ class LocalHost:
         pass
 
 
-class SudoHost:
-    """A host on which every command runs by sudo, which must not ask for a password."""
+class WrappedHost:
+    """A host behind a check. `admit` returns what runs instead of some commands, or raises Failure."""
 
     def __init__(self, host: Host) -> None:
         self.host = host
-        self.label = host.label
-        self.account: Account | None = None
-        self.connected = host.connected
-        self.has = host.has
-        self.close = host.close
-
-    def ask(self, *commands: Command) -> Answer:
-        if commands == (CLOCK_TIME,):  # nobody needs to be root for that, and sudo may be set up to permit zfs alone
-            return self.host.ask(*commands)
-        answer = self.host.ask(*map(by_sudo, commands))
-        if answer.status == 127:  # of a missing zfs sudo says so itself, and exits with 1
-            return Answer(1, "", "sudo is not installed\n")
-        return answer
-
-    def stream_command(self, *commands: Command, then: Command = ()) -> Command:
-        return self.host.stream_command(*map(by_sudo, commands), then=then)
-
-
-class FencedHost:
-    """A host on which no command can change anything outside the local tree `root`.
-
-    No plan contains such a command. But if that were wrong, it would cost data of which nobody has a copy, so each
-    command is checked once more before it runs.
-    """
-
-    def __init__(self, host: Host, root: str) -> None:
-        self.host = host
-        self.root = root
         self.label = host.label
         self.account = host.account
         self.connected = host.connected
         self.has = host.has
         self.close = host.close
 
+    def admit(self, *commands: Command) -> Iterable[Command]:
+        raise NotImplementedError
+
     def ask(self, *commands: Command) -> Answer:
-        self.check(*commands)
-        return self.host.ask(*commands)
+        return self.host.ask(*self.admit(*commands))
 
     def stream_command(self, *commands: Command, then: Command = ()) -> Command:
+        return self.host.stream_command(*self.admit(*commands), then=then)
+
+
+class SudoHost(WrappedHost):
+    """A host on which every command runs by sudo, which must not ask for a password."""
+
+    def __init__(self, host: Host) -> None:
+        super().__init__(host)
+        self.account = None
+
+    def admit(self, *commands: Command) -> Iterable[Command]:
+        # Nobody needs to be root for the time of day, and sudo may be set up to permit zfs alone.
+        return [it if it == CLOCK_TIME else ("sudo", "-n", *it) for it in commands]
+
+    def ask(self, *commands: Command) -> Answer:
+        answer = super().ask(*commands)
+        # If zfs is missing, sudo says so itself, and exits with 1.
+        return Answer(1, "", "sudo is not installed\n") if answer.status == 127 else answer
+
+
+class FencedHost(WrappedHost):
+    """A host on which no command can change anything outside the local tree `root`."""
+
+    # No plan contains such a command. But if that were wrong, it would cost data of which nobody has a copy. So each
+    # command is checked once more before it runs.
+
+    def __init__(self, host: Host, root: str) -> None:
+        super().__init__(host)
+        self.root = root
+
+    def admit(self, *commands: Command) -> Iterable[Command]:
         self.check(*commands)
-        return self.host.stream_command(*commands, then=then)
+        return commands
 
     def check(self, *commands: Command) -> None:
         """Raises Failure for a command that would change anything outside."""
@@ -2855,10 +2860,6 @@ class ReadOnly(FencedHost):
 
     def stream_command(self, *commands: Command, then: Command = ()) -> Command:
         raise AssertionError(f"a mode that only looks must not receive anything: {commands}")
-
-
-def by_sudo(command: Command) -> Command:
-    return ("sudo", "-n", *command)
 
 
 def environment() -> dict[str, str]:
@@ -3093,8 +3094,13 @@ class SshHost:
         # Drain both ends before asking for the status: an undrained stderr stalls stdout after some 2 MiB.
         with contextlib.closing(channel):
             channel.settimeout(self.stall_timeout)
-            with time_limit(transport):
+            # paramiko waits without end for the answer to "may this command start?".
+            watch = threading.Timer(LINK_SECONDS, transport.close)
+            watch.start()
+            try:
                 channel.exec_command(line)
+            finally:
+                watch.cancel()
             channel.shutdown_write()
             complained = in_background(lambda: drain(channel, channel.recv_stderr, complaints.add, until))
             try:
@@ -3187,17 +3193,6 @@ def drain(channel: Any, receive: Callable[[int], bytes], take: Callable[[bytes],
         take(data)
 
 
-@contextlib.contextmanager
-def time_limit(transport: Any) -> Iterator[None]:
-    """Bound what paramiko waits for without end: its answer to "may this command start?"."""
-    watch = threading.Timer(LINK_SECONDS, transport.close)
-    watch.start()
-    try:
-        yield
-    finally:
-        watch.cancel()
-
-
 def log_in(connection: Connection) -> Any:
     """A connected paramiko client. Raises LinkLost if the host is out of reach, and Failure if either side refuses the
     other."""
@@ -3260,10 +3255,10 @@ def connect(client: Any, connection: Connection) -> None:
             auth_timeout=CONNECT_SECONDS,
         )
     except paramiko.BadHostKeyException as error:
+        listed = name if port == 22 else f"[{name}]:{port}"  # as known_hosts writes it
         raise Failure(
             f"the host key of {name} has changed: somebody may be in between ({error.key.get_name()} was offered)",
-            "if the change is genuine: "
-            f"ssh-keygen -R {shlex.quote(host_pattern(name, port))}, then {connection.ssh_command_for_user()}",
+            f"if the change is genuine: ssh-keygen -R {shlex.quote(listed)}, then {connection.ssh_command_for_user()}",
         ) from None
     except Failure:
         raise
@@ -3281,11 +3276,6 @@ def connect(client: Any, connection: Connection) -> None:
             "authorise a key there (ssh-copy-id), or name the right one with -i; "
             f"this must work without a question asked: {connection.ssh_command_for_user()} true",
         ) from None
-
-
-def host_pattern(name: str, port: int) -> str:
-    """How known_hosts writes a host on a port."""
-    return name if port == 22 else f"[{name}]:{port}"
 
 
 def ssh_client(connection: Connection, control_path: str) -> Command:
@@ -5277,6 +5267,7 @@ def all_statuses(it: Run) -> Iterator[MirrorStatus]:
     """The status of each dataset of the source, then of those that are only here."""
     source, target, root = it.trees.source, it.trees.target, it.policy.target_root
     usage = parse_usage(run(it.source_host, (*LIST_USAGE, it.policy.source_root)))
+    # By components, so that children follow their parent: as text, "/a-b" would come before "/a/b".
     for key in sorted(source, key=lambda key: key.split("/")):
         yield mirror_status(source[key], target.get(key), root + key, it.policy, usage)
     for key in sorted(target.keys() - source.keys(), key=lambda key: key.split("/")):
@@ -5332,7 +5323,7 @@ def retire(source: Host, target: Host, policy: Policy, report: Report) -> None:
 def release_all(host: Host, root: str, tag: str, report: Report) -> list[Snapshot]:
     """Release `tag` in a whole tree, and report what was done. Returns the bookmarks of the tree."""
     answer = host.ask((*LIST_EXISTING, root))
-    if says_absent(answer, root):
+    if says_absent(answer, root):  # if it cannot be listed for another reason, that is raised below
         report.step(f"{root}: not there (any more)")
         return []
     tree = whole(host, root, Selection())
@@ -5358,6 +5349,7 @@ def print_plan(it: Run, now: int) -> None:
     # `it.trees` instead, so that the next step is planned on what the steps before it would leave.
     plan = permitted_plan(it)
     receives = {key: step for key, step in plan.entries if isinstance(step, Receive)}
+    # A run makes inert only what it pulls into. What it creates is so from the first moment.
     mirrors = [key for key in receives if newest_common(it.trees.source[key], it.trees.target.get(key))]
     for exposed in it.executor.inert.exposures(it.trees, mirrors):
         it.report.exposure(it.executor.local_name(exposed.key), exposed)
@@ -5370,11 +5362,15 @@ def print_plan(it: Run, now: int) -> None:
     if receives:  # after them other snapshots may be due to expire, and the holds on their twins must be known
         it.trees = it.lister.read_holds(it.trees, it.trees.source, now)
     source, target = dict(it.trees.source), dict(it.trees.target)
+    tag, received = it.policy.tag, it.policy.received_tag
     for key, changes in all_hold_changes(it.trees, it.policy, plan.left_alone).items():
-        print_hold_changes(it, changes)
-        source[key] = held_after(source[key], it.policy.tag, changes.place_source, changes.release_source)
+        it.report.holds("hold", tag, changes.place_source)
+        it.report.holds("hold", received, changes.place_local)
+        it.report.holds("release", tag, changes.release_source)
+        it.report.holds("release", received, changes.release_local)
+        source[key] = held_after(source[key], tag, changes.place_source, changes.release_source)
         if key in target:
-            target[key] = held_after(target[key], it.policy.received_tag, changes.place_local, changes.release_local)
+            target[key] = held_after(target[key], received, changes.place_local, changes.release_local)
     it.trees = replace(it.trees, source=source, target=target)
     for expiry in it.expiries(now):
         for snapshot in expiry.destroy:
@@ -5395,14 +5391,6 @@ def permitted_plan(it: Run) -> TreePlan:
     return TreePlan(it.trees, it.policy, executor.given_up)
 
 
-def print_hold_changes(it: Run, changes: HoldChanges) -> None:
-    """The holds of one dataset, as they are going to be moved."""
-    it.report.holds("hold", it.policy.tag, changes.place_source)
-    it.report.holds("hold", it.policy.received_tag, changes.place_local)
-    it.report.holds("release", it.policy.tag, changes.release_source)
-    it.report.holds("release", it.policy.received_tag, changes.release_local)
-
-
 def print_step(it: Run, key: str, step: Entry, sizes: Mapping[str, int], now: int) -> None:
     """Print one step of the plan."""
     report, name = it.report, it.policy.target_root + key
@@ -5413,6 +5401,7 @@ def print_step(it: Run, key: str, step: Entry, sizes: Mapping[str, int], now: in
         report.in_step(name, in_step(it.trees.source[key], local, it.policy))
     elif isinstance(step, Create):
         report.creation(step.name)
+    # A run tells the next two as done; here they are yet to come.
     elif isinstance(step, Rename):
         report.event("rename", name, f"{it.policy.target_root + step.old}: rename to {name}, as at the source")
     elif isinstance(step, Quarantine):
@@ -5492,6 +5481,7 @@ class Doctor:
 
     def programs(self) -> Iterator[Finding]:
         for host in (self.run.source_host, self.run.target_host):
+            # The version of the programs, then that of the kernel module. The source may print anything, so few digits.
             said = run(host, ZFS_VERSION).split()
             known = re.match(r"zfs-([0-9]{1,4})\.([0-9]{1,4})(?![0-9])", said[0]) if said else None
             old = not known or (int(known[1]), int(known[2])) < (2, 1)
@@ -5501,6 +5491,7 @@ class Doctor:
 
     def clocks(self, there: str) -> Iterator[Finding]:
         """Whether both clocks agree. `there` is what `date` has printed on the source."""
+        # Some seconds have passed since the source was asked. The limit is wide enough for that.
         here = run(self.run.target_host, CLOCK_TIME)
         theirs = number(there.strip(), f"the date on {self.run.source_host.label}")
         skew = abs(theirs - number(here.strip(), f"the date on {self.run.target_host.label}"))
@@ -5521,9 +5512,10 @@ class Doctor:
         ours = [right_to_set(value.partition("=")[0]) for value in OVERRIDES]
         for host, place, verbs, properties in (
             (self.run.source_host, self.policy.source_root, SOURCE_RIGHTS, []),
+            # On a tree that does not exist yet nothing is allowed: then the nearest ancestor counts.
             (self.run.target_host, self.run.trees.existing[-1], TARGET_RIGHTS, ours),
         ):
-            if host.account is None:
+            if host.account is None:  # root, or by sudo
                 continue
             user = host.account.user
             needed = {right for verb in verbs for right in RIGHTS[verb].split(",")} | set(properties)
@@ -5543,7 +5535,7 @@ class Doctor:
                 yield Finding(step.what, step.hint)
             if type(step) in what:
                 found[key] = what[type(step)]
-        counts = {word: [*found.values()].count(word) for word in found.values()}
+        counts = {word: [*found.values()].count(word) for word in dict.fromkeys(found.values())}
         yield Finding(f"{self.policy.target_root}: " + ", ".join(f"{n} {word}" for word, n in counts.items()))
 
     def dates(self) -> Iterator[Finding]:
@@ -5577,6 +5569,7 @@ class Doctor:
         """Whether somebody could write to the mirror, or see it, by accident; and placeholders that are left over."""
         if not self.run.trees.target:
             return
+        # A run leaves it: the program destroys no dataset.
         for key, local in self.run.trees.target.items():
             if (
                 key.endswith(PLACEHOLDER)
@@ -5591,6 +5584,7 @@ class Doctor:
             # A placeholder never mounts, and what the source does not have is not ours to judge.
             if canmount == "off" or name[len(self.policy.target_root) :] not in self.run.trees.source:
                 continue
+            # What each would repair, and whether it is wrong. A volume has "-" where there is no such property.
             it = shlex.quote(name)
             faults = {
                 f"zfs set readonly=on {it}": readonly != "on",
@@ -5691,6 +5685,7 @@ class Report:
 
     def notice(self, kind: str, dataset: str, line: str) -> None:
         """Tell what the user must not miss, although nothing failed."""
+        # With our name before it, as a failure: in the mail of cron others may speak as well.
         self.events.append({"event": kind, "dataset": dataset})
         self.say(f"zfs_replicate: {line}")
 
@@ -5704,14 +5699,13 @@ class Report:
         self.say("\n".join(map(excerpt, told)), sys.stdout)
 
     def failure(self, subject: str, failure: Failure) -> None:
-        """Record a failure, and print it. One that is found again, word for word, is neither."""
+        """Record a failure, and print it. If the same was recorded before, word for word, it is ignored."""
         # A run lists and plans several times, and meets what it could not read each time.
         what, hint = excerpt(failure.what), excerpt(failure.hint)
         text = f"zfs_replicate: {subject}: {what}\n{hint}".strip()
         if text not in self.failed:
             self.failed.add(text)
             self.failures.append(printable(text).replace("\n", "\n    "))
-
             self.events.append({"event": "failure", "dataset": subject, "what": what, "hint": hint})
             self.say(text)
 
@@ -5768,6 +5762,7 @@ def status_data(it: MirrorStatus) -> dict[str, Any]:
 def format_age(seconds: float) -> str:
     """An age in one unit: `45m`, `30h`, `12d`."""
     seconds = tellable(seconds)
+    # Up to two hours in minutes, up to three days in hours: a 1 would be too coarse.
     for unit, size, most in (("m", 60, 120), ("h", 3600, 72)):
         if seconds < size * most:
             return f"{max(seconds, 0) // size:.0f}{unit}"
@@ -5814,7 +5809,7 @@ def nagios_result(
             none if idle else "no run is known to fail: is one at work, or does the source make no snapshots?"
         )
         return 2, f"ZFS_REPLICATE CRITICAL - {len(late)} of {len(ages)} late, {oldest}; {why} | {figures}"
-    if failing:
+    if failing:  # early enough to repair it before anything is late
         return 1, f"ZFS_REPLICATE WARNING - {fails}; none late yet, {oldest} | {figures}"
     return 0, f"ZFS_REPLICATE OK - none of {len(ages)} late, {oldest} | {figures}"
 
@@ -5889,6 +5884,7 @@ def last_success(text: str) -> float:
 
 def format_rate(arrived: int, seconds: float) -> str:
     """Amount, time and rate: `1.20G in 0:25, 49.1M/s`."""
+    # A small stream may take no time at all.
     return f"{format_bytes(arrived)} in {format_clock(seconds)}, {format_bytes(arrived / max(seconds, 0.001))}/s"
 
 
@@ -5992,6 +5988,7 @@ def summary(options: argparse.Namespace, report: Report, ending: RunResult) -> s
     """One line about a whole run, for a person."""
     done = Totals.of(report.events)
     in_step = sum(event["event"] == "in step" for event in report.events)
+    # "before": the datasets that were pulled are in step as well by now.
     what = [f"{in_step} in step before", f"{done.streams} pulled ({format_bytes(done.bytes)})"]
     what += [f"{done.expired} expired"] + ([f"{done.failures} failed"] if done.failures else [])
     return f"zfs_replicate: {options.local_fs}: {', '.join(what)}, in {format_clock(ending.seconds)}"
@@ -6211,6 +6208,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     options = it.parse_args(argv)
     if options.remote_host == "localhost" and overlap(options.remote_fs, options.local_fs):
         it.error(f"{options.local_fs} and {options.remote_fs} overlap: a tree cannot be mirrored into itself")
+    # --check has a form of its own, and what --doctor says is for a person.
     if options.json and (options.doctor or options.check):
         it.error("--json goes with a run, --dry-run, --status and --retire")
     return options
@@ -6369,13 +6367,6 @@ def check(options: argparse.Namespace) -> int:
     return status
 
 
-def run_retire(options: argparse.Namespace, report: Report, alone: Lock) -> int:
-    """What --retire does."""
-    with open_run(options, report, alone) as it:
-        retire(it.source_host, it.target_host, it.policy, report)
-    return report.status
-
-
 def choose_compressor(options: argparse.Namespace, source: Host, compressible: bool, report: Report) -> str:
     """Which of the COMPRESSORS a stream goes through; "" for none."""
     if options.remote_host == "localhost" or options.compress == "none":  # there is no wire, or it is not wanted
@@ -6383,14 +6374,11 @@ def choose_compressor(options: argparse.Namespace, source: Host, compressible: b
     if options.compress == "auto" and not compressible:  # sent raw, or compressed as it is stored
         return ""
     compressor = "zstd" if options.compress == "auto" else str(options.compress)
-    lacking = [
-        where
-        for where, has in ((source.label, source.has(compressor)), ("this host", installed(compressor)))
-        if not has
-    ]
-    if lacking:
-        report.step(f"{compressor} is not installed on {' and '.join(lacking)}: the stream goes without it")
-    return "" if lacking else compressor
+    places = {source.label: source.has(compressor), "this host": installed(compressor)}
+    without = [place for place, is_here in places.items() if not is_here]
+    if without:
+        report.step(f"{compressor} is not installed on {' and '.join(without)}: the stream goes without it")
+    return "" if without else compressor
 
 
 def here(options: argparse.Namespace, note: Callable[[str], None] = ignore_line) -> Host:
@@ -6489,6 +6477,7 @@ def is_run(options: argparse.Namespace) -> bool:
 
 def columns() -> int:
     """The current width of the terminal."""
+    # stderr is where progress is shown. With --progress it may be a file, which has none.
     try:
         return os.get_terminal_size(sys.stderr.fileno()).columns
     except OSError:
@@ -6545,7 +6534,7 @@ def write_metrics(options: argparse.Namespace, report: Report, ending: RunResult
     with tempfile.NamedTemporaryFile("w", dir=place, prefix=hidden, encoding="utf-8", delete=False) as file:
         try:
             file.write(metrics(options.local_fs, report, found, ending, succeeded))
-            file.flush()
+            file.flush()  # before it gets its name, all of it is there
             os.fchmod(file.fileno(), 0o644)  # the collector is another user
             os.replace(file.name, options.metrics)
         except BaseException:
@@ -6574,8 +6563,7 @@ def metrics_before(path: str) -> str:
 
 def dispatch(options: argparse.Namespace, report: Report) -> int:
     """Do what the options ask for. Returns the exit code. Raises Failure, or Stopped after a signal."""
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(signals_stop_us())
+    with signals_stop_us():
         # These change nothing, and need no lock.
         if options.doctor:
             return run_doctor(options, report)
@@ -6585,14 +6573,18 @@ def dispatch(options: argparse.Namespace, report: Report) -> int:
             return show_status(options, report)
         if options.dry_run:
             return run_dry_run(options, report)
-        alone = stack.enter_context(lock(options.local_fs, job_of(options), options.stall_timeout))
-        if alone is None and options.retire:
-            raise Failure("a run is at work", "retire it when that has ended")
-        if alone is None:  # it is still at work when cron starts this one: no failure, and no mail
-            report.overlapped = True
-            report.event("overlap", options.local_fs, f"{options.local_fs}: another run is at work")
-            return 0
-        return run_retire(options, report, alone) if options.retire else replicate(options, report, alone)
+        with lock(options.local_fs, job_of(options), options.stall_timeout) as alone:
+            if alone is None and options.retire:
+                raise Failure("a run is at work", "retire it when that has ended")
+            if alone is None:  # it is still at work when cron starts this one: no failure, and no mail
+                report.overlapped = True
+                report.event("overlap", options.local_fs, f"{options.local_fs}: another run is at work")
+                return 0
+            if not options.retire:
+                return replicate(options, report, alone)
+            with open_run(options, report, alone) as it:
+                retire(it.source_host, it.target_host, it.policy, report)
+            return report.status
 
 
 def main(argv: list[str] | None = None) -> int:
