@@ -1102,7 +1102,7 @@ def plan_partial(source: Dataset, local: Dataset, partial: Partial, policy: Poli
     base = local.snapshots[-1] if local.snapshots else origin if local.origin else None
     bases = {None, *(point.guid for point in source.inherited + source.snapshots + source.bookmarks)}
     ends_match = target and partial.from_guid in bases and partial.from_guid == (base and base.guid)
-    if target and ends_match and partial.raw == policy.raw(source) and not local.changed:
+    if target and ends_match and partial.raw == policy.raw(source) and not local.changed and not partial.corrupt:
         # Take it for arrived, to plan what follows.
         arrived = replace(target, createtxg=base.createtxg + 1 if base else 0, tags=NO_TAGS)
         rest = plan_dataset(source, replace(whole, snapshots=(*local.snapshots, arrived)), policy, local.name)
@@ -3845,6 +3845,9 @@ def unset_properties(target: Host, receiving: Command, refused: dict[str, str]) 
 MAX_STEPS = 6
 """How often a dataset may be worked on in one run without getting any further, before we give it up."""
 
+REFUSED_FOR_NOW = "permission denied|key must be loaded|currently suspended"
+"""What a sender says of a token that it may accept another time."""
+
 Send = Callable[[StreamBatch], BatchResult]
 """Carries a batch of streams from the source to here; see `pull`."""
 
@@ -4268,7 +4271,7 @@ class Lister:
     """Lists both trees, and asks for what no listing tells.
 
     For the whole run it remembers in which local datasets we held something when the run began (`held_before`), and
-    which datasets we have `received`.
+    which datasets we have `received`. `dead_tokens` are those of which nothing is here.
     """
 
     def __init__(self, policy: Policy, source: Host, target: FencedHost, report: Report, both: Both) -> None:
@@ -4279,6 +4282,7 @@ class Lister:
         self.both = both
         self.held_before: set[str] | None = None
         self.received: set[str] = set()
+        self.dead_tokens: set[str] = set()
 
     def list_both(self, now: int, *, in_full: bool = False) -> Trees:
         """List both trees at the same time, and read the holds that a run must know; `in_full`: all holds of the
@@ -4395,6 +4399,8 @@ class Lister:
         keys = [key for key in (target if keys is None else keys) if key in target]
         for key in keys:
             local, there = target[key], trees.source.get(key)
+            if local.partial and local.partial.token in self.dead_tokens:
+                local = replace(local, partial=None)
             if local.partial:
                 answer = host.ask((*DECODE_TOKEN, local.partial.token))
                 local = replace(local, partial=parse_token(local.partial.token, answer.stdout + answer.stderr))
@@ -4502,7 +4508,13 @@ class LocalSteps:
             self.roll_back(trees.target[key], step)
         else:
             self.report.event("abandon", name, f"{name}: {step}")
-            run(self.host, (*ABORT_RECEIVE, name))
+            try:
+                run(self.host, (*ABORT_RECEIVE, name))
+            except CommandFailed as failure:
+                if "does not have any resumable receive state" not in failure.what:
+                    raise
+                # A pool that an old ZFS wrote may show a token of nothing (https://github.com/openzfs/zfs/issues/10439).
+                self.lister.dead_tokens.add(step.partial.token)
 
     def local_name(self, key: str) -> str:
         return self.policy.target_root + key
@@ -4962,6 +4974,13 @@ class Executor:
             return trees
         local = trees.target.get(stream.key)
         said = failure.receiver_said if isinstance(failure, StreamFailed) else ""
+        sender_said = failure.sender_said if isinstance(failure, StreamFailed) else ""
+        waiting = local.partial if local and local.partial and local.partial.token == stream.step.token else None
+        if local and waiting and "cannot resume send" in sender_said and not re.search(REFUSED_FOR_NOW, sender_said):
+            # A token names its snapshot: where its pool has another name by now, it is never accepted again. The next
+            # plan gives it up, once, for what comes then has another token.
+            partial = replace(waiting, corrupt=True)
+            return replace(trees, target={**trees.target, stream.key: replace(local, partial=partial)})
         missing = " or ".join(lacking(said, self.features))
         if local and "has been modified" in said:
             # zfs says so too of a stream that has another base than it should. Then nothing here is to be rolled back
@@ -4977,7 +4996,7 @@ class Executor:
             )
         elif missing:
             failure.hint = f"the pool here lacks {missing}: zpool upgrade, with a newer OpenZFS if need be"
-        elif local and local.partial and local.partial.token == stream.step.token and not failure.hint:
+        elif local and waiting and not failure.hint:
             failure.hint = f"if this rest never comes, give it up, bytes and all: zfs recv -A '{local.name}'"
         self.give_up(stream.key, failure)
         return trees
