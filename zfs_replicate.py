@@ -3845,6 +3845,12 @@ def unset_properties(target: Host, receiving: Command, refused: dict[str, str]) 
 MAX_STEPS = 6
 """How often a dataset may be worked on in one run without getting any further, before we give it up."""
 
+READ_ONLY = "pool is read-only"
+PULLED_UNHELD = (
+    "the source's pool is read-only: what it has is pulled all the same, but without holds, and nothing expires",
+    "once the pool is writable again, the next run puts the holds right",
+)
+
 REFUSED_FOR_NOW = "permission denied|key must be loaded|currently suspended"
 """What a sender says of a token that it may accept another time."""
 
@@ -4712,6 +4718,7 @@ class Executor:
         self.touched: set[str] = set()  # the datasets of which anything may have changed on either side
         self.tries: dict[str, tuple[int, int | None]] = {}  # how often a dataset got no further; steps left at the last
         self.lost: tuple[str, LinkLost] | None = None  # what was at work when the link broke
+        self.is_read_only = False  # the pool of the source: then nothing can be held there, and nothing can vanish
 
     @functools.cached_property
     def features(self) -> list[str]:
@@ -4826,22 +4833,20 @@ class Executor:
         }
         missing = place_holds(host, tag, [name for names in wanted.values() for name in names])
         for key, names in wanted.items():
-            if not missing.keys().isdisjoint(names):
-                missing_here = place_holds(host, tag, [name for name in names if name in missing])
-                if missing_here:
-                    rights = allow_hint(host, hold(tag, missing_here), "".join({*missing_here.values()}))
-                    what = f"cannot hold {refusals(missing_here)}"
-                    hint = join_hints(
-                        "nothing was sent, because a snapshot without a hold could be destroyed during the transfer",
-                        rights,
-                    )
-                    self.give_up(key, Failure(what, hint))
-                    continue
-            self.report.holds("hold", tag, names)
+            refused = place_holds(host, tag, [name for name in names if name in missing])
+            if refused and all(READ_ONLY in said for said in refused.values()):
+                self.is_read_only = True
+            elif refused:
+                rights = allow_hint(host, hold(tag, refused), "".join({*refused.values()}))
+                hint = "nothing was sent, because a snapshot without a hold could be destroyed during the transfer"
+                self.give_up(key, Failure(f"cannot hold {refusals(refused)}", join_hints(hint, rights)))
+                continue
+            placed = {name for name in names if name not in refused}
+            self.report.holds("hold", tag, sorted(placed))
             # What could not be read may have been held before: that hold is not ours to release again.
             known = {it.snapshot.name for it in receives[key] if it.snapshot.tags is not None}
-            self.placed.setdefault(key, set()).update(known.intersection(names))
-            source[key] = held_after(source[key], tag, {*names})
+            self.placed.setdefault(key, set()).update(placed & known)
+            source[key] = held_after(source[key], tag, placed)
         return replace(trees, source=source)
 
     def create_parents(
@@ -5147,6 +5152,10 @@ class Run:
             self.trees, _ = self.executor.inert.make_inert(self.trees, received)
             plan = self.transfer(plan, now)
             self.update_holds(plan.left_alone | self.executor.inert.refused, now)
+            if self.executor.is_read_only:
+                # A pool that can only be imported so is perhaps dying: then nothing here goes either.
+                self.report.failure(self.policy.target_root, Failure(*PULLED_UNHELD))
+                return
             if self.policy.bookmark:
                 self.update_bookmarks(now)
             if not self.lost:  # what was not reached may have to be set aside first, with all its snapshots
@@ -5207,8 +5216,11 @@ class Run:
                 if may_expire(self.trees.source.get(key), local, self.policy, now)
             }
         for _ in range(3):
-            changes = all_hold_changes(self.trees, self.policy, left_alone)
+            changes = {} if self.executor.is_read_only else all_hold_changes(self.trees, self.policy, left_alone)
             holds.move_all(self.trees, changes)
+            if any(host is self.source_host and READ_ONLY in said for host, _, said in holds.refused):
+                self.executor.is_read_only = True
+                return
             touched |= changes.keys()
             if not touched:
                 return

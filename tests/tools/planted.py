@@ -62,7 +62,8 @@ BUGS: dict[str, tuple[Plant, ...]] = {
             "[it.snapshot.name for it in steps[:1] if tag not in (it.snapshot.tags or ())]",
         ),
     ),
-    "sent without a hold": (Plant("Executor.hold", "if missing_here:", "if False:"),),
+    "sent without a hold": (Plant("Executor.hold", "READ_ONLY in said", "True"),),
+    "expiry though the source is read-only": (Plant("Run.execute", "if self.executor.is_read_only:", "if False:"),),
     "what cannot be held leaves a placeholder": (
         Plant(
             "Executor.prepare",
