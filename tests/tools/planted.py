@@ -218,9 +218,7 @@ BUGS: dict[str, tuple[Plant, ...]] = {
         Plant("run_with_retries", "it.lister.held_before = held", "it.lister.held_before = None"),
     ),
     "each listing asks anew what was held before": (Plant("Lister.list_target", "self.held_before is None", "True"),),
-    "the mirror of another line is pulled into": (
-        Plant("plan_dataset", "local is not None and others_tags(local, policy)", "False"),
-    ),
+    "the mirror of another line is pulled into": (Plant("plan_dataset", "others_tags(local, policy)", "False"),),
     "what another line may hold is pulled into": (
         Plant("TreePlan.plan_one", "may_be_of_another_line(local)", "False"),
     ),
@@ -229,7 +227,7 @@ BUGS: dict[str, tuple[Plant, ...]] = {
     "the mirror of another line goes aside with its parent": (
         Plant("LocalSteps.check_below", "if others:", "if False:"),
     ),
-    "strangers below are no matter": (Plant("blocked_by_place", "if local.strangers:", "if False:"),),
+    "strangers below are no matter": (Plant("check_place", "if local.strangers:", "if False:"),),
     "a child comes below what is no mirror": (
         Plant("TreePlan.plan_one", "key and parent in self.elsewhere and not self.is_mirrored(key)", "False"),
     ),
@@ -313,7 +311,7 @@ BUGS: dict[str, tuple[Plant, ...]] = {
     ),
     # The plan
     "plain increments onto a raw mirror": (
-        Plant("blocked_by_encryption_mode", "is_raw and not policy.raw(source)", "False"),
+        Plant("check_encryption_mode", "is_raw and not policy.raw(source)", "False"),
     ),
     "what was set aside is renamed back": (Plant("moved_mirrors", "is_set_aside(key)", "False"),),
     "an older common snapshot is enough for a rename": (
@@ -347,18 +345,20 @@ BUGS: dict[str, tuple[Plant, ...]] = {
             "target",
         ),
     ),
-    "first receive onto data": (Plant("blocked_by_place", "not local.empty", "False"),),
-    "what may not be empty counts as not empty": (Plant("blocked_by_place", "local.empty is None", "False"),),
+    "first receive onto data": (Plant("check_place", "not local.empty", "False"),),
+    "what may not be empty counts as not empty": (Plant("check_place", "local.empty is None", "False"),),
     "what may not be empty counts as empty": (Plant("Lister.is_empty", "return None", "return True"),),
     "rollback of what others hold": (
         Plant("why_not_rolled_back", "if snapshot.tags - {policy.received_tag}:", "if False:"),
     ),
-    "blocked without asking for the way out": (Plant("allowed_override", "policy.rollback", "True"),),
-    "an override is taken that does not help": (Plant("TreePlan.override", "isinstance(plan, Blocked)", "False"),),
-    "what is below is planned as if it had not gone aside": (
-        Plant("TreePlan.override", "not is_below(it, key)", "it != key"),
+    "blocked without asking for the way out": (Plant("TreePlan.decide_or_override", "self.policy.rollback", "True"),),
+    "an override is taken that does not help": (
+        Plant("TreePlan.decide_or_override", "self.target = before\nraise", "steps = ()"),
     ),
-    "a dataset that failed gets steps again": (Plant("TreePlan.add_steps", "key in self.given_up", "False"),),
+    "what is below is planned as if it had not gone aside": (
+        Plant("TreePlan.decide_or_override", "not is_below(it, key)", "it != key"),
+    ),
+    "a dataset that failed gets steps again": (Plant("TreePlan.plan_one", "key not in self.given_up", "True"),),
     "a placeholder in place of a parent that failed": (
         Plant("missing_parents", "if policy.selection.of_snapshots(source[parent].snapshots):", "if False:"),
     ),
