@@ -2721,52 +2721,57 @@ class LocalHost:
         pass
 
 
-class SudoHost:
-    """A host on which every command runs by sudo, which must not ask for a password."""
+class WrappedHost:
+    """A host behind a check. `admit` returns what runs instead of some commands, or raises Failure."""
 
     def __init__(self, host: Host) -> None:
         self.host = host
-        self.label = host.label
-        self.account: Account | None = None
-        self.connected = host.connected
-        self.has = host.has
-        self.close = host.close
-
-    def ask(self, *commands: Command) -> Answer:
-        if commands == (CLOCK_TIME,):  # nobody needs to be root for that, and sudo may be set up to permit zfs alone
-            return self.host.ask(*commands)
-        answer = self.host.ask(*map(by_sudo, commands))
-        if answer.status == 127:  # of a missing zfs sudo says so itself, and exits with 1
-            return Answer(1, "", "sudo is not installed\n")
-        return answer
-
-    def stream_command(self, *commands: Command, then: Command = ()) -> Command:
-        return self.host.stream_command(*map(by_sudo, commands), then=then)
-
-
-class FencedHost:
-    """A host on which no command can change anything outside the local tree `root`.
-
-    No plan contains such a command. But if that were wrong, it would cost data of which nobody has a copy, so each
-    command is checked once more before it runs.
-    """
-
-    def __init__(self, host: Host, root: str) -> None:
-        self.host = host
-        self.root = root
         self.label = host.label
         self.account = host.account
         self.connected = host.connected
         self.has = host.has
         self.close = host.close
 
+    def admit(self, *commands: Command) -> Iterable[Command]:
+        raise NotImplementedError
+
     def ask(self, *commands: Command) -> Answer:
-        self.check(*commands)
-        return self.host.ask(*commands)
+        return self.host.ask(*self.admit(*commands))
 
     def stream_command(self, *commands: Command, then: Command = ()) -> Command:
+        return self.host.stream_command(*self.admit(*commands), then=then)
+
+
+class SudoHost(WrappedHost):
+    """A host on which every command runs by sudo, which must not ask for a password."""
+
+    def __init__(self, host: Host) -> None:
+        super().__init__(host)
+        self.account = None
+
+    def admit(self, *commands: Command) -> Iterable[Command]:
+        # Nobody needs to be root for the time of day, and sudo may be set up to permit zfs alone.
+        return [it if it == CLOCK_TIME else ("sudo", "-n", *it) for it in commands]
+
+    def ask(self, *commands: Command) -> Answer:
+        answer = super().ask(*commands)
+        # If zfs is missing, sudo says so itself, and exits with 1.
+        return Answer(1, "", "sudo is not installed\n") if answer.status == 127 else answer
+
+
+class FencedHost(WrappedHost):
+    """A host on which no command can change anything outside the local tree `root`."""
+
+    # No plan contains such a command. But if that were wrong, it would cost data of which nobody has a copy. So each
+    # command is checked once more before it runs.
+
+    def __init__(self, host: Host, root: str) -> None:
+        super().__init__(host)
+        self.root = root
+
+    def admit(self, *commands: Command) -> Iterable[Command]:
         self.check(*commands)
-        return self.host.stream_command(*commands, then=then)
+        return commands
 
     def check(self, *commands: Command) -> None:
         """Raises Failure for a command that would change anything outside."""
@@ -2794,10 +2799,6 @@ class ReadOnly(FencedHost):
 
     def stream_command(self, *commands: Command, then: Command = ()) -> Command:
         raise AssertionError(f"a mode that only looks must not receive anything: {commands}")
-
-
-def by_sudo(command: Command) -> Command:
-    return ("sudo", "-n", *command)
 
 
 def environment() -> dict[str, str]:
@@ -3032,8 +3033,13 @@ class SshHost:
         # Drain both ends before asking for the status: an undrained stderr stalls stdout after some 2 MiB.
         with contextlib.closing(channel):
             channel.settimeout(self.stall_timeout)
-            with time_limit(transport):
+            # paramiko waits without end for the answer to "may this command start?".
+            watch = threading.Timer(LINK_SECONDS, transport.close)
+            watch.start()
+            try:
                 channel.exec_command(line)
+            finally:
+                watch.cancel()
             channel.shutdown_write()
             complained = in_background(lambda: drain(channel, channel.recv_stderr, complaints.add, until))
             try:
@@ -3126,17 +3132,6 @@ def drain(channel: Any, receive: Callable[[int], bytes], take: Callable[[bytes],
         take(data)
 
 
-@contextlib.contextmanager
-def time_limit(transport: Any) -> Iterator[None]:
-    """Bound what paramiko waits for without end: its answer to "may this command start?"."""
-    watch = threading.Timer(LINK_SECONDS, transport.close)
-    watch.start()
-    try:
-        yield
-    finally:
-        watch.cancel()
-
-
 def log_in(connection: Connection) -> Any:
     """A connected paramiko client. Raises LinkLost if the host is out of reach, and Failure if either side refuses the
     other."""
@@ -3199,10 +3194,10 @@ def connect(client: Any, connection: Connection) -> None:
             auth_timeout=CONNECT_SECONDS,
         )
     except paramiko.BadHostKeyException as error:
+        listed = name if port == 22 else f"[{name}]:{port}"  # as known_hosts writes it
         raise Failure(
             f"the host key of {name} has changed: somebody may be in between ({error.key.get_name()} was offered)",
-            "if the change is genuine: "
-            f"ssh-keygen -R {shlex.quote(host_pattern(name, port))}, then {connection.ssh_command_for_user()}",
+            f"if the change is genuine: ssh-keygen -R {shlex.quote(listed)}, then {connection.ssh_command_for_user()}",
         ) from None
     except Failure:
         raise
@@ -3220,11 +3215,6 @@ def connect(client: Any, connection: Connection) -> None:
             "authorise a key there (ssh-copy-id), or name the right one with -i; "
             f"this must work without a question asked: {connection.ssh_command_for_user()} true",
         ) from None
-
-
-def host_pattern(name: str, port: int) -> str:
-    """How known_hosts writes a host on a port."""
-    return name if port == 22 else f"[{name}]:{port}"
 
 
 def ssh_client(connection: Connection, control_path: str) -> Command:
@@ -4138,8 +4128,8 @@ def read_tags(host: Host, held: dict[str, int]) -> dict[str, frozenset[str]]:
 
 
 def says_absent(answer: Answer, name: str) -> bool:
-    """Whether zfs itself says that a dataset does not exist. Any other error must not count: a mirror that we take
-    for absent would lose the hold on its base."""
+    """Whether zfs itself says that a dataset does not exist."""
+    # Any other error must not count: a mirror that we take for absent would lose the hold on its base.
     return answer.status != 0 and f"'{name}': dataset does not exist" in answer.stderr
 
 
@@ -4182,8 +4172,9 @@ def read_holds_and_ivsets(
 
 
 def also_to_read(names: Sequence[str], others: Iterable[str], now: int) -> list[str]:
-    """Choose other snapshots whose holds are read as well: as many as still fit into the request for `names`, a
-    different part each day. This is how a hold of ours that should not be there is found, whoever left it."""
+    """Choose other snapshots whose holds are read as well: as many as still fit into the request for `names`."""
+    # This is how a hold of ours that should not be there is found, whoever left it. Each day has another part of them,
+    # so that in a large tree every snapshot's turn comes.
     *_, last = [[], *batches(names)]
     room = BATCH_BYTES - sum(len(name) + NAME_COST for name in last)
     turns = list(batches(others, room)) if room > NAME_LIMIT else []
@@ -4263,12 +4254,12 @@ class Lister:
         return self.inspect(replace(trees, target=target), keys)
 
     def list_received(self, trees: Trees, streams: Sequence[Stream]) -> tuple[Trees, list[str]]:
-        """Verify what is said to have arrived: of each dataset list the last snapshot alone, because its history may
-        be long. If that one is there, those before it have arrived too. Returns also the datasets where it is not."""
+        """Verify by a listing what is said to have arrived. Returns also the datasets where it has not."""
         steps: dict[str, list[Receive]] = {}
         for stream in streams:
             steps.setdefault(stream.key, []).append(stream.step)
         names = {key: self.policy.target_root + key for key in steps}
+        # The last snapshot of each proves that those before it have arrived too. The whole history may be long.
         exactly = (it for key, some in steps.items() for it in (names[key], names[key] + some[-1].snapshot.short))
         found: Tree = {}
         for batch in batches(exactly):
@@ -4370,18 +4361,18 @@ class Lister:
         return count_objects(answer.stdout) == 1
 
     def recognise(self, trees: Trees, keys: Iterable[str]) -> set[str]:
-        """Which datasets an earlier run received but died before it could hold them. They have all the properties
-        that we set, and nobody else sets them all. We set them too before the first pull into another tool's mirror;
-        then `TAKEN_OVER` tells whether anything has arrived since."""
+        """Find the datasets that an earlier run received, and did not live to hold."""
         target, found = trees.target, set()
         doubtful = [key for key in keys if key in target and key in trees.source]
         doubtful = [key for key in doubtful if not is_ours(trees.source[key], target[key])]
         for batch in batches(target[key].name for key in doubtful):
             for name, sources in parse_sources(run(self.target_host, (*LIST_SOURCES, *batch)), batch).items():
                 key = name[len(self.policy.target_root) :]
+                # They have all the properties that we set. Nobody else sets them all.
                 ours = kinds_values(target[key].kind, self.policy.properties)
                 if any(sources.get(it) != "local" for it in ours):
                     continue
+                # Another tool's mirror gets them too, before our first stream: then this tells whether one has arrived.
                 is_marked = sources.get(TAKEN_OVER) == "local"
                 mark = run(self.target_host, (*GET_VALUE, TAKEN_OVER, name)).strip() if is_marked else ""
                 if mark != str(target[key].snapshots[-1].guid):
@@ -4389,12 +4380,8 @@ class Lister:
         return found
 
     def read_holds(self, trees: Trees, keys: Iterable[str], now: int) -> Trees:
-        """Add to a fast listing the holds that a run must know, and whether encrypted snapshots that both sides have
-        were sent raw.
-
-        Falls back to a full listing if it would ask for most of a long list, if a snapshot is gone by now, or if the
-        base of an encrypted dataset is a bookmark.
-        """
+        """Add to a fast listing the holds that a run must know (`holds_to_read`), and the ivset numbers of encrypted
+        snapshots that both sides have."""
         source, target = trees.source, trees.target
         wanted = (it for key in keys for it in holds_to_read(source[key], target.get(key), self.policy, now))
         names = [*dict.fromkeys(it.name for it in wanted)]
@@ -4403,6 +4390,7 @@ class Lister:
         commons = (newest_common(there, target.get(key)) for key, there in source.items() if there.encrypted)
         encrypted = {common.source.name for common in commons if common}
         every = [it.name for dataset in source.values() for it in dataset.snapshots]
+        # A full listing is quicker than many questions about most of it. And of bookmarks only it has ivset numbers.
         is_long = sum(map(len, names)) > BATCH_BYTES and 2 * len(names) > len(every)
         if not is_long and not any("#" in name for name in encrypted):
             others = also_to_read(names, (name for name in every if name not in {*names}), now)
@@ -4538,12 +4526,11 @@ class InertMirror:
                 yield exposure(key, trees.target[key], sources[name], self.policy.properties, name in mounted)
 
     def make_inert(self, trees: Trees, keys: Iterable[str]) -> tuple[Trees, set[str]]:
-        """Make what we are going to pull into as inert as what we receive ourselves, before the first stream: the
-        mirrors of other tools, and those of an earlier version of this program. What is set here stays set.
+        """Make inert, before the first stream, what we did not make ourselves: the mirrors of other tools, and those of
+        an earlier version of this program. What is set here stays set.
 
-        A dataset that turns out to be modified is marked so in the trees, and nothing is set there. Returns the
-        datasets where it failed and that are not ours yet: they are left alone, because they might be mounted or
-        shared.
+        A dataset that turns out to be modified is marked so in the trees, and nothing is set there. Returns also the
+        datasets where it failed and that are not ours yet. Nothing is pulled into these: it might be mounted or shared.
         """
         target = dict(trees.target)
         # Children first: to unmount a dataset unmounts what is mounted below it.
@@ -4587,23 +4574,20 @@ class InertMirror:
     def put_back(
         self, trees: Trees, raw: Sequence[str], keys_before: Mapping[str, str], arrived: Sequence[Stream]
     ) -> None:
-        """Undo what streams have set here and zfs recv cannot be told to leave out.
-
-        `keylocation`: what has just arrived raw gets `prompt`; what was here before gets back what it had.
-
-        The mountpoint: up to OpenZFS 2.3.8 and 2.4.3, a dataset that was here before takes over the source's mountpoint
-        in spite of -x, if one is set above it (https://github.com/openzfs/zfs/commit/66a45b8269). Once inherited, it
-        stays so. Nothing is mounted meanwhile, because canmount was set with the stream.
-        """
+        """Undo what streams have set here and zfs recv cannot be told to leave out: `keylocation`, and in some releases
+        the mountpoint."""
         host, root = self.host, self.policy.target_root
         here = [name for name in raw if name[len(root) :] in trees.target]
         for name, place in key_places(host, here).items():
-            wanted = keys_before.get(name, "prompt")
+            wanted = keys_before.get(name, "prompt")  # that of what is new here
             if place != wanted:
                 try:
                     run(host, set_values(name, {"keylocation": wanted}))
                 except CommandFailed as failure:
                     self.report.failure(name, failure)
+        # Up to OpenZFS 2.3.8 and 2.4.3, a dataset that was here before takes over the source's mountpoint in spite of
+        # -x, if one is set above it (https://github.com/openzfs/zfs/commit/66a45b8269). Once inherited, it stays so.
+        # Nothing is mounted meanwhile, because canmount came with the stream.
         taken = sorted({root + it.key for it in arrived if self.own_values.get(it.key)})
         for name in sorted({root + it.key for it in arrived if it.key in self.marked and not it.step.token}):
             host.ask((*INHERIT, TAKEN_OVER, name))  # it came with properties; what is left of that is no harm
@@ -4619,11 +4603,9 @@ def is_written(host: Host, name: str) -> bool:
 
 
 def key_places(host: Host, names: Iterable[str]) -> dict[str, str]:
-    """The `keylocation` of each encryption root among local datasets.
-
-    A raw stream with properties sets it to what the source says, each time, and zfs recv cannot be told otherwise: to a
-    file of this host, or an address of another (recv_fix_encryption_hierarchy in libzfs).
-    """
+    """The `keylocation` of each encryption root among local datasets."""
+    # Each raw stream with properties sets it to what the source says: to a file of this host, or an address of another.
+    # zfs recv cannot be told to leave it out (recv_fix_encryption_hierarchy in libzfs).
     found: dict[str, str] = {}
     for batch in batches(names):
         roots = [row[0] for row in fields(run(host, (*LIST_KEY_ROOTS, *batch)), 2) if row[0] == row[1]]
@@ -4638,11 +4620,10 @@ def key_places(host: Host, names: Iterable[str]) -> dict[str, str]:
 
 
 class Executor:
-    """Carries out the plan of a tree, in rounds (see `Run.transfer`): names and overrides first, then streams, in as
-    few batches as possible. Lists again what it has touched.
+    """Carries out the plan of a tree, in rounds (see `Run.transfer`): names and overrides first, then streams in few
+    batches. Lists again what it has touched.
 
-    A dataset that fails is reported and `given_up`; the others go on. A lost link ends the transfer, and is noted in
-    `lost`.
+    A dataset that fails is reported and `given_up`; the others go on. A link that is `lost` ends the transfer.
     """
 
     def __init__(self, policy: Policy, lister: Lister, send: Send, report: Report) -> None:
@@ -4682,7 +4663,7 @@ class Executor:
         return count > MAX_STEPS
 
     def spare(self, keys: Iterable[str]) -> None:
-        """That the turn of a dataset did not come is no want of progress."""
+        """Do not count a round in which the turn of a dataset did not come."""
         self.tries.update((key, (self.tries[key][0], None)) for key in keys)
 
     # names and overrides
@@ -4958,34 +4939,32 @@ class Holds:
         self.refused: list[tuple[Host, Command, str]] = []  # what could not be placed or released, and what zfs said
 
     def move_all(self, trees: Trees, changes: Mapping[str, HoldChanges]) -> None:
-        """Move the holds, in four steps whose order is what keeps a mirror alive:
+        """Move the holds, in four phases. Their order is what keeps a mirror alive.
 
-            1  place new ones: on the source everywhere, here where one of ours is already
-            2  release old ones on the source, of datasets where 1 succeeded
-            3  place the first one of a dataset here, where 2 left nothing behind
-            4  release old ones here, of the same datasets
-
-        1 comes before 2: at every instant one common snapshot must be held, and a release can destroy (`destroy -d`).
-
-        2 comes before 3 and 4, because nothing of ours on the source is ever older than our oldest hold here. The next
-        run relies on that: it looks for ours on the source from there on, and not in all of a long history (see
-        `holds_to_read`). So our oldest hold here must not move up, nor come first, before everything that is older is
-        gone there.
+        Nothing of ours on the source is ever older than our oldest hold here. Every run relies on that: it looks for
+        ours on the source from there on, and not in all of a long history (see `holds_to_read`). So our oldest hold
+        here must not come, nor move up, before everything older is gone there: phases 3 and 4 follow phase 2.
         """
         source, target = (self.source_host, self.policy.tag), (self.target_host, self.policy.received_tag)
         self.refused = []
         mirrors = mirrors_of(trees, self.policy)
+        # Where nothing is held here yet, the first hold will be our oldest one.
         new = {
             key
             for key in changes
             if not any(it.may_be_held_by(target[1]) for it in (mirrors[key].snapshots if key in mirrors else ()))
         }
+        # 1  Place new ones, on the source everywhere, here where one of ours is already. At every instant one common
+        #    snapshot must be held, and a release can destroy (`zfs destroy -d`): so this comes first.
         missing = self.place_new(*target, (it for key in changes if key not in new for it in changes[key].place_local))
         missing |= self.place_new(*source, (it for each in changes.values() for it in each.place_source))
+        # 2  Release old ones on the source, of datasets where 1 succeeded.
         sure = [key for key, it in changes.items() if missing.isdisjoint([*it.place_local, *it.place_source])]
         left = self.release_old(*source, (it for key in sure for it in changes[key].release_source))
+        # 3  Place the first one of a dataset here, where 2 left nothing behind.
         clean = [key for key in sure if left.isdisjoint(it.name for it in trees.source[key].history)]
         self.place_new(*target, (it for key in clean if key in new for it in changes[key].place_local))
+        # 4  Release old ones here, of the same datasets.
         self.release_old(*target, (it for key in clean for it in changes[key].release_local))
 
     def place_new(self, host: Host, tag: str, names: Iterable[str]) -> set[str]:
@@ -5058,10 +5037,9 @@ class Run:
         return self.lister.target_host
 
     def begin(self, now: int, *, in_full: bool = False) -> None:
-        """List both trees for the first time. Raises Failure also if both are in one pool and overlap: expiry would
-        take the source for its own mirror."""
+        """List both trees for the first time. Raises Failure also if they overlap in one pool."""
         roots = (self.policy.source_root, self.policy.target_root)
-        if overlap(*roots):
+        if overlap(*roots):  # on one host, expiry would take the source for its own mirror
             guids = [
                 run(host, (*GET_VALUE, "guid", roots[0].split("/")[0])) for host in (self.source_host, self.target_host)
             ]
@@ -5191,7 +5169,7 @@ class Run:
             yield expiry
 
     def destroy_all(self, snapshots: dict[str, Snapshot]) -> None:
-        """Destroy in few commands. zfs destroys none of a list if it cannot destroy one of them: then one by one."""
+        """Destroy snapshots in few commands, or one by one: zfs destroys none of a list if one of them cannot go."""
         for batch in batches(snapshots):
             together = [snapshots[name] for name in batch]
             done = self.target_host.ask(destroy(together)).status == 0
@@ -5227,6 +5205,7 @@ def all_statuses(it: Run) -> Iterator[MirrorStatus]:
     """The status of each dataset of the source, then of those that are only here."""
     source, target, root = it.trees.source, it.trees.target, it.policy.target_root
     usage = parse_usage(run(it.source_host, (*LIST_USAGE, it.policy.source_root)))
+    # By components, so that children follow their parent: as text, "/a-b" would come before "/a/b".
     for key in sorted(source, key=lambda key: key.split("/")):
         yield mirror_status(source[key], target.get(key), root + key, it.policy, usage)
     for key in sorted(target.keys() - source.keys(), key=lambda key: key.split("/")):
@@ -5282,7 +5261,7 @@ def retire(source: Host, target: Host, policy: Policy, report: Report) -> None:
 def release_all(host: Host, root: str, tag: str, report: Report) -> list[Snapshot]:
     """Release `tag` in a whole tree, and report what was done. Returns the bookmarks of the tree."""
     answer = host.ask((*LIST_EXISTING, root))
-    if says_absent(answer, root):
+    if says_absent(answer, root):  # if it cannot be listed for another reason, that is raised below
         report.step(f"{root}: not there (any more)")
         return []
     tree = whole(host, root, Selection())
@@ -5308,6 +5287,7 @@ def print_plan(it: Run, now: int) -> None:
     # `it.trees` instead, so that the next step is planned on what the steps before it would leave.
     plan = permitted_plan(it)
     receives = {key: step for key, step in plan.entries if isinstance(step, Receive)}
+    # A run makes inert only what it pulls into. What it creates is so from the first moment.
     mirrors = [key for key in receives if newest_common(it.trees.source[key], it.trees.target.get(key))]
     for exposed in it.executor.inert.exposures(it.trees, mirrors):
         it.report.exposure(it.executor.local_name(exposed.key), exposed)
@@ -5320,11 +5300,15 @@ def print_plan(it: Run, now: int) -> None:
     if receives:  # after them other snapshots may be due to expire, and the holds on their twins must be known
         it.trees = it.lister.read_holds(it.trees, it.trees.source, now)
     source, target = dict(it.trees.source), dict(it.trees.target)
+    tag, received = it.policy.tag, it.policy.received_tag
     for key, changes in all_hold_changes(it.trees, it.policy, plan.left_alone).items():
-        print_hold_changes(it, changes)
-        source[key] = held_after(source[key], it.policy.tag, changes.place_source, changes.release_source)
+        it.report.holds("hold", tag, changes.place_source)
+        it.report.holds("hold", received, changes.place_local)
+        it.report.holds("release", tag, changes.release_source)
+        it.report.holds("release", received, changes.release_local)
+        source[key] = held_after(source[key], tag, changes.place_source, changes.release_source)
         if key in target:
-            target[key] = held_after(target[key], it.policy.received_tag, changes.place_local, changes.release_local)
+            target[key] = held_after(target[key], received, changes.place_local, changes.release_local)
     it.trees = replace(it.trees, source=source, target=target)
     for expiry in it.expiries(now):
         for snapshot in expiry.destroy:
@@ -5345,14 +5329,6 @@ def permitted_plan(it: Run) -> TreePlan:
     return TreePlan(it.trees, it.policy, executor.given_up)
 
 
-def print_hold_changes(it: Run, changes: HoldChanges) -> None:
-    """The holds of one dataset, as they are going to be moved."""
-    it.report.holds("hold", it.policy.tag, changes.place_source)
-    it.report.holds("hold", it.policy.received_tag, changes.place_local)
-    it.report.holds("release", it.policy.tag, changes.release_source)
-    it.report.holds("release", it.policy.received_tag, changes.release_local)
-
-
 def print_step(it: Run, key: str, step: Entry, sizes: Mapping[str, int], now: int) -> None:
     """Print one step of the plan."""
     report, name = it.report, it.policy.target_root + key
@@ -5363,6 +5339,7 @@ def print_step(it: Run, key: str, step: Entry, sizes: Mapping[str, int], now: in
         report.in_step(name, in_step(it.trees.source[key], local, it.policy))
     elif isinstance(step, Create):
         report.creation(step.name)
+    # A run tells the next two as done; here they are yet to come.
     elif isinstance(step, Rename):
         report.event("rename", name, f"{it.policy.target_root + step.old}: rename to {name}, as at the source")
     elif isinstance(step, Quarantine):
@@ -5442,6 +5419,7 @@ class Doctor:
 
     def programs(self) -> Iterator[Finding]:
         for host in (self.run.source_host, self.run.target_host):
+            # The version of the programs, then that of the kernel module. The source may print anything, so few digits.
             said = run(host, ZFS_VERSION).split()
             known = re.match(r"zfs-([0-9]{1,4})\.([0-9]{1,4})(?![0-9])", said[0]) if said else None
             old = not known or (int(known[1]), int(known[2])) < (2, 1)
@@ -5451,6 +5429,7 @@ class Doctor:
 
     def clocks(self, there: str) -> Iterator[Finding]:
         """Whether both clocks agree. `there` is what `date` has printed on the source."""
+        # Some seconds have passed since the source was asked. The limit is wide enough for that.
         here = run(self.run.target_host, CLOCK_TIME)
         theirs = number(there.strip(), f"the date on {self.run.source_host.label}")
         skew = abs(theirs - number(here.strip(), f"the date on {self.run.target_host.label}"))
@@ -5471,9 +5450,10 @@ class Doctor:
         ours = [right_to_set(value.partition("=")[0]) for value in OVERRIDES]
         for host, place, verbs, properties in (
             (self.run.source_host, self.policy.source_root, SOURCE_RIGHTS, []),
+            # On a tree that does not exist yet nothing is allowed: then the nearest ancestor counts.
             (self.run.target_host, self.run.trees.existing[-1], TARGET_RIGHTS, ours),
         ):
-            if host.account is None:
+            if host.account is None:  # root, or by sudo
                 continue
             user = host.account.user
             needed = {right for verb in verbs for right in RIGHTS[verb].split(",")} | set(properties)
@@ -5493,7 +5473,7 @@ class Doctor:
                 found[key] = "blocked"
             elif step is None or isinstance(step, Receive):
                 found[key] = "to be pulled" if step else "in step"
-        counts = {word: [*found.values()].count(word) for word in found.values()}
+        counts = {word: [*found.values()].count(word) for word in dict.fromkeys(found.values())}
         yield Finding(f"{self.policy.target_root}: " + ", ".join(f"{n} {word}" for word, n in counts.items()))
 
     def dates(self) -> Iterator[Finding]:
@@ -5527,6 +5507,7 @@ class Doctor:
         """Whether somebody could write to the mirror, or see it, by accident; and placeholders that are left over."""
         if not self.run.trees.target:
             return
+        # A run leaves it: the program destroys no dataset.
         for key, local in self.run.trees.target.items():
             if (
                 key.endswith(PLACEHOLDER)
@@ -5541,6 +5522,7 @@ class Doctor:
             # A placeholder never mounts, and what the source does not have is not ours to judge.
             if canmount == "off" or name[len(self.policy.target_root) :] not in self.run.trees.source:
                 continue
+            # What each would repair, and whether it is wrong. A volume has "-" where there is no such property.
             it = shlex.quote(name)
             faults = {
                 f"zfs set readonly=on {it}": readonly != "on",
@@ -5641,6 +5623,7 @@ class Report:
 
     def notice(self, kind: str, dataset: str, line: str) -> None:
         """Tell what the user must not miss, although nothing failed."""
+        # With our name before it, as a failure: in the mail of cron others may speak as well.
         self.events.append({"event": kind, "dataset": dataset})
         self.say(f"zfs_replicate: {line}")
 
@@ -5654,14 +5637,13 @@ class Report:
         self.say("\n".join(map(excerpt, told)), sys.stdout)
 
     def failure(self, subject: str, failure: Failure) -> None:
-        """Record a failure, and print it. One that is found again, word for word, is neither."""
+        """Record a failure, and print it. If the same was recorded before, word for word, it is ignored."""
         # A run lists and plans several times, and meets what it could not read each time.
         what, hint = excerpt(failure.what), excerpt(failure.hint)
         text = f"zfs_replicate: {subject}: {what}\n{hint}".strip()
         if text not in self.failed:
             self.failed.add(text)
             self.failures.append(printable(text).replace("\n", "\n    "))
-
             self.events.append({"event": "failure", "dataset": subject, "what": what, "hint": hint})
             self.say(text)
 
@@ -5718,6 +5700,7 @@ def status_data(it: MirrorStatus) -> dict[str, Any]:
 def format_age(seconds: float) -> str:
     """An age in one unit: `45m`, `30h`, `12d`."""
     seconds = tellable(seconds)
+    # Up to two hours in minutes, up to three days in hours: a 1 would be too coarse.
     for unit, size, most in (("m", 60, 120), ("h", 3600, 72)):
         if seconds < size * most:
             return f"{max(seconds, 0) // size:.0f}{unit}"
@@ -5764,7 +5747,7 @@ def nagios_result(
             none if idle else "no run is known to fail: is one at work, or does the source make no snapshots?"
         )
         return 2, f"ZFS_REPLICATE CRITICAL - {len(late)} of {len(ages)} late, {oldest}; {why} | {figures}"
-    if failing:
+    if failing:  # early enough to repair it before anything is late
         return 1, f"ZFS_REPLICATE WARNING - {fails}; none late yet, {oldest} | {figures}"
     return 0, f"ZFS_REPLICATE OK - none of {len(ages)} late, {oldest} | {figures}"
 
@@ -5839,6 +5822,7 @@ def last_success(text: str) -> float:
 
 def format_rate(arrived: int, seconds: float) -> str:
     """Amount, time and rate: `1.20G in 0:25, 49.1M/s`."""
+    # A small stream may take no time at all.
     return f"{format_bytes(arrived)} in {format_clock(seconds)}, {format_bytes(arrived / max(seconds, 0.001))}/s"
 
 
@@ -5942,6 +5926,7 @@ def summary(options: argparse.Namespace, report: Report, ending: RunResult) -> s
     """One line about a whole run, for a person."""
     done = Totals.of(report.events)
     in_step = sum(event["event"] == "in step" for event in report.events)
+    # "before": the datasets that were pulled are in step as well by now.
     what = [f"{in_step} in step before", f"{done.streams} pulled ({format_bytes(done.bytes)})"]
     what += [f"{done.expired} expired"] + ([f"{done.failures} failed"] if done.failures else [])
     return f"zfs_replicate: {options.local_fs}: {', '.join(what)}, in {format_clock(ending.seconds)}"
@@ -6161,6 +6146,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     options = it.parse_args(argv)
     if options.remote_host == "localhost" and overlap(options.remote_fs, options.local_fs):
         it.error(f"{options.local_fs} and {options.remote_fs} overlap: a tree cannot be mirrored into itself")
+    # --check has a form of its own, and what --doctor says is for a person.
     if options.json and (options.doctor or options.check):
         it.error("--json goes with a run, --dry-run, --status and --retire")
     return options
@@ -6319,13 +6305,6 @@ def check(options: argparse.Namespace) -> int:
     return status
 
 
-def run_retire(options: argparse.Namespace, report: Report, alone: Lock) -> int:
-    """What --retire does."""
-    with open_run(options, report, alone) as it:
-        retire(it.source_host, it.target_host, it.policy, report)
-    return report.status
-
-
 def choose_compressor(options: argparse.Namespace, source: Host, compressible: bool, report: Report) -> str:
     """Which of the COMPRESSORS a stream goes through; "" for none."""
     if options.remote_host == "localhost" or options.compress == "none":  # there is no wire, or it is not wanted
@@ -6333,14 +6312,11 @@ def choose_compressor(options: argparse.Namespace, source: Host, compressible: b
     if options.compress == "auto" and not compressible:  # sent raw, or compressed as it is stored
         return ""
     compressor = "zstd" if options.compress == "auto" else str(options.compress)
-    lacking = [
-        where
-        for where, has in ((source.label, source.has(compressor)), ("this host", installed(compressor)))
-        if not has
-    ]
-    if lacking:
-        report.step(f"{compressor} is not installed on {' and '.join(lacking)}: the stream goes without it")
-    return "" if lacking else compressor
+    places = {source.label: source.has(compressor), "this host": installed(compressor)}
+    without = [place for place, is_here in places.items() if not is_here]
+    if without:
+        report.step(f"{compressor} is not installed on {' and '.join(without)}: the stream goes without it")
+    return "" if without else compressor
 
 
 def here(options: argparse.Namespace, note: Callable[[str], None] = ignore_line) -> Host:
@@ -6439,6 +6415,7 @@ def is_run(options: argparse.Namespace) -> bool:
 
 def columns() -> int:
     """The current width of the terminal."""
+    # stderr is where progress is shown. With --progress it may be a file, which has none.
     try:
         return os.get_terminal_size(sys.stderr.fileno()).columns
     except OSError:
@@ -6495,7 +6472,7 @@ def write_metrics(options: argparse.Namespace, report: Report, ending: RunResult
     with tempfile.NamedTemporaryFile("w", dir=place, prefix=hidden, encoding="utf-8", delete=False) as file:
         try:
             file.write(metrics(options.local_fs, report, found, ending, succeeded))
-            file.flush()
+            file.flush()  # before it gets its name, all of it is there
             os.fchmod(file.fileno(), 0o644)  # the collector is another user
             os.replace(file.name, options.metrics)
         except BaseException:
@@ -6524,8 +6501,7 @@ def metrics_before(path: str) -> str:
 
 def dispatch(options: argparse.Namespace, report: Report) -> int:
     """Do what the options ask for. Returns the exit code. Raises Failure, or Stopped after a signal."""
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(signals_stop_us())
+    with signals_stop_us():
         # These change nothing, and need no lock.
         if options.doctor:
             return run_doctor(options, report)
@@ -6535,14 +6511,18 @@ def dispatch(options: argparse.Namespace, report: Report) -> int:
             return show_status(options, report)
         if options.dry_run:
             return run_dry_run(options, report)
-        alone = stack.enter_context(lock(options.local_fs, job_of(options), options.stall_timeout))
-        if alone is None and options.retire:
-            raise Failure("a run is at work", "retire it when that has ended")
-        if alone is None:  # it is still at work when cron starts this one: no failure, and no mail
-            report.overlapped = True
-            report.event("overlap", options.local_fs, f"{options.local_fs}: another run is at work")
-            return 0
-        return run_retire(options, report, alone) if options.retire else replicate(options, report, alone)
+        with lock(options.local_fs, job_of(options), options.stall_timeout) as alone:
+            if alone is None and options.retire:
+                raise Failure("a run is at work", "retire it when that has ended")
+            if alone is None:  # it is still at work when cron starts this one: no failure, and no mail
+                report.overlapped = True
+                report.event("overlap", options.local_fs, f"{options.local_fs}: another run is at work")
+                return 0
+            if not options.retire:
+                return replicate(options, report, alone)
+            with open_run(options, report, alone) as it:
+                retire(it.source_host, it.target_host, it.policy, report)
+            return report.status
 
 
 def main(argv: list[str] | None = None) -> int:
