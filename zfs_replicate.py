@@ -115,15 +115,15 @@ __version__ = "0.1.0"
 
 
 class Failure(Exception):
-    """Something expected went wrong. `what` says what and why, `hint` the way out.
+    """Something expected went wrong. `what` says what and why, `hint` the way out: the `hints` that are not empty.
 
     Caught and printed as one paragraph, never as a traceback; any other exception is a bug and keeps its traceback.
     """
 
-    def __init__(self, what: str, hint: str = "") -> None:
-        super().__init__(what, hint)
+    def __init__(self, what: str, *hints: str) -> None:
+        super().__init__(what, *hints)
         self.what = what
-        self.hint = hint
+        self.hint = "; ".join(filter(None, hints))
 
     def __str__(self) -> str:
         return f"{self.what}\n{self.hint}".strip()
@@ -140,18 +140,12 @@ def printable(text: str) -> str:
     if text.isprintable():
         return text
     shown = []
-    for letter in text:
+    for letter in text.replace("\t", " "):
         number = ord(letter)
         if 0xDC80 <= number <= 0xDCFF:  # stands for a byte that is no UTF-8 (https://peps.python.org/pep-0383/)
             number -= 0xDC00
-        if letter.isprintable() or letter == "\n":
-            shown.append(letter)
-        elif letter == "\t":
-            shown.append(" ")
-        else:
-            shown.append(
-                f"\\x{number:02x}" if number < 0x100 else f"\\u{number:04x}" if number < 0x10000 else f"\\U{number:08x}"
-            )
+        form = r"\x{:02x}" if number < 0x100 else r"\u{:04x}" if number < 0x10000 else r"\U{:08x}"
+        shown.append(letter if letter.isprintable() or letter == "\n" else form.format(number))
     return "".join(shown)
 
 
@@ -167,11 +161,6 @@ def excerpt(text: str) -> str:
 def few(names: Sequence[str], most: int = 3) -> str:
     """The first of many names, and how many there are besides."""
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
-
-
-def join_hints(*hints: str) -> str:
-    """Several hints as one; those that are empty are left out."""
-    return "; ".join(filter(None, hints))
 
 
 class CommandFailed(Failure):
@@ -199,9 +188,9 @@ class StreamFailed(Failure):
     """
 
     def __init__(
-        self, what: str, hint: str = "", *, link_held: bool = False, sender_said: str = "", receiver_said: str = ""
+        self, what: str, *hints: str, link_held: bool = False, sender_said: str = "", receiver_said: str = ""
     ) -> None:
-        super().__init__(what, hint)
+        super().__init__(what, *hints)
         self.link_held = link_held
         self.sender_said = sender_said
         self.receiver_said = receiver_said
@@ -341,15 +330,16 @@ class Selection:
         key = key.replace(PLACEHOLDER, "")  # a name for a while says nothing
         if not key:
             return True
-        return self.recursive and not any(matches(name, self.exclude) for name in with_ancestors(key[1:]))
+        names = with_ancestors(key[1:])
+        return self.recursive and not any(fnmatch.fnmatchcase(name, glob) for glob in self.exclude for name in names)
 
     def of_snapshots(self, snapshots: Iterable[Snapshot]) -> list[Snapshot]:
-        named = ((it, it.short[1:]) for it in snapshots)
-        return [it for it, name in named if matches(name, self.snapshots) and not matches(name, self.exclude_snapshots)]
-
-
-def matches(name: str, globs: Iterable[str]) -> bool:
-    return any(fnmatch.fnmatchcase(name, glob) for glob in globs)
+        found = []
+        for snapshot in snapshots:
+            fits = functools.partial(fnmatch.fnmatchcase, snapshot.short[1:])
+            if any(map(fits, self.snapshots)) and not any(map(fits, self.exclude_snapshots)):
+                found.append(snapshot)
+        return found
 
 
 @dataclass(frozen=True)
@@ -499,7 +489,7 @@ class Blocked(Failure):
             Rollback: "to destroy what is in the way: --rollback",
             Quarantine: "to rename all that is here aside and pull afresh: --quarantine",
         }
-        super().__init__(what, "; ".join([advice, *(offers[type(way)] for way in ways)]))
+        super().__init__(what, advice, *(offers[type(way)] for way in ways))
         self.ways = ways
         self.elsewhere = elsewhere
 
@@ -1244,11 +1234,6 @@ def newest_received(local: Dataset, policy: Policy) -> Snapshot | None:
     return next((it for it in reversed(local.snapshots) if policy.received_tag in (it.tags or ())), None)
 
 
-def is_set_aside(key: str) -> bool:
-    """Whether a dataset, or one above it, was set aside: then it is nobody's mirror any more."""
-    return ASIDE in key
-
-
 def strangers_below(
     place: str, tree: Tree, empty: Mapping[str, bool | None], source: Tree, policy: Policy
 ) -> tuple[str, ...]:
@@ -1263,7 +1248,7 @@ def strangers_below(
             continue
         if not policy.selection.has_dataset(key) or others_tags(local, policy):
             is_fine = False
-        elif is_set_aside(key) or newest_received(local, policy) or (there and local.partial):
+        elif ASIDE in key or newest_received(local, policy) or (there and local.partial):
             is_fine = True
         elif local.snapshots or local.kind != "filesystem":
             is_fine = newest_common(there, local) is not None
@@ -1296,7 +1281,7 @@ def moved_mirrors(source: Tree, target: Tree, policy: Policy) -> Moved:
     twice: set[int] = set()
     for key, local in target.items():
         held = newest_received(local, policy)
-        if not held or not key or key in fixed or is_set_aside(key) or owners.get(held.guid) != 1:
+        if not held or not key or key in fixed or ASIDE in key or owners.get(held.guid) != 1:
             continue
         if not newest_common(source.get(key), local):
             twice |= {held.guid} & found.keys()
@@ -1415,28 +1400,22 @@ def hold_changes(
         return HoldChanges()
     held = newest_common(source, local, to_hold=True)
     on_source = {*promoted_clones, *([held.source.guid] if held else ())}
-    if local and local.partial and local.partial.to_guid is not None:
-        on_source.add(local.partial.to_guid)
-    place_source, release_source = moves(source, policy.tag, on_source)
-    if local and local.partial and local.partial.to_guid is None:
-        release_source = ()
+    partial = local.partial if local else None
+    if partial and partial.to_guid is not None:
+        on_source.add(partial.to_guid)
     on_local = {common.local.guid} if common else set()
-    if local and common:
-        newer = (it for it in local.snapshots if it.createtxg > common.local.createtxg)
+    here = local.snapshots if local else ()
+    if common:
+        newer = (it for it in here if it.createtxg > common.local.createtxg)
         on_local.update(it.guid for it in newer if policy.received_tag in (it.tags or ()))
-    place_local, release_local = moves(local, policy.received_tag, on_local)
+    changes: list[tuple[str, ...]] = []
+    for snapshots, tag, wanted in ((source.snapshots, policy.tag, on_source), (here, policy.received_tag, on_local)):
+        changes.append(tuple(it.name for it in snapshots if it.guid in wanted and tag not in (it.tags or ())))
+        changes.append(tuple(it.name for it in snapshots if it.guid not in wanted and tag in (it.tags or ())))
+    place_source, release_source, place_local, release_local = changes
+    if partial and partial.to_guid is None:
+        release_source = ()
     return HoldChanges(place_source, place_local, release_source, release_local)
-
-
-def bases_of_promoted_clones(source: Tree, target: Tree) -> dict[str, set[int]]:
-    """By dataset of the source, the guids of its snapshots that promoted clones inherited and still need as their
-    base."""
-    found: dict[str, set[int]] = {}
-    for key, dataset in source.items():
-        held = newest_common(dataset, target.get(key), to_hold=True) if dataset.inherited else None
-        if held and held.source in dataset.inherited:
-            found.setdefault(held.source.name.partition("@")[0], set()).add(held.source.guid)
-    return found
 
 
 def bookmark_changes(source: Dataset, local: Dataset | None, policy: Policy) -> BookmarkChanges:
@@ -1451,14 +1430,6 @@ def bookmark_changes(source: Dataset, local: Dataset | None, policy: Policy) -> 
     if wanted in there:
         return BookmarkChanges(None, tuple(older))
     return BookmarkChanges() if common.source.is_bookmark else BookmarkChanges(common.source, tuple(older))
-
-
-def moves(dataset: Dataset | None, tag: str, wanted: set[int]) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Names of snapshots to hold and to release, so that `tag` is on exactly the guids `wanted`."""
-    snapshots = dataset.snapshots if dataset else ()
-    place = tuple(s.name for s in snapshots if s.guid in wanted and (s.tags is None or tag not in s.tags))
-    release = tuple(s.name for s in snapshots if s.guid not in wanted and s.tags and tag in s.tags)
-    return place, release
 
 
 def mirror_status(source: Dataset, local: Dataset | None, name: str, policy: Policy, usage: Usage) -> MirrorStatus:
@@ -1482,9 +1453,9 @@ def mirror_status(source: Dataset, local: Dataset | None, name: str, policy: Pol
 def local_status(local: Dataset, policy: Policy, source: str | None = None) -> MirrorStatus:
     """The status of a local dataset by what is here alone: what we hold is what both sides had in the last complete
     run."""
-    held = [snapshot for snapshot in local.snapshots if policy.received_tag in (snapshot.tags or ())]
+    held = newest_received(local, policy)
     partial = local.partial.bytes if local.partial else None
-    return MirrorStatus(local.name, source, held[-1] if held else None, held_here=bool(held), partial=partial)
+    return MirrorStatus(local.name, source, held, held_here=held is not None, partial=partial)
 
 
 Usage = dict[str, tuple[int, int]]
@@ -1635,12 +1606,9 @@ class TreePlan:
         owners = {dataset.name: key for key, dataset in self.source.items()}
         found: set[str] = set()
         for key in order:
+            is_anothers = key in moved and not newest_common(self.source[key], self.target.get(key))
             origin = owners.get(self.source[key].origin.partition("@")[0])
-            if (
-                (key in moved and not self.is_mirrored(key))
-                or (key and key.rpartition("/")[0] in found)
-                or origin in found
-            ):
+            if is_anothers or (key and key.rpartition("/")[0] in found) or origin in found:
                 found.add(key)
         return found
 
@@ -1713,7 +1681,7 @@ class TreePlan:
                 self.left_alone.add(key)
             self.fail(key, blocked)
             return
-        if key and parent in self.elsewhere and not self.is_mirrored(key):
+        if key and parent in self.elsewhere and not newest_common(source, self.target.get(key)):
             self.elsewhere.add(key)
             if steps:
                 what = f"skipped: its parent {self.local_name(parent)} here is no mirror of the source's dataset"
@@ -1742,10 +1710,6 @@ class TreePlan:
             elif isinstance(step, LOCAL_STEPS):
                 late |= {key, step.old} if isinstance(step, Rename) else {key}
         return receives, parents
-
-    def is_mirrored(self, key: str) -> bool:
-        """Whether there is a snapshot here that the source has too."""
-        return newest_common(self.source[key], self.target.get(key)) is not None
 
     def decide(self, key: str) -> tuple[Step, ...]:
         source = self.source[key]
@@ -1875,7 +1839,11 @@ def all_hold_changes(trees: Trees, policy: Policy, left_alone: Container[str] = 
     """By dataset of the source, the changes that put our holds where they belong. Datasets that are left alone, or
     are not ours, get none."""
     mirrors = mirrors_of(trees, policy)
-    needed = bases_of_promoted_clones(trees.source, mirrors)
+    needed: dict[str, list[int]] = {}  # by dataset, what a promoted clone inherited from it and still has as its base
+    for key, source in trees.source.items():
+        held = newest_common(source, mirrors.get(key), to_hold=True) if source.inherited else None
+        if held and held.source in source.inherited:
+            needed.setdefault(held.source.name.partition("@")[0], []).append(held.source.guid)
     found = {
         key: hold_changes(source, mirrors.get(key), policy, needed.get(source.name, ()))
         for key, source in trees.source.items()
@@ -3774,7 +3742,7 @@ def unset_properties(target: Host, receiving: Command, refused: dict[str, str]) 
     reason = refused[unset[0].partition("=")[0]]
     rights = allow_hint(target, receiving, reason)
     once = f"for this once, as root: {shlex.join(('zfs', 'set', *unset, receiving[-1].partition('@')[0]))}"
-    return StreamFailed(f"received, but {', '.join(unset)} could not be set: {reason}", join_hints(rights, once))
+    return StreamFailed(f"received, but {', '.join(unset)} could not be set: {reason}", rights, once)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -4283,7 +4251,7 @@ class Lister:
                 failure.hint = f"check -r; is the pool imported there? zpool import {root.split('/')[0]}"
             raise
         # The source may be a mirror itself. What has a name there only for a while is nothing to follow.
-        return with_clones({key: it for key, it in tree.items() if not (is_set_aside(key) or PLACEHOLDER in key)})
+        return with_clones({key: it for key, it in tree.items() if not (ASIDE in key or PLACEHOLDER in key)})
 
     def list_target(self) -> Trees:
         """The local tree, and what there is of its ancestors."""
@@ -4342,7 +4310,7 @@ class Lister:
                 tree = read_tree(host, local.name, Selection(), self.report.failure)
                 host.ask((*SYNC_POOL, with_ancestors(local.name)[0]))  # so that what was written lately counts
                 doubtful = [it for it in tree.items() if it[1].kind == "filesystem" and not it[1].snapshots]
-                empty = {inner: self.is_empty(it.name) for inner, it in doubtful if not is_set_aside(inner)}
+                empty = {inner: self.is_empty(it.name) for inner, it in doubtful if ASIDE not in inner}
                 strangers = strangers_below(key, tree, empty, trees.source, policy)
                 local = replace(local, empty=empty.get(""), parent=len(tree) > 1, strangers=strangers)
             target[key] = local
@@ -4492,7 +4460,7 @@ class LocalSteps:
         if missing:
             said = missing[way.to.name]
             rights = allow_hint(host, hold(policy.received_tag, [way.to.name]), said)
-            raise Failure(f"cannot hold {way.to.name}: {said}", join_hints("nothing was rolled back", rights))
+            raise Failure(f"cannot hold {way.to.name}: {said}", "nothing was rolled back", rights)
         for batch in batches(snapshot.name for snapshot in way.newer if snapshot.tags):
             run(host, release(policy.received_tag, batch))
         if local.partial and local.partial.from_guid != way.to.guid:
@@ -4757,11 +4725,8 @@ class Executor:
                 if missing_here:
                     rights = allow_hint(host, hold(tag, missing_here), "".join({*missing_here.values()}))
                     what = f"cannot hold {refusals(missing_here)}"
-                    hint = join_hints(
-                        "nothing was sent, because a snapshot without a hold could be destroyed during the transfer",
-                        rights,
-                    )
-                    self.give_up(key, Failure(what, hint))
+                    why = "nothing was sent, because a snapshot without a hold could be destroyed during the transfer"
+                    self.give_up(key, Failure(what, why, rights))
                     continue
             self.report.holds("hold", tag, names)
             # What could not be read may have been held before: that hold is not ours to release again.
@@ -5724,7 +5689,8 @@ def nagios_result(
     # The exit codes of a plugin: 0 OK, 1 WARNING, 2 CRITICAL, 3 UNKNOWN.
     fails = f"runs fail since {clock(failing)}" if failing else ""
     if not found:
-        return 3, join_hints("ZFS_REPLICATE UNKNOWN - no dataset of this mirror has completed a run yet", fails)
+        none = "no dataset of this mirror has completed a run yet"
+        return 3, f"ZFS_REPLICATE UNKNOWN - {'; '.join(filter(None, (none, fails)))}"
     # A snapshot is as old as its source says, but at least as old as it has been here. So if nothing comes any more,
     # the mirror gets late, whatever date its last snapshot has.
     ages = {it.name: now - min(it.common.creation, it.received or now, now) for it in found if it.common}
@@ -5737,7 +5703,7 @@ def nagios_result(
     if ahead:  # with that date, or that clock of ours, no age means anything
         what = f"{few([it.name for it in ahead], 1)} dated {clock(ahead[0].creation)}, in the future"
         lates = f"{len(late)} of {len(ages)} late, {oldest}"
-        clocks = join_hints("compare the clocks (date) on both hosts", lates, fails)
+        clocks = "; ".join(filter(None, ("compare the clocks (date) on both hosts", lates, fails)))
         return 2, f"ZFS_REPLICATE CRITICAL - {what}: {clocks} | {figures}"
     if late:
         # For one of three reasons: nothing runs, runs fail, or neither and the source has nothing newer.

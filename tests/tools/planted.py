@@ -123,12 +123,12 @@ BUGS: dict[str, tuple[Plant, ...]] = {
     ),
     "leaked hold on the target of a token": (
         Plant(
-            "moves",
-            "s.guid not in wanted and s.tags and tag in s.tags",
-            "s is snapshots[0] and s.guid not in wanted and s.tags and tag in s.tags",
+            "hold_changes",
+            "it.guid not in wanted and tag in (it.tags or ())",
+            "it is snapshots[0] and it.guid not in wanted and tag in (it.tags or ())",
         ),
     ),
-    "target of a token not held": (Plant("hold_changes", "on_source.add(local.partial.to_guid)", ""),),
+    "target of a token not held": (Plant("hold_changes", "on_source.add(partial.to_guid)", ""),),
     "what the source lost loses its hold here": (
         Plant("hold_changes", "policy.received_tag in (it.tags or ())", "False"),
     ),
@@ -229,7 +229,11 @@ BUGS: dict[str, tuple[Plant, ...]] = {
     ),
     "strangers below are no matter": (Plant("check_place", "if local.strangers:", "if False:"),),
     "a child comes below what is no mirror": (
-        Plant("TreePlan.plan_one", "key and parent in self.elsewhere and not self.is_mirrored(key)", "False"),
+        Plant(
+            "TreePlan.plan_one",
+            "key and parent in self.elsewhere and not newest_common(source, self.target.get(key))",
+            "False",
+        ),
     ),
     "names that begin alike are taken for names below": (
         Plant("is_below", "name == root or name.startswith(f'{root}/')", "name.startswith(root)"),
@@ -313,7 +317,7 @@ BUGS: dict[str, tuple[Plant, ...]] = {
     "plain increments onto a raw mirror": (
         Plant("check_encryption_mode", "is_raw and not policy.raw(source)", "False"),
     ),
-    "what was set aside is renamed back": (Plant("moved_mirrors", "is_set_aside(key)", "False"),),
+    "what was set aside is renamed back": (Plant("moved_mirrors", "ASIDE in key", "False"),),
     "an older common snapshot is enough for a rename": (
         Plant(
             "moved_mirrors",
@@ -321,12 +325,17 @@ BUGS: dict[str, tuple[Plant, ...]] = {
             "local.snapshots[0] if local.snapshots else None",
         ),
     ),
-    "what was set aside is as anything else": (Plant("is_set_aside", "ASIDE in key", "False"),),
+    "what was set aside is as anything else": (
+        Plant("strangers_below", "ASIDE in key", "False"),
+        Plant("moved_mirrors", "ASIDE in key", "False"),
+        Plant("Lister.list_source", "ASIDE in key", "False"),
+        Plant("Lister.inspect", "ASIDE not in inner", "True"),
+    ),
     "what was set aside is at the source": (
-        Plant("Lister.list_source", "is_set_aside(key) or PLACEHOLDER in key", "False"),
+        Plant("Lister.list_source", "ASIDE in key or PLACEHOLDER in key", "False"),
     ),
     "a placeholder of the source is mirrored": (
-        Plant("Lister.list_source", "is_set_aside(key) or PLACEHOLDER in key", "is_set_aside(key)"),
+        Plant("Lister.list_source", "ASIDE in key or PLACEHOLDER in key", "ASIDE in key"),
     ),
     "received over children": (
         Plant("plan_first", "(MakeWay(),) if local is not None and local.parent else ()", "()"),

@@ -13,7 +13,8 @@ from zfs_replicate import (
     Receive,
     Snapshot,
     Tree,
-    bases_of_promoted_clones,
+    Trees,
+    all_hold_changes,
     bookmark_changes,
     expire,
     former_name,
@@ -89,9 +90,7 @@ def test_clone_promoted_keeps_the_holds_its_former_origin_needs() -> None:
     common = newest_common(there["/www"], here["/www"])
     assert common is not None
     assert common.source.name == f"{SOURCE}/clone@a"
-    needed = bases_of_promoted_clones(there, here)
-    assert needed == {f"{SOURCE}/clone": {1}}
-    assert hold_changes(there["/clone"], here["/clone"], POLICY, {1}).release_source == ()
+    assert all_hold_changes(Trees(there, here), POLICY)["/clone"].release_source == ()
     assert hold_changes(there["/clone"], here["/clone"], POLICY).release_source == (f"{SOURCE}/clone@a",)
     assert bookmark_changes(there["/www"], here["/www"], POLICY).place is None
     assert plan_dataset(there["/www"], here["/www"], POLICY, f"{LOCAL}/www") == ()
