@@ -115,15 +115,15 @@ __version__ = "0.1.0"
 
 
 class Failure(Exception):
-    """Something expected went wrong. `what` says what and why, `hint` the way out.
+    """Something expected went wrong. `what` says what and why, `hint` the way out: the `hints` that are not empty.
 
     Caught and printed as one paragraph, never as a traceback; any other exception is a bug and keeps its traceback.
     """
 
-    def __init__(self, what: str, hint: str = "") -> None:
-        super().__init__(what, hint)
+    def __init__(self, what: str, *hints: str) -> None:
+        super().__init__(what, *hints)
         self.what = what
-        self.hint = hint
+        self.hint = "; ".join(filter(None, hints))
 
     def __str__(self) -> str:
         return f"{self.what}\n{self.hint}".strip()
@@ -140,18 +140,12 @@ def printable(text: str) -> str:
     if text.isprintable():
         return text
     shown = []
-    for letter in text:
+    for letter in text.replace("\t", " "):
         number = ord(letter)
         if 0xDC80 <= number <= 0xDCFF:  # stands for a byte that is no UTF-8 (https://peps.python.org/pep-0383/)
             number -= 0xDC00
-        if letter.isprintable() or letter == "\n":
-            shown.append(letter)
-        elif letter == "\t":
-            shown.append(" ")
-        else:
-            shown.append(
-                f"\\x{number:02x}" if number < 0x100 else f"\\u{number:04x}" if number < 0x10000 else f"\\U{number:08x}"
-            )
+        form = r"\x{:02x}" if number < 0x100 else r"\u{:04x}" if number < 0x10000 else r"\U{:08x}"
+        shown.append(letter if letter.isprintable() or letter == "\n" else form.format(number))
     return "".join(shown)
 
 
@@ -167,11 +161,6 @@ def excerpt(text: str) -> str:
 def few(names: Sequence[str], most: int = 3) -> str:
     """The first of many names, and how many there are besides."""
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
-
-
-def join_hints(*hints: str) -> str:
-    """Several hints as one; those that are empty are left out."""
-    return "; ".join(filter(None, hints))
 
 
 class CommandFailed(Failure):
@@ -199,9 +188,9 @@ class StreamFailed(Failure):
     """
 
     def __init__(
-        self, what: str, hint: str = "", *, link_held: bool = False, sender_said: str = "", receiver_said: str = ""
+        self, what: str, *hints: str, link_held: bool = False, sender_said: str = "", receiver_said: str = ""
     ) -> None:
-        super().__init__(what, hint)
+        super().__init__(what, *hints)
         self.link_held = link_held
         self.sender_said = sender_said
         self.receiver_said = receiver_said
@@ -341,15 +330,16 @@ class Selection:
         key = key.replace(PLACEHOLDER, "")  # a name for a while says nothing
         if not key:
             return True
-        return self.recursive and not any(matches(name, self.exclude) for name in with_ancestors(key[1:]))
+        names = with_ancestors(key[1:])
+        return self.recursive and not any(fnmatch.fnmatchcase(name, glob) for glob in self.exclude for name in names)
 
     def of_snapshots(self, snapshots: Iterable[Snapshot]) -> list[Snapshot]:
-        named = ((it, it.short[1:]) for it in snapshots)
-        return [it for it, name in named if matches(name, self.snapshots) and not matches(name, self.exclude_snapshots)]
-
-
-def matches(name: str, globs: Iterable[str]) -> bool:
-    return any(fnmatch.fnmatchcase(name, glob) for glob in globs)
+        found = []
+        for snapshot in snapshots:
+            fits = functools.partial(fnmatch.fnmatchcase, snapshot.short[1:])
+            if any(map(fits, self.snapshots)) and not any(map(fits, self.exclude_snapshots)):
+                found.append(snapshot)
+        return found
 
 
 @dataclass(frozen=True)
@@ -462,24 +452,6 @@ Step = Union[Receive, AbortReceive, MakeWay]
 
 
 @dataclass(frozen=True)
-class UpToDate:
-    """Nothing at the source is newer than what is here."""
-
-
-@dataclass(frozen=True)
-class Transfer:
-    """Steps that bring the dataset up to date, in order."""
-
-    steps: tuple[Step, ...]
-
-    @property
-    def targets(self) -> tuple[Snapshot, ...]:
-        """The source snapshots that must stay alive until the steps are done. If we are cut off after any of them,
-        the mirror ends there, and needs it as its base."""
-        return tuple(step.snapshot for step in self.steps if isinstance(step, Receive))
-
-
-@dataclass(frozen=True)
 class Rollback:
     """An override: roll the local dataset back to its snapshot `to`. Newer snapshots and changes are lost. Of those,
     the source once had `received` and has them no more: they may be the last copies."""
@@ -505,29 +477,21 @@ class Quarantine:
 Override = Union[Rollback, Quarantine]
 
 
-@dataclass(frozen=True)
-class Blocked:
-    """The dataset cannot be brought up to date without losing local data: the reason, and what a person can do.
+class Blocked(Failure):
+    """The dataset cannot be brought up to date without losing local data.
 
     `ways` are the overrides that would help; the hint names them last. `elsewhere`: what is here never was a mirror of
     the source's dataset, so it is the wrong place for its children too.
     """
 
-    reason: str
-    advice: str
-    ways: tuple[Override, ...] = ()
-    elsewhere: bool = False
-
-    @property
-    def hint(self) -> str:
+    def __init__(self, what: str, advice: str, *ways: Override, elsewhere: bool = False) -> None:
         offers = {
             Rollback: "to destroy what is in the way: --rollback",
             Quarantine: "to rename all that is here aside and pull afresh: --quarantine",
         }
-        return "; ".join([self.advice, *(offers[type(way)] for way in self.ways)])
-
-
-Plan = Union[UpToDate, Transfer, Blocked]
+        super().__init__(what, advice, *(offers[type(way)] for way in ways))
+        self.ways = ways
+        self.elsewhere = elsewhere
 
 
 @dataclass(frozen=True)
@@ -548,8 +512,8 @@ LocalStep = Union[Rename, MakeWay, Rollback, Quarantine, AbortReceive]
 LOCAL_STEPS = (Rename, MakeWay, Rollback, Quarantine, AbortReceive)
 """The steps that need no stream, and change the names here."""
 
-Entry = Union[UpToDate, Failure, Step, Create, Rename, Override]
-"""What the plan of a tree says of a dataset: a step, or that and why there is none."""
+Entry = Union[Step, Create, Rename, Override, Failure, None]
+"""What the plan of a tree says of a dataset: a step; why there is none; or None if it is in step."""
 
 
 @dataclass(frozen=True)
@@ -1035,29 +999,31 @@ def newest_common(source: Dataset | None, local: Dataset | None, *, to_hold: boo
 
 def plan_dataset(
     source: Dataset, local: Dataset | None, policy: Policy, local_name: str, origin: Snapshot | None = None
-) -> Plan:
-    """Decide how `local` (None if it does not exist yet), which is or will be called `local_name`, gets in step with
-    `source`. `origin` is our copy of the snapshot that the source dataset was cloned from, if we have it."""
-    if local is not None and others_tags(local, policy):
-        return blocked_by_another_line(local, policy)
-    if local is not None and not local.held_before and not local.recognised and is_reversed(source, local):
-        return Blocked(
-            f"{source.name} is the mirror of {local.name}, by the holds on both sides ({newest_of(source, local)})",
-            "this line may be meant for the other host: check -h, -r and -l; if the hosts have swapped roles, end "
-            "the other line first, with --retire",
-            elsewhere=True,
-        )
-    if local is not None and local.kind != source.kind:
-        return Blocked(
-            f"{source.name} is a {source.kind}, but {local.name} is a {local.kind} ({newest_of(source, local)})",
-            "see which of them is right, and check -r and -l",
-            (Quarantine(),),
-            elsewhere=newest_received(local, policy) is None,
-        )
-    if local is not None and local.partial is not None:
-        return plan_partial(source, local, local.partial, policy, origin)
+) -> tuple[Step, ...]:
+    """The steps that bring `local` in step with `source`; none if it is. `local` (None if it does not exist yet) is or
+    will be called `local_name`. `origin` is our copy of the snapshot that the source dataset was cloned from, if we
+    have it. Raises Blocked if the steps would lose local data."""
+    if local is not None:
+        if others_tags(local, policy):
+            raise blocked_by_another_line(local, policy)
+        if not local.held_before and not local.recognised and is_reversed(source, local):
+            raise Blocked(
+                f"{source.name} is the mirror of {local.name}, by the holds on both sides ({newest_of(source, local)})",
+                "this line may be meant for the other host: check -h, -r and -l; if the hosts have swapped roles, end "
+                "the other line first, with --retire",
+                elsewhere=True,
+            )
+        if local.kind != source.kind:
+            raise Blocked(
+                f"{source.name} is a {source.kind}, but {local.name} is a {local.kind} ({newest_of(source, local)})",
+                "see which of them is right, and check -r and -l",
+                Quarantine(),
+                elsewhere=newest_received(local, policy) is None,
+            )
+        if local.partial is not None:
+            return plan_partial(source, local, local.partial, policy, origin)
     if not policy.selection.of_snapshots(source.snapshots):
-        return UpToDate()
+        return ()
     if local is None or not local.snapshots:
         return plan_first(source, local, policy, local_name, origin)
     return plan_next(source, local, policy)
@@ -1082,7 +1048,9 @@ def blocked_by_another_line(local: Dataset, policy: Policy) -> Blocked:
     )
 
 
-def plan_partial(source: Dataset, local: Dataset, partial: Partial, policy: Policy, origin: Snapshot | None) -> Plan:
+def plan_partial(
+    source: Dataset, local: Dataset, partial: Partial, policy: Policy, origin: Snapshot | None
+) -> tuple[Step, ...]:
     """Resume an interrupted receive, or abort it and plan anew.
 
     It is resumed if its base still is the newest local snapshot (or our copy of the origin, for a clone), if the source
@@ -1092,7 +1060,7 @@ def plan_partial(source: Dataset, local: Dataset, partial: Partial, policy: Poli
     Aborting a first receive destroys the local dataset (that was all there is of it), so plan as if it did not exist.
     """
     if partial.to_guid is None and not partial.corrupt:
-        return Blocked(
+        raise Blocked(
             f"{local.name} has an interrupted receive, and zfs could not say whose",
             f"look at its token: zfs send -nvt $(zfs get -Hp -o value receive_resume_token '{local.name}'); "
             f"to give it up, bytes and all: zfs recv -A '{local.name}'",
@@ -1105,37 +1073,22 @@ def plan_partial(source: Dataset, local: Dataset, partial: Partial, policy: Poli
     if target and ends_match and partial.raw == policy.raw(source) and not local.changed and not partial.corrupt:
         # Take it for arrived, to plan what follows.
         arrived = replace(target, createtxg=base.createtxg + 1 if base else 0, tags=NO_TAGS)
-        rest = plan_dataset(source, replace(whole, snapshots=(*local.snapshots, arrived)), policy, local.name)
-        return Transfer((Receive(target, token=partial.token), *steps_of(rest)))
-    rest = plan_dataset(source, whole if local.snapshots else None, policy, local.name, origin)
-    return rest if isinstance(rest, Blocked) else Transfer((AbortReceive(partial), *steps_of(rest)))
+        steps: list[Step] = [Receive(target, token=partial.token)]
+        with contextlib.suppress(Blocked):  # what blocks the rest is told once this has arrived
+            steps += plan_dataset(source, replace(whole, snapshots=(*local.snapshots, arrived)), policy, local.name)
+        return tuple(steps)
+    return AbortReceive(partial), *plan_dataset(source, whole if local.snapshots else None, policy, local.name, origin)
 
 
-def after_transfer(source: Dataset, local: Dataset | None, local_name: str, plan: Transfer) -> Dataset:
-    """What the local dataset will be like after the transfer."""
+def after_transfer(source: Dataset, local: Dataset | None, local_name: str, steps: Iterable[Step]) -> Dataset:
+    """The local dataset as these steps will leave it."""
     here = local or Dataset(local_name, source.kind)
     last = here.snapshots[-1].createtxg if here.snapshots else 0
     arrived = [
         replace(snapshot, name=local_name + snapshot.short, createtxg=last + number, tags=NO_TAGS, cloned=False)
-        for number, snapshot in enumerate(plan.targets, 1)
+        for number, snapshot in enumerate((step.snapshot for step in steps if isinstance(step, Receive)), 1)
     ]
     return replace(here, partial=None, empty=False, snapshots=(*here.snapshots, *arrived))
-
-
-def after_rollback(local: Dataset, way: Rollback) -> Dataset:
-    """What is left of a local dataset then."""
-    kept = tuple(snapshot for snapshot in local.snapshots if snapshot not in way.newer)
-    return replace(local, partial=None, changed=False, snapshots=kept)
-
-
-def after_rename(local: Dataset, name: str) -> Dataset:
-    """A local dataset under another name."""
-    snapshots = tuple(replace(snapshot, name=name + snapshot.short) for snapshot in local.snapshots)
-    return replace(local, name=name, snapshots=snapshots)
-
-
-def steps_of(plan: Plan) -> tuple[Step, ...]:
-    return plan.steps if isinstance(plan, Transfer) else ()
 
 
 def wanted_snapshots(later: Sequence[Snapshot], policy: Policy) -> Sequence[Snapshot]:
@@ -1145,79 +1098,94 @@ def wanted_snapshots(later: Sequence[Snapshot], policy: Policy) -> Sequence[Snap
 
 def plan_first(
     source: Dataset, local: Dataset | None, policy: Policy, local_name: str, origin: Snapshot | None
-) -> Plan:
+) -> tuple[Step, ...]:
     """First receive: the oldest wanted snapshot, in full or as a clone; then increments to the newest."""
-    blocked = blocked_by_place(source, local, policy) if local is not None else None
-    if blocked:
-        return blocked
+    if local is not None:
+        check_place(source, local, policy)
+    if len(with_ancestors(local_name)) > NESTING_LIMIT:
+        raise Blocked(
+            f"{local_name} would be nested deeper than the {NESTING_LIMIT} levels ZFS allows",
+            "mirror to a place nearer to the pool with -l, or leave it out with --exclude",
+        )
     way = (MakeWay(),) if local is not None and local.parent else ()
     arrivals = wanted_snapshots(policy.selection.of_snapshots(source.snapshots), policy)
     oldest, *later = arrivals
     first = Receive(oldest)
     if origin and (local is None or way):
         first = Receive(oldest, source.inherited[-1], origin=origin.name)
-    refused = blocked_by_depth(local_name) or blocked_by_length(arrivals, local_name)
-    return refused or Transfer((*way, first, *incremental_receives(oldest, later)))
+    check_length(arrivals, local_name)
+    return (*way, first, *incremental_receives(oldest, later))
 
 
-def blocked_by_place(source: Dataset, local: Dataset, policy: Policy) -> Blocked | None:
-    """Refuse a first receive into what is here, unless that is an empty filesystem with nothing but ours below it."""
+def check_place(source: Dataset, local: Dataset, policy: Policy) -> None:
+    """Raise Blocked unless what is here is an empty filesystem with nothing but ours below it."""
     if local.strangers:
-        others = ", ".join(local.strangers[:3]) + f" and {len(local.strangers) - 3} more" * (len(local.strangers) > 3)
-        return Blocked(
-            f"{local.name} has datasets below it that are neither ours nor the source's: {others}; as a mirror it "
-            "would make them read-only, and hand down to them what the source says",
+        raise Blocked(
+            f"{local.name} has datasets below it that are neither ours nor the source's: {few(local.strangers)}; as a "
+            "mirror it would make them read-only, and hand down to them what the source says",
             "this may be the wrong place: check -l; mirror to a dataset of its own, that is not there yet; if what is "
             "below it is empty and left over, zfs destroy it",
             elsewhere=True,
         )
     if local.empty is None:
-        return Blocked(
+        raise Blocked(
             f"it is not known whether {local.name} is empty, and a first receive would overwrite what it holds "
             f"({newest_of(source, local)})",
             f"what keeps this from working? zfs userspace '{local.name}'; or mirror to another place with -l",
         )
     if not local.empty:
-        return Blocked(
+        raise Blocked(
             f"{local.name} is not empty: it holds data but no snapshot, and a first receive would overwrite it "
             f"({newest_of(source, local)})",
             "mirror to another place with -l; or, if nothing in it is needed, destroy it yourself",
-            (Quarantine(),),
+            Quarantine(),
             elsewhere=True,
         )
     if local.parent and "/" not in local.name:
-        return Blocked(
+        raise Blocked(
             f"{local.name} is the root of a pool, with a mirror below it, and cannot make way for {source.name} "
             f"({newest_of(source, local)})",
             "mirror to a dataset of its own with -l",
         )
     if (local.encrypted or policy.raw(source)) and not local.parent:
-        return Blocked(
+        raise Blocked(
             f"{local.name} is already here, and zfs receives no first stream into a dataset if either is encrypted "
             f"({newest_of(source, local)})",
             "mirror to a dataset that is not there yet with -l; or, if nothing in it is needed, destroy it yourself",
-            (Quarantine(),),
+            Quarantine(),
         )
-    return None
 
 
-def plan_next(source: Dataset, local: Dataset, policy: Policy) -> Plan:
+def plan_next(source: Dataset, local: Dataset, policy: Policy) -> tuple[Step, ...]:
     """Increments from the newest common point to what is newer, unless something local stands in the way."""
     common = newest_common(source, local)
     if common is None:
-        return strangers(source, local, policy)
+        raise blocked_without_common(source, local, policy)
     later = [snapshot for snapshot in source.snapshots if snapshot.createtxg > common.source.createtxg]
     arrivals = wanted_snapshots(policy.selection.of_snapshots(later), policy)
     if not arrivals:
-        return UpToDate()
-    return (
-        blocked_by_promotion(source, local, common)
-        or blocked_by_encryption_mode(source, local, common, policy)
-        or blocked_by_divergence(source, local, common, policy)
-        or blocked_by_name(arrivals, source, local)
-        or blocked_by_length(arrivals, local.name)
-        or Transfer(incremental_receives(common.source, arrivals))
-    )
+        return ()
+    if common.source in source.inherited:
+        # zfs recv takes an increment from an inherited snapshot for the stream of a new clone.
+        raise Blocked(
+            f"{source.name} and its clone have swapped roles (zfs promote): the newest common snapshot, "
+            f"{common.source.name}, belongs to the clone by now, and {local.name} can receive no increment from it "
+            f"({newest_of(source, local)})",
+            "destroy neither before a fresh copy is here, which will be a clone as well",
+            Quarantine(),
+        )
+    check_encryption_mode(source, local, common, policy)
+    check_divergence(source, local, common, policy)
+    taken = {snapshot.short for snapshot in local.snapshots}
+    for name in (snapshot.short for snapshot in arrivals if snapshot.short in taken):
+        raise Blocked(
+            f"{local.name} already has a snapshot {name} that is another one than the source's: their guids differ "
+            f"({newest_of(source, local)})",
+            f"rename the local one: zfs rename '{local.name}{name}' '{local.name}{name}.local'",
+            Quarantine(),
+        )
+    check_length(arrivals, local.name)
+    return incremental_receives(common.source, arrivals)
 
 
 def in_order(tree: Tree) -> list[str]:
@@ -1266,11 +1234,6 @@ def newest_received(local: Dataset, policy: Policy) -> Snapshot | None:
     return next((it for it in reversed(local.snapshots) if policy.received_tag in (it.tags or ())), None)
 
 
-def is_set_aside(key: str) -> bool:
-    """Whether a dataset, or one above it, was set aside: then it is nobody's mirror any more."""
-    return ASIDE in key
-
-
 def strangers_below(
     place: str, tree: Tree, empty: Mapping[str, bool | None], source: Tree, policy: Policy
 ) -> tuple[str, ...]:
@@ -1285,7 +1248,7 @@ def strangers_below(
             continue
         if not policy.selection.has_dataset(key) or others_tags(local, policy):
             is_fine = False
-        elif is_set_aside(key) or newest_received(local, policy) or (there and local.partial):
+        elif ASIDE in key or newest_received(local, policy) or (there and local.partial):
             is_fine = True
         elif local.snapshots or local.kind != "filesystem":
             is_fine = newest_common(there, local) is not None
@@ -1318,7 +1281,7 @@ def moved_mirrors(source: Tree, target: Tree, policy: Policy) -> Moved:
     twice: set[int] = set()
     for key, local in target.items():
         held = newest_received(local, policy)
-        if not held or not key or key in fixed or is_set_aside(key) or owners.get(held.guid) != 1:
+        if not held or not key or key in fixed or ASIDE in key or owners.get(held.guid) != 1:
             continue
         if not newest_common(source.get(key), local):
             twice |= {held.guid} & found.keys()
@@ -1332,61 +1295,47 @@ def newest_of(source: Dataset, local: Dataset) -> str:
     return f"newest snapshot here: {here}, at the source: {there}"
 
 
-def strangers(source: Dataset, local: Dataset, policy: Policy) -> Blocked:
+def blocked_without_common(source: Dataset, local: Dataset, policy: Policy) -> Blocked:
     """Refuse two histories without a common point. Our hold on a local snapshot proves that there was one once."""
     if any(snapshot.tags is None or policy.received_tag in snapshot.tags for snapshot in local.snapshots):
         return Blocked(
             f"the common base of {local.name} is gone: {source.name} has none of the snapshots that are here "
             f"({newest_of(source, local)})",
             "find out who destroyed it there, or whether the dataset was made anew",
-            (Quarantine(),),
+            Quarantine(),
         )
     return Blocked(
         f"{local.name} is no mirror of {source.name}: they never had a snapshot in common ({newest_of(source, local)})",
         "this may be the wrong tree: check -h, -r and -l",
-        (Quarantine(),),
+        Quarantine(),
         elsewhere=True,
     )
 
 
-def blocked_by_promotion(source: Dataset, local: Dataset, common: CommonPoint) -> Blocked | None:
-    """Refuse an increment from an inherited snapshot: zfs recv takes such a stream for that of a new clone."""
-    if common.source not in source.inherited:
-        return None
-    return Blocked(
-        f"{source.name} and its clone have swapped roles (zfs promote): the newest common snapshot, "
-        f"{common.source.name}, belongs to the clone by now, and {local.name} can receive no increment from it "
-        f"({newest_of(source, local)})",
-        "destroy neither before a fresh copy is here, which will be a clone as well",
-        (Quarantine(),),
-    )
-
-
-def blocked_by_encryption_mode(source: Dataset, local: Dataset, common: CommonPoint, policy: Policy) -> Blocked | None:
-    """Refuse to change between raw and plain streams of an encrypted dataset. They do not mix, though guids match
-    (https://github.com/openzfs/zfs/issues/8758)."""
+def check_encryption_mode(source: Dataset, local: Dataset, common: CommonPoint, policy: Policy) -> None:
+    """Raise Blocked for a change between raw and plain streams of an encrypted dataset. They do not mix, though guids
+    match (https://github.com/openzfs/zfs/issues/8758)."""
     if not common.source.ivset:
-        return None
+        return
     is_raw = common.source.ivset == common.local.ivset
     if is_raw and not policy.raw(source):
-        return Blocked(
+        raise Blocked(
             f"{local.name} was received raw (encrypted) from {source.name}, and cannot take decrypted streams "
             f"({newest_of(source, local)})",
             "leave --decrypt out, to go on as it began",
-            (Quarantine(),),
+            Quarantine(),
         )
     if policy.raw(source) and not is_raw:
-        return Blocked(
+        raise Blocked(
             f"{local.name} was received decrypted from {source.name}, and cannot take raw (encrypted) streams "
             f"({newest_of(source, local)})",
             "add --decrypt, to go on as it began",
-            (Quarantine(),),
+            Quarantine(),
         )
-    return None
 
 
-def blocked_by_divergence(source: Dataset, local: Dataset, common: CommonPoint, policy: Policy) -> Blocked | None:
-    """Refuse to pull onto what was made here: newer snapshots, or changes since the newest one."""
+def check_divergence(source: Dataset, local: Dataset, common: CommonPoint, policy: Policy) -> None:
+    """Raise Blocked for what was made here: newer snapshots, or changes since the newest one."""
     ahead = [snapshot for snapshot in local.snapshots if snapshot.createtxg > common.local.createtxg]
     where = f"the newest common one, {common.local.short} ({newest_of(source, local)})"
     protected = [f"{it.short} ({why})" for it in ahead for why in why_not_rolled_back(it, source, policy)]
@@ -1397,11 +1346,10 @@ def blocked_by_divergence(source: Dataset, local: Dataset, common: CommonPoint, 
         count = f"{len(ahead)} local snapshot{'s' * (len(ahead) > 1)}"
         spared = f"; not to be rolled back: {', '.join(protected)}" if protected else ""
         advice = f"stop what makes snapshots on the mirror{spared}"
-        return Blocked(f"{local.name} has {count} newer than {where}", advice, (*ways, Quarantine()))
+        raise Blocked(f"{local.name} has {count} newer than {where}", advice, *ways, Quarantine())
     if local.changed:
         advice = f"stop what writes to the mirror; to see what was changed: zfs diff '{common.local.name}'"
-        return Blocked(f"{local.name} was changed since {where}", advice, (*ways, Quarantine()))
-    return None
+        raise Blocked(f"{local.name} was changed since {where}", advice, *ways, Quarantine())
 
 
 def why_not_rolled_back(snapshot: Snapshot, source: Dataset, policy: Policy) -> Iterator[str]:
@@ -1424,38 +1372,14 @@ def incremental_receives(base: Snapshot, arrivals: Sequence[Snapshot]) -> tuple[
     return tuple(Receive(arrival, before) for before, arrival in zip([base, *arrivals], arrivals))
 
 
-def blocked_by_name(arrivals: Iterable[Snapshot], source: Dataset, local: Dataset) -> Blocked | None:
-    """Refuse a snapshot whose name is taken here by another one (other guid)."""
-    taken = {snapshot.short for snapshot in local.snapshots}
-    for name in (snapshot.short for snapshot in arrivals if snapshot.short in taken):
-        return Blocked(
-            f"{local.name} already has a snapshot {name} that is another one than the source's: their guids differ "
-            f"({newest_of(source, local)})",
-            f"rename the local one: zfs rename '{local.name}{name}' '{local.name}{name}.local'",
-            (Quarantine(),),
-        )
-    return None
-
-
-def blocked_by_length(arrivals: Iterable[Snapshot], local_name: str) -> Blocked | None:
-    """Refuse a name that is legal at the source and too long under our root."""
+def check_length(arrivals: Iterable[Snapshot], local_name: str) -> None:
+    """Raise Blocked for a name that is legal at the source and too long under our root."""
     for snapshot in arrivals:
         if len((local_name + snapshot.short).encode()) > NAME_LIMIT:
-            return Blocked(
+            raise Blocked(
                 f"{local_name}{snapshot.short} would be longer than the {NAME_LIMIT} bytes ZFS allows",
                 "mirror to a shorter name with -l, or rename the snapshot at the source",
             )
-    return None
-
-
-def blocked_by_depth(local_name: str) -> Blocked | None:
-    """Refuse a dataset that is legal at the source and too deep under our root."""
-    if len(with_ancestors(local_name)) <= NESTING_LIMIT:
-        return None
-    return Blocked(
-        f"{local_name} would be nested deeper than the {NESTING_LIMIT} levels ZFS allows",
-        "mirror to a place nearer to the pool with -l, or leave it out with --exclude",
-    )
 
 
 def hold_changes(
@@ -1476,28 +1400,22 @@ def hold_changes(
         return HoldChanges()
     held = newest_common(source, local, to_hold=True)
     on_source = {*promoted_clones, *([held.source.guid] if held else ())}
-    if local and local.partial and local.partial.to_guid is not None:
-        on_source.add(local.partial.to_guid)
-    place_source, release_source = moves(source, policy.tag, on_source)
-    if local and local.partial and local.partial.to_guid is None:
-        release_source = ()
+    partial = local.partial if local else None
+    if partial and partial.to_guid is not None:
+        on_source.add(partial.to_guid)
     on_local = {common.local.guid} if common else set()
-    if local and common:
-        newer = (it for it in local.snapshots if it.createtxg > common.local.createtxg)
+    here = local.snapshots if local else ()
+    if common:
+        newer = (it for it in here if it.createtxg > common.local.createtxg)
         on_local.update(it.guid for it in newer if policy.received_tag in (it.tags or ()))
-    place_local, release_local = moves(local, policy.received_tag, on_local)
+    changes: list[tuple[str, ...]] = []
+    for snapshots, tag, wanted in ((source.snapshots, policy.tag, on_source), (here, policy.received_tag, on_local)):
+        changes.append(tuple(it.name for it in snapshots if it.guid in wanted and tag not in (it.tags or ())))
+        changes.append(tuple(it.name for it in snapshots if it.guid not in wanted and tag in (it.tags or ())))
+    place_source, release_source, place_local, release_local = changes
+    if partial and partial.to_guid is None:
+        release_source = ()
     return HoldChanges(place_source, place_local, release_source, release_local)
-
-
-def bases_of_promoted_clones(source: Tree, target: Tree) -> dict[str, set[int]]:
-    """By dataset of the source, the guids of its snapshots that promoted clones inherited and still need as their
-    base."""
-    found: dict[str, set[int]] = {}
-    for key, dataset in source.items():
-        held = newest_common(dataset, target.get(key), to_hold=True) if dataset.inherited else None
-        if held and held.source in dataset.inherited:
-            found.setdefault(held.source.name.partition("@")[0], set()).add(held.source.guid)
-    return found
 
 
 def bookmark_changes(source: Dataset, local: Dataset | None, policy: Policy) -> BookmarkChanges:
@@ -1512,14 +1430,6 @@ def bookmark_changes(source: Dataset, local: Dataset | None, policy: Policy) -> 
     if wanted in there:
         return BookmarkChanges(None, tuple(older))
     return BookmarkChanges() if common.source.is_bookmark else BookmarkChanges(common.source, tuple(older))
-
-
-def moves(dataset: Dataset | None, tag: str, wanted: set[int]) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Names of snapshots to hold and to release, so that `tag` is on exactly the guids `wanted`."""
-    snapshots = dataset.snapshots if dataset else ()
-    place = tuple(s.name for s in snapshots if s.guid in wanted and (s.tags is None or tag not in s.tags))
-    release = tuple(s.name for s in snapshots if s.guid not in wanted and s.tags and tag in s.tags)
-    return place, release
 
 
 def mirror_status(source: Dataset, local: Dataset | None, name: str, policy: Policy, usage: Usage) -> MirrorStatus:
@@ -1543,9 +1453,9 @@ def mirror_status(source: Dataset, local: Dataset | None, name: str, policy: Pol
 def local_status(local: Dataset, policy: Policy, source: str | None = None) -> MirrorStatus:
     """The status of a local dataset by what is here alone: what we hold is what both sides had in the last complete
     run."""
-    held = [snapshot for snapshot in local.snapshots if policy.received_tag in (snapshot.tags or ())]
+    held = newest_received(local, policy)
     partial = local.partial.bytes if local.partial else None
-    return MirrorStatus(local.name, source, held[-1] if held else None, held_here=bool(held), partial=partial)
+    return MirrorStatus(local.name, source, held, held_here=held is not None, partial=partial)
 
 
 Usage = dict[str, tuple[int, int]]
@@ -1633,8 +1543,8 @@ def why_kept(
 
 
 class TreePlan:
-    """The plan of the whole tree: `entries`, in order, of a dataset's key and a step; or UpToDate; or a Failure that
-    says why there is no step.
+    """The plan of the whole tree: `entries`, in order, of a dataset's key and a step; or None, if it is in step; or a
+    Failure that says why there is no step.
 
     Every step is planned on the state that the steps before it will leave; `target` is that state in the end. --dry-run
     prints this plan. A run carries out what it can at once, lists again, and plans anew until no step is left: see
@@ -1696,12 +1606,9 @@ class TreePlan:
         owners = {dataset.name: key for key, dataset in self.source.items()}
         found: set[str] = set()
         for key in order:
+            is_anothers = key in moved and not newest_common(self.source[key], self.target.get(key))
             origin = owners.get(self.source[key].origin.partition("@")[0])
-            if (
-                (key in moved and not self.is_mirrored(key))
-                or (key and key.rpartition("/")[0] in found)
-                or origin in found
-            ):
+            if is_anothers or (key and key.rpartition("/")[0] in found) or origin in found:
                 found.add(key)
         return found
 
@@ -1711,11 +1618,13 @@ class TreePlan:
         if old is None or old not in self.target or key in self.given_up:
             return False
         parent = key.rpartition("/")[0]
-        above = self.decide(parent) if parent in self.target and parent in self.source else None
-        if isinstance(above, Blocked) and above.elsewhere:
-            return False  # nothing of ours goes below what is no mirror of the source's
         try:
             parents = missing_parents(key, self.source, self.target, self.existing, self.policy)
+            if parent in self.target and parent in self.source:
+                self.decide(parent)
+        except Blocked as blocked:
+            if blocked.elsewhere:
+                return False  # nothing of ours goes below what is no mirror of the source's
         except Failure:
             return False  # its parent may be here when its own turn comes
         self.create(key, parents)
@@ -1731,7 +1640,15 @@ class TreePlan:
 
     def move(self, old: str, key: str) -> None:
         self.entries.append((key, Rename(old)))
-        self.target = tree_after_rename(self.target, old, key, self.policy)
+        target: Tree = {}
+        for before, local in self.target.items():
+            now = rekeyed(before, old, key)
+            target[now] = local
+            if now != before:
+                name = self.local_name(now)
+                snapshots = tuple(replace(snapshot, name=name + snapshot.short) for snapshot in local.snapshots)
+                target[now] = replace(local, name=name, snapshots=snapshots)
+        self.target = target
         self.unlisted |= {it for it in self.target if is_below(it, key)}
         self.moved = {guid: (rekeyed(it, old, key), local) for guid, (it, local) in self.moved.items()}
         self.copies = {guid: it if it is None else rekeyed(it, old, key) for guid, it in self.copies.items()}
@@ -1756,28 +1673,29 @@ class TreePlan:
             self.elsewhere.add(key)
             self.left_alone.add(key)
             return
-        plan = self.decide(key)
-        override = allowed_override(plan, self.policy)
-        if override and key not in self.given_up:
-            plan = self.override(key, override)
-        if isinstance(plan, Blocked):
-            if plan.elsewhere:
+        try:
+            steps = self.decide_or_override(key)
+        except Blocked as blocked:
+            if blocked.elsewhere:
                 self.elsewhere.add(key)
                 self.left_alone.add(key)
-            self.fail(key, Failure(plan.reason, plan.hint))
-        elif key and parent in self.elsewhere and not self.is_mirrored(key):
+            self.fail(key, blocked)
+            return
+        if key and parent in self.elsewhere and not newest_common(source, self.target.get(key)):
             self.elsewhere.add(key)
-            if isinstance(plan, Transfer):
+            if steps:
                 what = f"skipped: its parent {self.local_name(parent)} here is no mirror of the source's dataset"
                 self.fail(key, Failure(what, PARENT_FIRST))
-        elif isinstance(plan, UpToDate):
-            self.entries.append((key, plan))
+        elif not steps:
+            self.entries.append((key, None))
         else:
             try:
-                self.add_steps(key, source, plan)
+                if key not in self.given_up:
+                    self.add_steps(key, source, steps)
+                    return
             except Failure as failure:
-                self.late.update(snapshot.guid for snapshot in plan.targets)
                 self.fail(key, failure)
+            self.late.update(step.snapshot.guid for step in steps if isinstance(step, Receive))
 
     def streams_due(self) -> tuple[dict[str, list[Receive]], dict[str, list[str]]]:
         """What can be received before names change again, by dataset, and the placeholders to be created above."""
@@ -1793,32 +1711,36 @@ class TreePlan:
                 late |= {key, step.old} if isinstance(step, Rename) else {key}
         return receives, parents
 
-    def is_mirrored(self, key: str) -> bool:
-        """Whether there is a snapshot here that the source has too."""
-        return newest_common(self.source[key], self.target.get(key)) is not None
-
-    def decide(self, key: str) -> Plan:
+    def decide(self, key: str) -> tuple[Step, ...]:
         source = self.source[key]
         return plan_dataset(source, self.target.get(key), self.policy, self.local_name(key), self.origin_of(source))
 
-    def override(self, key: str, override: Override) -> Plan:
-        """Plan on what an override would leave. If that is blocked as well, the override is not taken: nothing is
-        destroyed for nothing."""
+    def decide_or_override(self, key: str) -> tuple[Step, ...]:
+        """The steps of a dataset; if it is blocked, those after an override that the user allows. Raises Blocked."""
+        try:
+            return self.decide(key)
+        except Blocked as blocked:
+            allowed = {Rollback: self.policy.rollback, Quarantine: self.policy.quarantine}
+            override = next((way for way in blocked.ways if allowed[type(way)]), None)
+            if override is None or key in self.given_up:
+                raise
         before = dict(self.target)
         if isinstance(override, Quarantine):
             self.target = {it: local for it, local in before.items() if not is_below(it, key)}
         else:
-            self.target[key] = after_rollback(before[key], override)
-        plan = self.decide(key)
-        if isinstance(plan, Blocked):
-            self.target = before
-        else:
-            self.entries.append((key, override))
-        return plan
+            kept = tuple(snapshot for snapshot in before[key].snapshots if snapshot not in override.newer)
+            self.target[key] = replace(before[key], partial=None, changed=False, snapshots=kept)
+        try:
+            steps = self.decide(key)
+        except Blocked:
+            self.target = before  # nothing is destroyed for nothing
+            raise
+        self.entries.append((key, override))
+        return steps
 
-    def add_steps(self, key: str, source: Dataset, plan: Transfer) -> None:
+    def add_steps(self, key: str, source: Dataset, planned: Iterable[Step]) -> None:
         """Add the steps of one dataset. Raises Failure if its parent or origin should be here, and is not."""
-        steps = list(plan.steps)
+        steps = list(planned)
         local = self.target.get(key)
         is_first = local is None or any(isinstance(step, MakeWay) for step in steps)
         parents = []
@@ -1829,12 +1751,9 @@ class TreePlan:
             if source.inherited and source.inherited[-1].guid in self.late:
                 raise Failure(f"skipped: its origin {source.origin} has not been received completely", ORIGIN_FIRST)
             steps[steps.index(first)] = replace(first, lost_origin=source.origin)
-        if key in self.given_up:
-            self.late.update(snapshot.guid for snapshot in plan.targets)
-            return
         self.create(key, parents)
         self.entries += [(key, step) for step in steps]
-        after = after_transfer(source, None if is_first else local, self.local_name(key), plan)
+        after = after_transfer(source, None if is_first else local, self.local_name(key), steps)
         self.target[key] = replace(after, recognised=True)
         self.note_copies(key)
         self.return_children(key)
@@ -1843,15 +1762,6 @@ class TreePlan:
 def rekeyed(key: str, old: str, new: str) -> str:
     """The key of a dataset after `old` was renamed to `new`, with all below it."""
     return new + key[len(old) :] if is_below(key, old) else key
-
-
-def tree_after_rename(target: Tree, old: str, new: str, policy: Policy) -> Tree:
-    """The local tree after a dataset was renamed, with all below it."""
-    found = {}
-    for key, local in target.items():
-        now = rekeyed(key, old, new)
-        found[now] = local if now == key else after_rename(local, policy.target_root + now)
-    return found
 
 
 def former_name(source: Dataset, key: str, target: Tree, moved: Moved) -> str | None:
@@ -1900,13 +1810,6 @@ def is_ours(source: Dataset, local: Dataset | None) -> bool:
     return newest_common(source, local) is None
 
 
-def allowed_override(plan: Plan, policy: Policy) -> Override | None:
-    """The override that would help, if the user allows it."""
-    allowed = {Rollback: policy.rollback, Quarantine: policy.quarantine}
-    ways = plan.ways if isinstance(plan, Blocked) else ()
-    return next((way for way in ways if allowed[type(way)]), None)
-
-
 PARENT_FIRST = "it will be pulled once the parent's problem is fixed"
 ORIGIN_FIRST = "it will be pulled, as a clone, once the problem of its origin's dataset is fixed"
 
@@ -1936,7 +1839,11 @@ def all_hold_changes(trees: Trees, policy: Policy, left_alone: Container[str] = 
     """By dataset of the source, the changes that put our holds where they belong. Datasets that are left alone, or
     are not ours, get none."""
     mirrors = mirrors_of(trees, policy)
-    needed = bases_of_promoted_clones(trees.source, mirrors)
+    needed: dict[str, list[int]] = {}  # by dataset, what a promoted clone inherited from it and still has as its base
+    for key, source in trees.source.items():
+        held = newest_common(source, mirrors.get(key), to_hold=True) if source.inherited else None
+        if held and held.source in source.inherited:
+            needed.setdefault(held.source.name.partition("@")[0], []).append(held.source.guid)
     found = {
         key: hold_changes(source, mirrors.get(key), policy, needed.get(source.name, ()))
         for key, source in trees.source.items()
@@ -3835,7 +3742,7 @@ def unset_properties(target: Host, receiving: Command, refused: dict[str, str]) 
     reason = refused[unset[0].partition("=")[0]]
     rights = allow_hint(target, receiving, reason)
     once = f"for this once, as root: {shlex.join(('zfs', 'set', *unset, receiving[-1].partition('@')[0]))}"
-    return StreamFailed(f"received, but {', '.join(unset)} could not be set: {reason}", join_hints(rights, once))
+    return StreamFailed(f"received, but {', '.join(unset)} could not be set: {reason}", rights, once)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -4339,8 +4246,7 @@ class Lister:
         for key, some in steps.items():
             local = found.get(key)
             if local and [snapshot.guid for snapshot in local.snapshots] == [some[-1].snapshot.guid]:
-                plan = Transfer(tuple(some))
-                *past, _ = after_transfer(trees.source[key], trees.target.get(key), local.name, plan).snapshots
+                *past, _ = after_transfer(trees.source[key], trees.target.get(key), local.name, some).snapshots
                 target[key] = replace(local, snapshots=(*past, *local.snapshots))
             else:
                 unproven.append(key)
@@ -4355,7 +4261,7 @@ class Lister:
                 failure.hint = f"check -r; is the pool imported there? zpool import {root.split('/')[0]}"
             raise
         # The source may be a mirror itself. What has a name there only for a while is nothing to follow.
-        return with_clones({key: it for key, it in tree.items() if not (is_set_aside(key) or PLACEHOLDER in key)})
+        return with_clones({key: it for key, it in tree.items() if not (ASIDE in key or PLACEHOLDER in key)})
 
     def list_target(self) -> Trees:
         """The local tree, and what there is of its ancestors."""
@@ -4416,7 +4322,7 @@ class Lister:
                 tree = read_tree(host, local.name, Selection(), self.report.failure)
                 host.ask((*SYNC_POOL, with_ancestors(local.name)[0]))  # so that what was written lately counts
                 doubtful = [it for it in tree.items() if it[1].kind == "filesystem" and not it[1].snapshots]
-                empty = {inner: self.is_empty(it.name) for inner, it in doubtful if not is_set_aside(inner)}
+                empty = {inner: self.is_empty(it.name) for inner, it in doubtful if ASIDE not in inner}
                 strangers = strangers_below(key, tree, empty, trees.source, policy)
                 local = replace(local, empty=empty.get(""), parent=len(tree) > 1, strangers=strangers)
             target[key] = local
@@ -4553,7 +4459,7 @@ class LocalSteps:
         others = [it for it in tree.values() if others_tags(it, self.policy)]
         if others:
             blocked = blocked_by_another_line(others[0], self.policy)
-            raise Failure(f"{blocked.reason}; so {self.local_name(key)} is not renamed", blocked.hint)
+            raise Failure(f"{blocked.what}; so {self.local_name(key)} is not renamed", blocked.hint)
 
     def quarantine(self, key: str, now: int) -> None:
         self.check_below(key)
@@ -4572,7 +4478,7 @@ class LocalSteps:
         if missing:
             said = missing[way.to.name]
             rights = allow_hint(host, hold(policy.received_tag, [way.to.name]), said)
-            raise Failure(f"cannot hold {way.to.name}: {said}", join_hints("nothing was rolled back", rights))
+            raise Failure(f"cannot hold {way.to.name}: {said}", "nothing was rolled back", rights)
         for batch in batches(snapshot.name for snapshot in way.newer if snapshot.tags):
             run(host, release(policy.received_tag, batch))
         if local.partial and local.partial.from_guid != way.to.guid:
@@ -4838,8 +4744,8 @@ class Executor:
                 self.is_read_only = True
             elif refused:
                 rights = allow_hint(host, hold(tag, refused), "".join({*refused.values()}))
-                hint = "nothing was sent, because a snapshot without a hold could be destroyed during the transfer"
-                self.give_up(key, Failure(f"cannot hold {refusals(refused)}", join_hints(hint, rights)))
+                why = "nothing was sent, because a snapshot without a hold could be destroyed during the transfer"
+                self.give_up(key, Failure(f"cannot hold {refusals(refused)}", why, rights))
                 continue
             placed = {name for name in names if name not in refused}
             self.report.holds("hold", tag, sorted(placed))
@@ -4908,7 +4814,7 @@ class Executor:
                 self.lister.target_host.check(receiving)
                 batch.append(Stream(key, step, (send(source, step, policy.raw(source), flags), receiving), compress))
                 # The next one of this dataset comes on top of that.
-                local = after_transfer(source, local, self.local_name(key), Transfer((step,)))
+                local = after_transfer(source, local, self.local_name(key), [step])
             coming |= {key, *(self.local_name(key) + step.snapshot.short for step in steps)}
         return batch
 
@@ -5170,7 +5076,7 @@ class Run:
         step is left. Returns the last plan."""
         executor, root = self.executor, self.policy.target_root
         for key, entry in plan.entries:
-            if isinstance(entry, UpToDate):
+            if entry is None:
                 self.report.in_step(root + key, in_step(self.trees.source[key], plan.target.get(key), self.policy))
         is_done = False
         while not is_done and not self.lost:
@@ -5427,7 +5333,7 @@ def print_step(it: Run, key: str, step: Entry, sizes: Mapping[str, int], now: in
     report, name = it.report, it.policy.target_root + key
     if isinstance(step, Failure):
         report.failure(name, step)
-    elif isinstance(step, UpToDate):
+    elif step is None:
         local = it.trees.target.get(key)
         report.in_step(name, in_step(it.trees.source[key], local, it.policy))
     elif isinstance(step, Create):
@@ -5557,15 +5463,15 @@ class Doctor:
 
     def plans(self) -> Iterator[Finding]:
         """How many datasets a run would pull, and each that it could not."""
-        what = {UpToDate: "in step", Receive: "to be pulled", Failure: "blocked"}
         # Without the overrides, a dataset that needs one is a finding.
         plan = TreePlan(self.run.trees, replace(self.policy, rollback=False, quarantine=False))
         found: dict[str, str] = {}
         for key, step in plan.entries:
             if isinstance(step, Failure):
                 yield Finding(step.what, step.hint)
-            if type(step) in what:
-                found[key] = what[type(step)]
+                found[key] = "blocked"
+            elif step is None or isinstance(step, Receive):
+                found[key] = "to be pulled" if step else "in step"
         counts = {word: [*found.values()].count(word) for word in dict.fromkeys(found.values())}
         yield Finding(f"{self.policy.target_root}: " + ", ".join(f"{n} {word}" for word, n in counts.items()))
 
@@ -5817,7 +5723,8 @@ def nagios_result(
     # The exit codes of a plugin: 0 OK, 1 WARNING, 2 CRITICAL, 3 UNKNOWN.
     fails = f"runs fail since {clock(failing)}" if failing else ""
     if not found:
-        return 3, join_hints("ZFS_REPLICATE UNKNOWN - no dataset of this mirror has completed a run yet", fails)
+        none = "no dataset of this mirror has completed a run yet"
+        return 3, f"ZFS_REPLICATE UNKNOWN - {'; '.join(filter(None, (none, fails)))}"
     # A snapshot is as old as its source says, but at least as old as it has been here. So if nothing comes any more,
     # the mirror gets late, whatever date its last snapshot has.
     ages = {it.name: now - min(it.common.creation, it.received or now, now) for it in found if it.common}
@@ -5830,7 +5737,7 @@ def nagios_result(
     if ahead:  # with that date, or that clock of ours, no age means anything
         what = f"{few([it.name for it in ahead], 1)} dated {clock(ahead[0].creation)}, in the future"
         lates = f"{len(late)} of {len(ages)} late, {oldest}"
-        clocks = join_hints("compare the clocks (date) on both hosts", lates, fails)
+        clocks = "; ".join(filter(None, ("compare the clocks (date) on both hosts", lates, fails)))
         return 2, f"ZFS_REPLICATE CRITICAL - {what}: {clocks} | {figures}"
     if late:
         # For one of three reasons: nothing runs, runs fail, or neither and the source has nothing newer.

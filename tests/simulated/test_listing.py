@@ -9,7 +9,7 @@ from histories import LOCAL, RECEIVED, SOURCE, TAG
 from jobs import EACH, Job, in_full, once, refusing, whole_lists
 from simulated import Machine, Near
 
-from zfs_replicate import LIST_EXISTING, Answer, Command, Dataset, Failure, Plan, Policy, Report, Run, plan_dataset
+from zfs_replicate import LIST_EXISTING, Answer, Command, Dataset, Failure, Policy, Report, Run, Step, plan_dataset
 
 
 def test_listing_of_the_source_is_in_outline(aged: Job) -> None:
@@ -41,7 +41,7 @@ def test_plan_of_one_dataset_is_not_made_again_for_another(job: Job, monkeypatch
     job.snapshot("b")
     planned: list[str] = []
 
-    def counted(source: Dataset, *known: Any) -> Plan:
+    def counted(source: Dataset, *known: Any) -> tuple[Step, ...]:
         planned.append(source.name)
         return plan_dataset(source, *known)
 

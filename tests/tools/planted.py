@@ -124,12 +124,12 @@ BUGS: dict[str, tuple[Plant, ...]] = {
     ),
     "leaked hold on the target of a token": (
         Plant(
-            "moves",
-            "s.guid not in wanted and s.tags and tag in s.tags",
-            "s is snapshots[0] and s.guid not in wanted and s.tags and tag in s.tags",
+            "hold_changes",
+            "it.guid not in wanted and tag in (it.tags or ())",
+            "it is snapshots[0] and it.guid not in wanted and tag in (it.tags or ())",
         ),
     ),
-    "target of a token not held": (Plant("hold_changes", "on_source.add(local.partial.to_guid)", ""),),
+    "target of a token not held": (Plant("hold_changes", "on_source.add(partial.to_guid)", ""),),
     "what the source lost loses its hold here": (
         Plant("hold_changes", "policy.received_tag in (it.tags or ())", "False"),
     ),
@@ -219,9 +219,7 @@ BUGS: dict[str, tuple[Plant, ...]] = {
         Plant("run_with_retries", "it.lister.held_before = held", "it.lister.held_before = None"),
     ),
     "each listing asks anew what was held before": (Plant("Lister.list_target", "self.held_before is None", "True"),),
-    "the mirror of another line is pulled into": (
-        Plant("plan_dataset", "local is not None and others_tags(local, policy)", "False"),
-    ),
+    "the mirror of another line is pulled into": (Plant("plan_dataset", "others_tags(local, policy)", "False"),),
     "what another line may hold is pulled into": (
         Plant("TreePlan.plan_one", "may_be_of_another_line(local)", "False"),
     ),
@@ -230,9 +228,13 @@ BUGS: dict[str, tuple[Plant, ...]] = {
     "the mirror of another line goes aside with its parent": (
         Plant("LocalSteps.check_below", "if others:", "if False:"),
     ),
-    "strangers below are no matter": (Plant("blocked_by_place", "if local.strangers:", "if False:"),),
+    "strangers below are no matter": (Plant("check_place", "if local.strangers:", "if False:"),),
     "a child comes below what is no mirror": (
-        Plant("TreePlan.plan_one", "key and parent in self.elsewhere and not self.is_mirrored(key)", "False"),
+        Plant(
+            "TreePlan.plan_one",
+            "key and parent in self.elsewhere and not newest_common(source, self.target.get(key))",
+            "False",
+        ),
     ),
     "names that begin alike are taken for names below": (
         Plant("is_below", "name == root or name.startswith(f'{root}/')", "name.startswith(root)"),
@@ -320,9 +322,9 @@ BUGS: dict[str, tuple[Plant, ...]] = {
     ),
     # The plan
     "plain increments onto a raw mirror": (
-        Plant("blocked_by_encryption_mode", "is_raw and not policy.raw(source)", "False"),
+        Plant("check_encryption_mode", "is_raw and not policy.raw(source)", "False"),
     ),
-    "what was set aside is renamed back": (Plant("moved_mirrors", "is_set_aside(key)", "False"),),
+    "what was set aside is renamed back": (Plant("moved_mirrors", "ASIDE in key", "False"),),
     "an older common snapshot is enough for a rename": (
         Plant(
             "moved_mirrors",
@@ -330,12 +332,17 @@ BUGS: dict[str, tuple[Plant, ...]] = {
             "local.snapshots[0] if local.snapshots else None",
         ),
     ),
-    "what was set aside is as anything else": (Plant("is_set_aside", "ASIDE in key", "False"),),
+    "what was set aside is as anything else": (
+        Plant("strangers_below", "ASIDE in key", "False"),
+        Plant("moved_mirrors", "ASIDE in key", "False"),
+        Plant("Lister.list_source", "ASIDE in key", "False"),
+        Plant("Lister.inspect", "ASIDE not in inner", "True"),
+    ),
     "what was set aside is at the source": (
-        Plant("Lister.list_source", "is_set_aside(key) or PLACEHOLDER in key", "False"),
+        Plant("Lister.list_source", "ASIDE in key or PLACEHOLDER in key", "False"),
     ),
     "a placeholder of the source is mirrored": (
-        Plant("Lister.list_source", "is_set_aside(key) or PLACEHOLDER in key", "is_set_aside(key)"),
+        Plant("Lister.list_source", "ASIDE in key or PLACEHOLDER in key", "ASIDE in key"),
     ),
     "received over children": (
         Plant("plan_first", "(MakeWay(),) if local is not None and local.parent else ()", "()"),
@@ -354,18 +361,20 @@ BUGS: dict[str, tuple[Plant, ...]] = {
             "target",
         ),
     ),
-    "first receive onto data": (Plant("blocked_by_place", "not local.empty", "False"),),
-    "what may not be empty counts as not empty": (Plant("blocked_by_place", "local.empty is None", "False"),),
+    "first receive onto data": (Plant("check_place", "not local.empty", "False"),),
+    "what may not be empty counts as not empty": (Plant("check_place", "local.empty is None", "False"),),
     "what may not be empty counts as empty": (Plant("Lister.is_empty", "return None", "return True"),),
     "rollback of what others hold": (
         Plant("why_not_rolled_back", "if snapshot.tags - {policy.received_tag}:", "if False:"),
     ),
-    "blocked without asking for the way out": (Plant("allowed_override", "policy.rollback", "True"),),
-    "an override is taken that does not help": (Plant("TreePlan.override", "isinstance(plan, Blocked)", "False"),),
-    "what is below is planned as if it had not gone aside": (
-        Plant("TreePlan.override", "not is_below(it, key)", "it != key"),
+    "blocked without asking for the way out": (Plant("TreePlan.decide_or_override", "self.policy.rollback", "True"),),
+    "an override is taken that does not help": (
+        Plant("TreePlan.decide_or_override", "self.target = before\nraise", "steps = ()"),
     ),
-    "a dataset that failed gets steps again": (Plant("TreePlan.add_steps", "key in self.given_up", "False"),),
+    "what is below is planned as if it had not gone aside": (
+        Plant("TreePlan.decide_or_override", "not is_below(it, key)", "it != key"),
+    ),
+    "a dataset that failed gets steps again": (Plant("TreePlan.plan_one", "key not in self.given_up", "True"),),
     "a placeholder in place of a parent that failed": (
         Plant("missing_parents", "if policy.selection.of_snapshots(source[parent].snapshots):", "if False:"),
     ),

@@ -12,10 +12,9 @@ from zfs_replicate import (
     Dataset,
     Receive,
     Snapshot,
-    Transfer,
     Tree,
-    UpToDate,
-    bases_of_promoted_clones,
+    Trees,
+    all_hold_changes,
     bookmark_changes,
     expire,
     former_name,
@@ -58,33 +57,28 @@ def test_in_order_puts_origins_before_clones_and_parents_first() -> None:
 def test_clone_is_sent_from_its_origin_where_that_is_here() -> None:
     clone = with_clones(TREE)["/a"]
     origin = local("@v1,2", name=f"{LOCAL}/golden").snapshots[0]
-    plan = plan_dataset(clone, None, POLICY, f"{LOCAL}/a", origin)
-    assert plan == Transfer((Receive(clone.snapshots[0], clone.inherited[-1], origin=origin.name),))
-    assert plan_dataset(clone, None, POLICY, f"{LOCAL}/a") == Transfer((Receive(clone.snapshots[0]),))
+    steps = plan_dataset(clone, None, POLICY, f"{LOCAL}/a", origin)
+    assert steps == (Receive(clone.snapshots[0], clone.inherited[-1], origin=origin.name),)
+    assert plan_dataset(clone, None, POLICY, f"{LOCAL}/a") == (Receive(clone.snapshots[0]),)
 
 
 def test_clone_origins_are_pulled_besides_the_newest() -> None:
     golden = with_clones(TREE)["/golden"]
-    plan = plan_dataset(golden, None, POLICY, f"{LOCAL}/golden")
-    assert isinstance(plan, Transfer)
-    assert shorts(plan.targets) == "@v1 @v2"
-    plan = plan_dataset(golden, local("@v0,1", name=f"{LOCAL}/golden"), POLICY, f"{LOCAL}/golden")
-    assert isinstance(plan, Transfer)
-    assert shorts(plan.targets) == "@v1 @v2"
+    steps = plan_dataset(golden, None, POLICY, f"{LOCAL}/golden")
+    assert [str(step) for step in steps] == ["full @v1", "@v1 -> @v2"]
+    steps = plan_dataset(golden, local("@v0,1", name=f"{LOCAL}/golden"), POLICY, f"{LOCAL}/golden")
+    assert [str(step) for step in steps] == ["@v0 -> @v1", "@v1 -> @v2"]
 
 
 def test_clone_that_was_interrupted_goes_on() -> None:
     clone = with_clones(TREE)["/a"]
     origin = local("@v1,2", name=f"{LOCAL}/golden").snapshots[0]
     waiting = replace(local("", partial(4, 2), name=f"{LOCAL}/a"), origin=origin.name)
-    plan = plan_dataset(clone, waiting, POLICY, f"{LOCAL}/a", origin)
-    assert isinstance(plan, Transfer)
-    (step,) = plan.steps
+    (step,) = plan_dataset(clone, waiting, POLICY, f"{LOCAL}/a", origin)
     assert isinstance(step, Receive)
     assert step.token
-    plan = plan_dataset(clone, waiting, POLICY, f"{LOCAL}/a")
-    assert isinstance(plan, Transfer)
-    assert type(plan.steps[0]).__name__ == "AbortReceive", "its origin is not here any more"
+    step, *_ = plan_dataset(clone, waiting, POLICY, f"{LOCAL}/a")
+    assert type(step).__name__ == "AbortReceive", "its origin is not here any more"
 
 
 def test_clone_promoted_keeps_the_holds_its_former_origin_needs() -> None:
@@ -96,12 +90,10 @@ def test_clone_promoted_keeps_the_holds_its_former_origin_needs() -> None:
     common = newest_common(there["/www"], here["/www"])
     assert common is not None
     assert common.source.name == f"{SOURCE}/clone@a"
-    needed = bases_of_promoted_clones(there, here)
-    assert needed == {f"{SOURCE}/clone": {1}}
-    assert hold_changes(there["/clone"], here["/clone"], POLICY, {1}).release_source == ()
+    assert all_hold_changes(Trees(there, here), POLICY)["/clone"].release_source == ()
     assert hold_changes(there["/clone"], here["/clone"], POLICY).release_source == (f"{SOURCE}/clone@a",)
     assert bookmark_changes(there["/www"], here["/www"], POLICY).place is None
-    assert plan_dataset(there["/www"], here["/www"], POLICY, f"{LOCAL}/www") == UpToDate()
+    assert plan_dataset(there["/www"], here["/www"], POLICY, f"{LOCAL}/www") == ()
     assert there["/www"].twin(here["/www"].snapshots[-1]) == clone.snapshots[0]
 
 

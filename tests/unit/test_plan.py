@@ -18,14 +18,11 @@ from zfs_replicate import (
     Blocked,
     Dataset,
     Partial,
-    Plan,
     Policy,
     Receive,
     Selection,
     Snapshot,
     Step,
-    Transfer,
-    UpToDate,
     newest_common,
     plan_dataset,
 )
@@ -184,21 +181,23 @@ class Case:
     here: Local | None
     dataset: Dataset | None
 
-    def run(self, policy: Policy, rng: random.Random) -> tuple[Plan, Local, list[Transfer]]:
-        """Do as Run.bring_up does: the first step of a plan, then plan anew.
+    def run(self, policy: Policy, rng: random.Random) -> tuple[bool, Local, list[tuple[Step, ...]]]:
+        """Take the first step of a plan, then plan anew, until no step is left.
 
-        Returns the last plan, what is here then, and the plans before.
+        Returns whether it ended in step (else it is blocked), what is here then, and the plans before.
         """
         here, dataset = self.here, self.dataset
-        plans: list[Transfer] = []
-        while not plans or len(plans) < MAX_STEPS + len(plans[0].steps):
-            plan = plan_dataset(self.origin, dataset, policy, LOCAL)
-            if not isinstance(plan, Transfer):
-                left = dataset is not None and dataset.partial is not None
-                assert isinstance(plan, Blocked) or not left, "an interrupted receive is left lying"
-                return plan, here or (), plans
-            plans.append(plan)
-            here = after(self.marks, here, dataset.partial if dataset else None, plan.steps[0])
+        plans: list[tuple[Step, ...]] = []
+        while not plans or len(plans) < MAX_STEPS + len(plans[0]):
+            try:
+                steps = plan_dataset(self.origin, dataset, policy, LOCAL)
+            except Blocked:
+                return False, here or (), plans
+            if not steps:
+                assert dataset is None or dataset.partial is None, "an interrupted receive is left lying"
+                return True, here or (), plans
+            plans.append(steps)
+            here = after(self.marks, here, dataset.partial if dataset else None, steps[0])
             dataset = local_of(here, rng)
         raise AssertionError("never done")
 
@@ -217,7 +216,7 @@ def newest_of_both(marks: Marks, here: Local) -> int:
 def check(case: Case, policy: Policy, rng: random.Random) -> None:
     marks = case.marks
     before: Local = case.here or ()
-    plan, then, _ = case.run(policy, rng)
+    is_in_step, then, _ = case.run(policy, rng)
     assert then[: len(before)] == before, "local history was changed"
     if case.dataset and case.dataset.partial and alive(marks, case.here, case.dataset.partial):
         before = then[: len(before) + 1]
@@ -227,14 +226,13 @@ def check(case: Case, policy: Policy, rng: random.Random) -> None:
         newer = [p for p in newer if p in SELECTED]
     wanted = newer if policy.intermediates else newer[-1:]
     gained = [position for position, _ in then[len(before) :]]
-    if isinstance(plan, Blocked):
+    if not is_in_step:
         assert wanted, "blocked, but there is nothing to pull"
         assert before, "blocked, but there is nothing in the way"
         assert not possible(marks, before, wanted), "blocked, but there was a way"
         assert not gained
     else:
-        # In step: everything asked for is here by guid, and nothing else came along.
-        assert isinstance(plan, UpToDate)
+        # Everything asked for is here by guid, and nothing else came along.
         assert gained == wanted
 
 
@@ -297,16 +295,15 @@ def test_plan_of_every_interrupted_receive(policy: Policy) -> None:
 @pytest.mark.parametrize(
     "policy", [POLICY, EVERY, replace(EVERY, selection=SOME)], ids=["newest", "intermediates", "some"]
 )
-def test_plan_names_first_all_targets_that_are_ever_sent(policy: Policy) -> None:
-    """The targets of the first plan are held before any byte flows, and no others are."""
+def test_plan_names_first_all_snapshots_that_are_ever_sent(policy: Policy) -> None:
+    """The snapshots of the first plan are held before any byte flows, and no others are."""
     rng = random.Random(6)
     for case in interrupted(3, rng):
         with contextlib.suppress(Refused):
             _, _, plans = case.run(policy, rng)
-            sent_steps = [plan.steps[0] for plan in plans]
-            receives = [step for step in sent_steps if isinstance(step, Receive)]
-            sent_snapshots = [step.snapshot for step in receives]
-            unheld = [snapshot.short for snapshot in sent_snapshots if snapshot not in plans[0].targets]
+            held = [step.snapshot for step in plans[0] if isinstance(step, Receive)] if plans else []
+            sent_snapshots = [steps[0].snapshot for steps in plans if isinstance(steps[0], Receive)]
+            unheld = [snapshot.short for snapshot in sent_snapshots if snapshot not in held]
             assert not unheld, f"source {case.marks}, local {case.here}: {unheld} sent without a hold"
 
 
@@ -316,31 +313,32 @@ def test_plan_names_first_all_targets_that_are_ever_sent(policy: Policy) -> None
 
 
 def decide(origin: Dataset, here: Dataset | None, policy: Policy = POLICY, local_name: str = LOCAL) -> str:
-    """The plan in a line: its steps, or its name."""
-    plan = plan_dataset(origin, here, policy, local_name)
-    if isinstance(plan, Transfer):
-        return "; ".join("abandon" if isinstance(step, AbortReceive) else str(step) for step in plan.steps)
-    return type(plan).__name__
+    """The plan in a line: its steps, or a word why there is none."""
+    try:
+        steps = plan_dataset(origin, here, policy, local_name)
+    except Blocked:
+        return "blocked"
+    return "; ".join("abandon" if isinstance(step, AbortReceive) else str(step) for step in steps) or "in step"
 
 
 def blocked(origin: Dataset, here: Dataset | None, policy: Policy = POLICY, local_name: str = LOCAL) -> Blocked:
-    plan = plan_dataset(origin, here, policy, local_name)
-    assert isinstance(plan, Blocked), plan
-    return plan
+    with pytest.raises(Blocked) as caught:
+        plan_dataset(origin, here, policy, local_name)
+    return caught.value
 
 
 @pytest.mark.parametrize(
     ("there", "here", "newest", "every"),
     [
         pytest.param("@a,1 @x,2", None, "full @a", "full @a", id="absent"),
-        pytest.param("@x,1 @y,2", None, "UpToDate", "UpToDate", id="none-is-meant"),
+        pytest.param("@x,1 @y,2", None, "in step", "in step", id="none-is-meant"),
         pytest.param("@a,1 @x,2 @c,3", "@a,1", "@a -> @c", "@a -> @c", id="past-another"),
         pytest.param("@a,1 @b,2 @c,3 @x,4", "@a,1", "@a -> @c", "@a -> @b; @b -> @c", id="up-to-another"),
         pytest.param(
             "@a,1 @b,2 @x,3 @c,4 @d,5", "@a,1", "@a -> @d", "@a -> @b; @b -> @c; @c -> @d", id="around-another"
         ),
         pytest.param("@a,1 @x,2 @b,3", "@a,1 @x,2", "@x -> @b", "@x -> @b", id="from-another"),
-        pytest.param("@a,1 @b,2 @x,3", "@a,1 @b,2", "UpToDate", "UpToDate", id="only-another-is-newer"),
+        pytest.param("@a,1 @b,2 @x,3", "@a,1 @b,2", "in step", "in step", id="only-another-is-newer"),
     ],
 )
 def test_plan_with_some_snapshots_selected(there: str, here: str | None, newest: str, every: str) -> None:
@@ -380,19 +378,19 @@ def test_selection_leaves_out_datasets_with_their_children(exclude: tuple[str, .
         pytest.param("#a,1 @b,2", "@a,1", "#a -> @b", "#a -> @b", id="from-bookmark-one"),
         pytest.param("@a,1 #a,1 @b,2", "@a,1", "@a -> @b", "@a -> @b", id="snapshot-before-its-bookmark"),
         pytest.param("@a,1 #b,2 @c,3", "@a,1 @b,2", "#b -> @c", "#b -> @c", id="newer-bookmark"),
-        pytest.param("@a,1 #b,2", "@a,1 @b,2", "UpToDate", "UpToDate", id="newest-is-a-bookmark"),
-        pytest.param("@a,1", "@a,1", "UpToDate", "UpToDate", id="in-step"),
-        pytest.param("@a,1", "@old,1", "UpToDate", "UpToDate", id="in-step-renamed-here"),
-        pytest.param("@a,1", "@a,1 @mine,8", "UpToDate", "UpToDate", id="in-step-though-ahead"),
+        pytest.param("@a,1 #b,2", "@a,1 @b,2", "in step", "in step", id="newest-is-a-bookmark"),
+        pytest.param("@a,1", "@a,1", "in step", "in step", id="in-step"),
+        pytest.param("@a,1", "@old,1", "in step", "in step", id="in-step-renamed-here"),
+        pytest.param("@a,1", "@a,1 @mine,8", "in step", "in step", id="in-step-though-ahead"),
         pytest.param("@a,1 @b,2", "@renamed,1", "@a -> @b", "@a -> @b", id="base-renamed-here"),
-        pytest.param("", None, "UpToDate", "UpToDate", id="nothing-there"),
-        pytest.param("", "@mine,8", "UpToDate", "UpToDate", id="nothing-there-something-here"),
-        pytest.param("#a,1", "@a,1", "UpToDate", "UpToDate", id="only-bookmarks-there"),
-        pytest.param("@a,1 @b,2", "@a,1 @mine,8", "Blocked", "Blocked", id="ahead"),
-        pytest.param("@a,1 @c,3", "@a,1 @b,2", "Blocked", "Blocked", id="destroyed-there"),
-        pytest.param("@a,1 @b,2", "@a,8", "Blocked", "Blocked", id="nothing-in-common-but-a-name"),
-        pytest.param("@a,1 @b,2", "@b,8 @a,1", "Blocked", "Blocked", id="name-taken"),
-        pytest.param("@a,1 @b,2 @c,3", "@b,8 @a,1", "@a -> @c", "Blocked", id="name-taken-between"),
+        pytest.param("", None, "in step", "in step", id="nothing-there"),
+        pytest.param("", "@mine,8", "in step", "in step", id="nothing-there-something-here"),
+        pytest.param("#a,1", "@a,1", "in step", "in step", id="only-bookmarks-there"),
+        pytest.param("@a,1 @b,2", "@a,1 @mine,8", "blocked", "blocked", id="ahead"),
+        pytest.param("@a,1 @c,3", "@a,1 @b,2", "blocked", "blocked", id="destroyed-there"),
+        pytest.param("@a,1 @b,2", "@a,8", "blocked", "blocked", id="nothing-in-common-but-a-name"),
+        pytest.param("@a,1 @b,2", "@b,8 @a,1", "blocked", "blocked", id="name-taken"),
+        pytest.param("@a,1 @b,2 @c,3", "@b,8 @a,1", "@a -> @c", "blocked", id="name-taken-between"),
     ],
 )
 def test_plan_by_example(there: str, here: str | None, newest: str, every: str) -> None:
@@ -407,31 +405,31 @@ def test_first_receive_takes_the_place_of_an_empty_filesystem() -> None:
 
 def test_first_receive_never_overwrites_data_without_a_snapshot() -> None:
     plan = blocked(source("@a,1"), local(""))
-    assert "would overwrite" in plan.reason
+    assert "would overwrite" in plan.what
     assert plan.hint.endswith("--quarantine")
 
 
 def test_first_receive_of_nothing_is_not_blocked_by_data() -> None:
-    assert decide(source("#a,1"), local("")) == "UpToDate"
+    assert decide(source("#a,1"), local("")) == "in step"
 
 
 @pytest.mark.parametrize("waiting", [None, partial(2, 1)], ids=["", "partial"])
 def test_plan_brings_no_volume_where_a_filesystem_is(waiting: Partial | None) -> None:
     plan = blocked(source("@a,1 @b,2", kind="volume"), local("@a,1", waiting))
-    assert f"{SOURCE} is a volume, but {LOCAL} is a filesystem" in plan.reason
-    assert decide(source("@a,1 @b,2"), local("@a,1", kind="volume")) == "Blocked"
+    assert f"{SOURCE} is a volume, but {LOCAL} is a filesystem" in plan.what
+    assert decide(source("@a,1 @b,2"), local("@a,1", kind="volume")) == "blocked"
 
 
 def test_blocked_with_nothing_in_common_names_the_newest_of_both() -> None:
     plan = blocked(source("@a,1 @b,2"), local("@x,8 @y,9"))
-    assert "(newest snapshot here: @y, at the source: @b)" in plan.reason
+    assert "(newest snapshot here: @y, at the source: @b)" in plan.what
 
 
 @pytest.mark.parametrize(("here", "says"), [("", "1 local snapshot newer"), (" @n,9", "2 local snapshots newer")])
 def test_blocked_ahead_says_how_far_and_names_the_newest(here: str, says: str) -> None:
     plan = blocked(source("@a,1 @b,2"), local("@a,1 @m,8" + here))
-    assert says in plan.reason
-    assert ("here: @n," if here else "here: @m,") in plan.reason
+    assert says in plan.what
+    assert ("here: @n," if here else "here: @m,") in plan.what
 
 
 def test_blocked_by_a_taken_name_shows_how_to_free_it() -> None:
@@ -442,7 +440,7 @@ def test_blocked_by_a_taken_name_shows_how_to_free_it() -> None:
 # Names that grow too long under the local root
 
 
-@pytest.mark.parametrize(("excess", "expected"), [(0, "full @b"), (1, "Blocked")])
+@pytest.mark.parametrize(("excess", "expected"), [(0, "full @b"), (1, "blocked")])
 def test_name_of_the_longest_length(excess: int, expected: str) -> None:
     name = "x" * (NAME_LIMIT - len("@b") + excess)
     assert decide(source("@long,1 @b,2"), None, local_name=name) == expected
@@ -457,15 +455,15 @@ def test_name_length_does_not_count_the_base() -> None:
 def test_name_length_counts_snapshots_between(here: str | None) -> None:
     name = "x" * (NAME_LIMIT - len("@c"))
     mine = None if here is None else local(here, name=name)
-    assert decide(source("@a,1 @long,2 @c,3"), mine, EVERY, name) == "Blocked"
-    assert decide(source("@a,1 @long,2 @c,3"), mine, POLICY, name) != "Blocked"
+    assert decide(source("@a,1 @long,2 @c,3"), mine, EVERY, name) == "blocked"
+    assert decide(source("@a,1 @long,2 @c,3"), mine, POLICY, name) != "blocked"
 
 
 def test_name_too_long_is_shown_in_full() -> None:
-    assert blocked(source("@a,1"), None, local_name="x" * 254).reason.startswith("x" * 254 + "@a would be longer")
+    assert blocked(source("@a,1"), None, local_name="x" * 254).what.startswith("x" * 254 + "@a would be longer")
 
 
-@pytest.mark.parametrize(("levels", "expected"), [(50, "full @a"), (51, "Blocked")])
+@pytest.mark.parametrize(("levels", "expected"), [(50, "full @a"), (51, "blocked")])
 def test_name_of_the_deepest_nesting(levels: int, expected: str) -> None:
     assert decide(source("@a,1"), None, local_name="/".join("x" * levels)) == expected
 
@@ -490,7 +488,7 @@ def test_name_that_is_here_already_is_not_too_deep() -> None:
         pytest.param("@a,1 @c,3", "@a,1", partial(2, 1), "abandon; @a -> @c", id="target-gone-another-newer"),
         pytest.param("@c,3", "", partial(2), "abandon; full @c", id="first-target-gone"),
         pytest.param("", "", partial(2), "abandon", id="first-everything-gone"),
-        pytest.param("@b,2", "@a,1", partial(2, 1), "Blocked", id="base-gone"),
+        pytest.param("@b,2", "@a,1", partial(2, 1), "blocked", id="base-gone"),
         pytest.param("@a,1 @b,2", "@a,1", partial(None), "abandon; @a -> @b", id="token-beyond-decoding"),
         pytest.param("@a,1 @b,2", "", partial(None), "abandon; full @b", id="first-token-beyond-decoding"),
     ],
@@ -500,23 +498,20 @@ def test_interrupted_receive_goes_on_or_is_given_up(there: str, here: str, waiti
 
 
 def test_interrupted_receive_is_asked_for_by_its_token() -> None:
-    plan = plan_dataset(source("@a,1 @b,2"), local("@a,1", partial(2, 1)), POLICY, LOCAL)
-    assert isinstance(plan, Transfer)
-    step = plan.steps[0]
+    step, *_ = plan_dataset(source("@a,1 @b,2"), local("@a,1", partial(2, 1)), POLICY, LOCAL)
     assert isinstance(step, Receive)
     assert step.token == partial(2, 1).token
 
 
 def test_interrupted_receive_is_blocked_by_a_newer_snapshot() -> None:
     """The rest would stream to its end and then be refused: its base must be the most recent snapshot."""
-    assert "@mine" in blocked(source("@a,1 @b,2"), local("@a,1 @mine,8", partial(2, 1))).reason
+    assert "@mine" in blocked(source("@a,1 @b,2"), local("@a,1 @mine,8", partial(2, 1))).what
 
 
 def test_interrupted_plain_receive_is_given_up_if_sent_raw_now() -> None:
     origin = Dataset("tank/a", "filesystem", source("@a,1 @b,2", "tank/a").snapshots, encrypted=True)
-    plan = plan_dataset(origin, local("@a,1", partial(2, 1)), POLICY, LOCAL)
-    assert isinstance(plan, Transfer)
-    assert [type(step).__name__ for step in plan.steps] == ["AbortReceive", "Receive"]
+    steps = plan_dataset(origin, local("@a,1", partial(2, 1)), POLICY, LOCAL)
+    assert [type(step).__name__ for step in steps] == ["AbortReceive", "Receive"]
 
 
 # Points in common

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from histories import LOCAL, POLICY, RECEIVED, SOURCE, local, partial, source
 
-from zfs_replicate import PLACEHOLDER, Dataset, Failure, Policy, Tree, TreePlan, Trees, UpToDate, with_clones
+from zfs_replicate import PLACEHOLDER, Dataset, Failure, Policy, Tree, TreePlan, Trees, with_clones
 
 ANCESTORS = ("offsite", "offsite/virt")
 
@@ -15,7 +15,7 @@ ANCESTORS = ("offsite", "offsite/virt")
 def told(there: dict[str, Dataset], here: dict[str, Dataset], policy: Policy = POLICY, *given_up: str) -> list[str]:
     """The entries of a plan, a word or two for each."""
     plan = planned(there, here, policy, given_up)
-    return [f"{key or '(root)'}: {word(entry)}" for key, entry in plan.entries if not isinstance(entry, UpToDate)]
+    return [f"{key or '(root)'}: {word(entry)}" for key, entry in plan.entries if entry is not None]
 
 
 def planned(there: Tree, here: Tree, policy: Policy = POLICY, given_up: Container[str] = ()) -> TreePlan:
@@ -113,7 +113,7 @@ def test_tree_plan_brings_no_clone_in_full_whose_origin_is_late() -> None:
 
 def test_tree_plan_says_of_a_clone_that_its_origin_is_not_in_this_mirror() -> None:
     tree = {**there(_="@r,9"), "/x": replace(source("@x,4", f"{SOURCE}/x"), origin="backuppool/golden@v1")}
-    (step,) = [entry for _, entry in planned(tree, here(_="@r,9")).entries if not isinstance(entry, UpToDate)]
+    (step,) = [entry for _, entry in planned(tree, here(_="@r,9")).entries if entry is not None]
     assert getattr(step, "lost_origin", "") == "backuppool/golden@v1"
 
 
