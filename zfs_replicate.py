@@ -519,12 +519,19 @@ Entry = Union[Step, Create, Rename, Override, Failure, None]
 @dataclass(frozen=True)
 class Trees:
     """What is known of both sides, as listed last. `existing` are the local root and its ancestors, as far as they
-    exist. `failing`: the local root is marked as failing by earlier runs."""
+    exist. `failing`: the local root is marked as failing by earlier runs. A tree is not `whole` if zfs could list only
+    a part of it, as with a damaged dataset."""
 
     source: Tree
     target: Tree
     existing: tuple[str, ...] = ()
     failing: bool = False
+    source_whole: bool = True
+    target_whole: bool = True
+
+    @property
+    def whole(self) -> bool:
+        return self.source_whole and self.target_whole
 
 
 @dataclass(frozen=True)
@@ -791,6 +798,17 @@ def parse_tree(text: str, *roots: str) -> tuple[Tree, dict[str, int]]:
             raise NotBelieved(f"zfs printed more than {MAX_ROWS:,} datasets and snapshots of {roots[0]}")
         listing.take(row)
     return listing.tree, listing.holds
+
+
+def rooted_rows(text: str, roots: Iterable[str]) -> str:
+    """Of a listing that is not whole: the rows of datasets whose parents are in it too, and of their snapshots."""
+    owners = [(re.split("[@#\t]", line, maxsplit=1)[0], line) for line in text.splitlines(keepends=True)]
+    listed = {owner for owner, line in owners if line.startswith(f"{owner}\t")}
+    kept = listed.intersection(roots)
+    for name in sorted(listed):  # parents first
+        if name.rpartition("/")[0] in kept:
+            kept.add(name)
+    return "".join(line for owner, line in owners if owner in kept)
 
 
 def whole_tree(tree: Tree, *roots: str) -> Tree:
@@ -1555,7 +1573,9 @@ class TreePlan:
     """
 
     def __init__(self, trees: Trees, policy: Policy, given_up: Container[str] = ()) -> None:
-        self.policy = policy
+        # What zfs could not list may be anywhere: then nothing is renamed, set aside or rolled back.
+        self.policy = policy if trees.whole else replace(policy, rollback=False, quarantine=False)
+        self.is_partial = not trees.whole
         self.given_up = given_up
         self.source = trees.source
         self.target = dict(trees.target)
@@ -1566,6 +1586,9 @@ class TreePlan:
         self.late: set[int] = set()  # guids of what should be here by now, and failed to come
         self.unlisted: set[str] = set()  # what has a name in this plan under which it is not listed yet
         self.moved = moved_mirrors(trees.source, trees.target, policy)
+        self.unclear = set() if trees.whole else {key for key in self.source if self.is_unclear(key, trees)}
+        if not trees.whole:
+            self.moved = {}
         # Which local dataset has a copy of the snapshots that clones of the source come from.
         origins = {source.inherited[-1].guid for source in trees.source.values() if source.inherited}
         self.copies: dict[int, str | None] = dict.fromkeys(origins)
@@ -1663,13 +1686,21 @@ class TreePlan:
             if home not in self.target and home not in self.given_up:
                 self.move(old, home)
 
+    def is_unclear(self, key: str, trees: Trees) -> bool:
+        """Whether a dataset that is not listed here may be here all the same, under this name or a former one."""
+        is_listed = key in trees.target
+        return not is_listed and (
+            not trees.target_whole or former_name(self.source[key], key, trees.target, self.moved) is not None
+        )
+
     def plan_one(self, key: str) -> None:
         self.follow_rename(key)
         source, parent = self.source[key], key.rpartition("/")[0]
         local = self.target.get(key)
         if key in self.unlisted and local and not local.snapshots:
             return  # whether its place is empty is found out under the name that it will have
-        if may_be_of_another_line(local):  # what could not be read was reported
+        # What could not be read, or listed, was reported.
+        if may_be_of_another_line(local) or key in self.unclear:
             self.elsewhere.add(key)
             self.left_alone.add(key)
             return
@@ -1742,6 +1773,8 @@ class TreePlan:
         """Add the steps of one dataset. Raises Failure if its parent or origin should be here, and is not."""
         steps = list(planned)
         local = self.target.get(key)
+        if self.is_partial and not all(isinstance(step, Receive) for step in steps):
+            raise Failure("skipped: what seems to be gone may only be missing in the listing", WHOLE_FIRST)
         is_first = local is None or any(isinstance(step, MakeWay) for step in steps)
         parents = []
         if local is None:
@@ -1811,6 +1844,7 @@ def is_ours(source: Dataset, local: Dataset | None) -> bool:
 
 
 PARENT_FIRST = "it will be pulled once the parent's problem is fixed"
+WHOLE_FIRST = "it will be pulled once zfs lists the whole tree again"
 ORIGIN_FIRST = "it will be pulled, as a clone, once the problem of its origin's dataset is fixed"
 
 
@@ -1849,6 +1883,8 @@ def all_hold_changes(trees: Trees, policy: Policy, left_alone: Container[str] = 
         for key, source in trees.source.items()
         if key not in left_alone and is_ours(source, mirrors.get(key))
     }
+    if not trees.whole:  # the hold that looks out of place may belong to what is not listed
+        found = {key: HoldChanges(changes.place_source, changes.place_local) for key, changes in found.items()}
     return {key: changes for key, changes in found.items() if changes}
 
 
@@ -4046,13 +4082,15 @@ def read_tree(
     only: Iterable[str] = (),
     places: Sequence[str] = (),
     fast: bool = False,
+    partly: list[Failure] | None = None,
 ) -> Tree:
     """List what is selected of a tree, or `only` some of its datasets, and read the holds. If these cannot be read they
     are unknown (None), and the reason is told.
 
     `places` are where the tree is, if not at its root alone (see `MakeWay`). `fast` leaves out what makes a listing
     slow where the history is long: of snapshots come their names, guids and order alone, and no holds. Raises Failure
-    if the tree cannot be listed, or is not believed.
+    if the tree cannot be listed, or is not believed. With `partly`, what zfs still lists will do, and the reason is
+    added there.
     """
     roots, only = [*places] or [root], {*only}
     names, alone = sorted(only) or roots, bool(only) or not selection.recursive
@@ -4061,7 +4099,8 @@ def read_tree(
     def look() -> Tree:
         refused: Failure | None = None
         for _ in range(2):  # a snapshot may go between our two questions, and then one more look will do
-            tree, held = parse_tree(run(host, *commands), root, *places)
+            text = run(host, *commands) if partly is None else run_in_part(host, commands, roots, partly)
+            tree, held = parse_tree(text, root, *places)
             if not only:
                 whole_tree(tree, *(name[len(root) :] for name in roots))
             # The children of `only` are listed as well: zfs cannot leave them out.
@@ -4080,6 +4119,20 @@ def read_tree(
         return with_clones(tree)
 
     return believed(host, look)
+
+
+def run_in_part(host: Host, commands: Sequence[Command], roots: Iterable[str], partly: list[Failure]) -> str:
+    """As `run`. But of listings that fail it returns what there is, and adds the reason to `partly`."""
+    partly.clear()
+    try:
+        return run(host, *commands)
+    except CommandFailed as failure:
+        # One damaged dataset takes its neighbours along (https://github.com/openzfs/zfs/issues/12566).
+        text = rooted_rows("".join(host.ask(command).stdout for command in commands), roots)
+        if not text:
+            raise
+        partly.append(failure)
+        return text
 
 
 def whole(host: Host, root: str, selection: Selection) -> Tree:
@@ -4196,6 +4249,7 @@ class Lister:
         self.held_before: set[str] | None = None
         self.received: set[str] = set()
         self.dead_tokens: set[str] = set()
+        self.partly: tuple[list[Failure], list[Failure]] = ([], [])  # why a tree could be listed in part only
 
     def list_both(self, now: int, *, in_full: bool = False) -> Trees:
         """List both trees at the same time, and read the holds that a run must know; `in_full`: all holds of the
@@ -4255,7 +4309,10 @@ class Lister:
     def list_source(self, only: Sequence[str] = (), *, fast: bool = True) -> Tree:
         root, selection = self.policy.source_root, self.policy.selection
         try:
-            tree = read_tree(self.source_host, root, selection, self.report.failure, only=only, fast=fast)
+            partly = None if only else self.partly[0]
+            tree = read_tree(
+                self.source_host, root, selection, self.report.failure, only=only, fast=fast, partly=partly
+            )
         except CommandFailed as failure:
             if f"'{root}': dataset does not exist" in failure.what:
                 failure.hint = f"check -r; is the pool imported there? zpool import {root.split('/')[0]}"
@@ -4274,7 +4331,8 @@ class Lister:
         tree: Tree = {}
         if places:
             selection = self.policy.selection
-            tree = read_tree(self.target_host, root, selection, self.report.failure, places=places)
+            tell, partly = self.report.failure, self.partly[1]
+            tree = read_tree(self.target_host, root, selection, tell, places=places, partly=partly)
         if self.held_before is None:
             self.held_before = {key for key, local in tree.items() if newest_received(local, self.policy)}
         return Trees({}, tree, tuple(name for name in names if name in existing), failing)
@@ -4308,6 +4366,11 @@ class Lister:
         """Ask for what no listing tells of local datasets: what a resume token waits for, whether a place is empty,
         what is below it, which datasets are ours."""
         policy, host, target = self.policy, self.target_host, dict(trees.target)
+        for side, reasons in zip((self.source_host, host), self.partly):
+            for it in reasons:
+                hint = "what is listed is pulled; nothing is released, renamed or expired"
+                self.report.failure(f"part of the tree on {side.label}", Failure(it.what, it.hint, hint))
+        trees = replace(trees, source_whole=not self.partly[0], target_whole=not self.partly[1])
         keys = [key for key in (target if keys is None else keys) if key in target]
         for key in keys:
             local, there = target[key], trees.source.get(key)
@@ -5062,9 +5125,10 @@ class Run:
                 # A pool that can only be imported so is perhaps dying: then nothing here goes either.
                 self.report.failure(self.policy.target_root, Failure(*PULLED_UNHELD))
                 return
-            if self.policy.bookmark:
+            if self.policy.bookmark and self.trees.whole:
                 self.update_bookmarks(now)
-            if not self.lost:  # what was not reached may have to be set aside first, with all its snapshots
+            # What was not reached may have to be set aside first, with all its snapshots.
+            if not self.lost and self.trees.whole:
                 self.expire(now)
         except LinkLost as failure:
             self.executor.lost = self.lost or (self.policy.target_root, failure)
@@ -5159,7 +5223,7 @@ class Run:
         """What expires, by dataset. Reports why the rest is kept."""
         for key, local in self.trees.target.items():
             source = self.trees.source.get(key)
-            if source is None and PLACEHOLDER not in key:
+            if source is None and PLACEHOLDER not in key and self.trees.source_whole:
                 self.report.event("gone", local.name, f"{local.name}: no longer exists at the source; kept")
             expiry = expire(source, local, self.policy, now)
             for snapshot, why in expiry.kept:

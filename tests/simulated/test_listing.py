@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
 from histories import LOCAL, RECEIVED, SOURCE, TAG
-from jobs import EACH, Job, in_full, once, refusing, whole_lists
+from jobs import EACH, Disturbance, Job, in_full, once, refusing, whole_lists
 from simulated import Machine, Near
 
 from zfs_replicate import LIST_EXISTING, Answer, Command, Dataset, Failure, Policy, Report, Run, Step, plan_dataset
@@ -136,3 +137,51 @@ def test_listing_again_knows_what_is_held(mirrored: Job) -> None:
     mirrored.backup.hold("somebody", f"{LOCAL}/www@a")
     trees = run.lister.list_some_again(run.trees, ["/www"])
     assert [it.tags for it in trees.target["/www"].snapshots] == [frozenset([RECEIVED, "somebody"])]
+
+
+DAMAGED = "cannot iterate filesystems: I/O error\n"
+
+
+def half_listed(host: str, key: str = "/www") -> Disturbance:
+    """As zfs lists a tree in which a dataset is damaged: without that, and it fails."""
+
+    def at(where: Machine, command: Command, moment: str) -> Answer | None:
+        if moment != "before" or where.label != host or command[1] != "list" or "-r" not in command:
+            return None
+        lines = where.ask(command).stdout.splitlines(keepends=True)
+        return Answer(1, "".join(line for line in lines if not re.match(f".*{key}[/@\t]", line)), DAMAGED)
+
+    return at
+
+
+@pytest.mark.parametrize("host", ["source", "backup"])
+@pytest.mark.parametrize("override", ["", "rollback", "quarantine"])
+def test_half_a_listing_pulls_what_is_listed_and_takes_nothing_for_gone(aged: Job, host: str, override: str) -> None:
+    before = (aged.here("/www"), aged.there("/www"), aged.here("/www/logs"), aged.there("/www/logs"))
+    aged.snapshot("f")
+    aged.source.rename_dataset(f"{SOURCE}/disk", f"{SOURCE}/disc")
+    aged.backup.snapshot(f"{LOCAL}@mine")
+    here = aged.here().split()
+    rollback, quarantine = override == "rollback", override == "quarantine"
+    said = aged.replicate(status=1, keep=1, at=half_listed(host), rollback=rollback, quarantine=quarantine)
+    assert "cannot iterate filesystems: I/O error" in said
+    assert "1 local snapshot newer" in said
+    assert aged.here().split() == here, "neither expired nor rolled back nor set aside"
+    assert f"{LOCAL}/disk" in aged.backup.datasets
+    assert f"{LOCAL}/disc" not in aged.backup.datasets, "neither renamed nor pulled anew"
+    for now, then in zip(
+        (aged.here("/www"), aged.there("/www"), aged.here("/www/logs"), aged.there("/www/logs")), before
+    ):
+        assert now.split()[: len(then.split())] == then.split()
+    aged.backup.destroy(LOCAL, ["mine"])
+    aged.replicate(keep=1)
+    assert [aged.here(key).split()[-1] for key in ("/www", "/disc")] == [f"f!{RECEIVED}"] * 2
+    assert f"{LOCAL}/disk" not in aged.backup.datasets
+
+
+def test_half_a_listing_without_the_root_is_none(mirrored: Job) -> None:
+    def at(where: Machine, command: Command, moment: str) -> Answer | None:
+        is_listing = moment == "before" and where.label == "source" and command[1] == "list"
+        return Answer(1, "", DAMAGED) if is_listing else None
+
+    assert "cannot iterate filesystems" in mirrored.replicate(status=3, at=at)

@@ -18,6 +18,7 @@ honest again. All that a case does follows from its seed. What is wrong is told 
     source      something at the source changes but our holds (and bookmark)
     looking     a looking mode changed something
     believed    a run went on with a listing that zfs cannot have printed for this tree
+    half a listing  something went, or was released, by a listing that zfs had ended badly
     check       --check says that all is well where that cannot be known
     output      what is printed is not printable, or too much
     work        more commands than any honest run needs
@@ -722,6 +723,7 @@ class Case:
             set
         )  # guids, by the dataset that they are said to be of
         self.claimed: dict[str, set[str]] = collections.defaultdict(set)  # kinds, and names with their guids
+        self.half_listed = False  # the last listing of all of the source ended badly
         self.incredible = ""  # what is wrong with the last listing of all of the source
         inside = {name: store for name, store in self.target.datasets.items() if in_tree(name)}
         self.was_held = {id(store) for store in inside.values() if held(store)}
@@ -866,7 +868,9 @@ class Case:
                 dataset, mark, short = row[0].partition("@")
                 self.claims[dataset_of(dataset)].add(int(guid))
                 self.claimed[dataset_of(dataset)].add(f"{short} {int(guid)}" if mark else row[1])
-        is_whole = {"-Hp", "-r"} <= {*command} and any("createtxg" in word for word in command)
+        is_whole = {"-Hp", "-r"} <= {*command} and "filesystem" in command[4] and "createtxg" in command[6]
+        if is_whole:
+            self.half_listed = answer.status != 0
         if is_whole and answer.status == 0:
             self.incredible = never_printed(answer.stdout)
 
@@ -886,6 +890,8 @@ class Case:
         )
         if not fine:
             self.accuse("source", f"{command}")
+        if self.half_listed and verb in ("release", "destroy"):
+            self.accuse("half a listing", verb)
 
     def may_change(self) -> bool:
         it = self.options
@@ -901,6 +907,8 @@ class Case:
         verb, words = command[1], list(command[2:])
         if self.incredible and not any(program.FAILING in word for word in words):
             self.accuse("believed", self.incredible)
+        if self.half_listed and (verb in ("destroy", "rename", "rollback", "release") or "-A" in words):
+            self.accuse("half a listing", verb)
         named = self.named(verb, words)
         if not named:
             self.accuse("place", f"no such command: {command}")

@@ -64,6 +64,15 @@ BUGS: dict[str, tuple[Plant, ...]] = {
     ),
     "sent without a hold": (Plant("Executor.hold", "READ_ONLY in said", "True"),),
     "expiry though the source is read-only": (Plant("Run.execute", "if self.executor.is_read_only:", "if False:"),),
+    "what half a listing leaves out is gone": (Plant("all_hold_changes", "if not trees.whole:", "if False:"),),
+    "overrides by half a listing": (
+        Plant(
+            "TreePlan.__init__",
+            "policy if trees.whole else replace(policy, rollback=False, quarantine=False)",
+            "policy",
+        ),
+    ),
+    "expiry by half a listing": (Plant("Run.execute", "not self.lost and self.trees.whole", "not self.lost"),),
     "what cannot be held leaves a placeholder": (
         Plant(
             "Executor.prepare",
