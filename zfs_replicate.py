@@ -1070,7 +1070,7 @@ def plan_partial(
     base = local.snapshots[-1] if local.snapshots else origin if local.origin else None
     bases = {None, *(point.guid for point in source.inherited + source.snapshots + source.bookmarks)}
     ends_match = target and partial.from_guid in bases and partial.from_guid == (base and base.guid)
-    if target and ends_match and partial.raw == policy.raw(source) and not local.changed:
+    if target and ends_match and partial.raw == policy.raw(source) and not local.changed and not partial.corrupt:
         # Take it for arrived, to plan what follows.
         arrived = replace(target, createtxg=base.createtxg + 1 if base else 0, tags=NO_TAGS)
         steps: list[Step] = [Receive(target, token=partial.token)]
@@ -3752,6 +3752,15 @@ def unset_properties(target: Host, receiving: Command, refused: dict[str, str]) 
 MAX_STEPS = 6
 """How often a dataset may be worked on in one run without getting any further, before we give it up."""
 
+READ_ONLY = "pool is read-only"
+PULLED_UNHELD = (
+    "the source's pool is read-only: what it has is pulled all the same, but without holds, and nothing expires",
+    "once the pool is writable again, the next run puts the holds right",
+)
+
+REFUSED_FOR_NOW = "permission denied|key must be loaded|currently suspended"
+"""What a sender says of a token that it may accept another time."""
+
 Send = Callable[[StreamBatch], BatchResult]
 """Carries a batch of streams from the source to here; see `pull`."""
 
@@ -4175,7 +4184,7 @@ class Lister:
     """Lists both trees, and asks for what no listing tells.
 
     For the whole run it remembers in which local datasets we held something when the run began (`held_before`), and
-    which datasets we have `received`.
+    which datasets we have `received`. `dead_tokens` are those of which nothing is here.
     """
 
     def __init__(self, policy: Policy, source: Host, target: FencedHost, report: Report, both: Both) -> None:
@@ -4186,6 +4195,7 @@ class Lister:
         self.both = both
         self.held_before: set[str] | None = None
         self.received: set[str] = set()
+        self.dead_tokens: set[str] = set()
 
     def list_both(self, now: int, *, in_full: bool = False) -> Trees:
         """List both trees at the same time, and read the holds that a run must know; `in_full`: all holds of the
@@ -4301,6 +4311,8 @@ class Lister:
         keys = [key for key in (target if keys is None else keys) if key in target]
         for key in keys:
             local, there = target[key], trees.source.get(key)
+            if local.partial and local.partial.token in self.dead_tokens:
+                local = replace(local, partial=None)
             if local.partial:
                 answer = host.ask((*DECODE_TOKEN, local.partial.token))
                 local = replace(local, partial=parse_token(local.partial.token, answer.stdout + answer.stderr))
@@ -4408,7 +4420,13 @@ class LocalSteps:
             self.roll_back(trees.target[key], step)
         else:
             self.report.event("abandon", name, f"{name}: {step}")
-            run(self.host, (*ABORT_RECEIVE, name))
+            try:
+                run(self.host, (*ABORT_RECEIVE, name))
+            except CommandFailed as failure:
+                if "does not have any resumable receive state" not in failure.what:
+                    raise
+                # A pool that an old ZFS wrote may show a token of nothing (https://github.com/openzfs/zfs/issues/10439).
+                self.lister.dead_tokens.add(step.partial.token)
 
     def local_name(self, key: str) -> str:
         return self.policy.target_root + key
@@ -4606,6 +4624,7 @@ class Executor:
         self.touched: set[str] = set()  # the datasets of which anything may have changed on either side
         self.tries: dict[str, tuple[int, int | None]] = {}  # how often a dataset got no further; steps left at the last
         self.lost: tuple[str, LinkLost] | None = None  # what was at work when the link broke
+        self.is_read_only = False  # the pool of the source: then nothing can be held there, and nothing can vanish
 
     @functools.cached_property
     def features(self) -> list[str]:
@@ -4720,19 +4739,20 @@ class Executor:
         }
         missing = place_holds(host, tag, [name for names in wanted.values() for name in names])
         for key, names in wanted.items():
-            if not missing.keys().isdisjoint(names):
-                missing_here = place_holds(host, tag, [name for name in names if name in missing])
-                if missing_here:
-                    rights = allow_hint(host, hold(tag, missing_here), "".join({*missing_here.values()}))
-                    what = f"cannot hold {refusals(missing_here)}"
-                    why = "nothing was sent, because a snapshot without a hold could be destroyed during the transfer"
-                    self.give_up(key, Failure(what, why, rights))
-                    continue
-            self.report.holds("hold", tag, names)
+            refused = place_holds(host, tag, [name for name in names if name in missing])
+            if refused and all(READ_ONLY in said for said in refused.values()):
+                self.is_read_only = True
+            elif refused:
+                rights = allow_hint(host, hold(tag, refused), "".join({*refused.values()}))
+                hint = "nothing was sent, because a snapshot without a hold could be destroyed during the transfer"
+                self.give_up(key, Failure(f"cannot hold {refusals(refused)}", hint, rights))
+                continue
+            placed = {name for name in names if name not in refused}
+            self.report.holds("hold", tag, sorted(placed))
             # What could not be read may have been held before: that hold is not ours to release again.
             known = {it.snapshot.name for it in receives[key] if it.snapshot.tags is not None}
-            self.placed.setdefault(key, set()).update(known.intersection(names))
-            source[key] = held_after(source[key], tag, {*names})
+            self.placed.setdefault(key, set()).update(placed & known)
+            source[key] = held_after(source[key], tag, placed)
         return replace(trees, source=source)
 
     def create_parents(
@@ -4865,6 +4885,13 @@ class Executor:
             return trees
         local = trees.target.get(stream.key)
         said = failure.receiver_said if isinstance(failure, StreamFailed) else ""
+        sender_said = failure.sender_said if isinstance(failure, StreamFailed) else ""
+        waiting = local.partial if local and local.partial and local.partial.token == stream.step.token else None
+        if local and waiting and "cannot resume send" in sender_said and not re.search(REFUSED_FOR_NOW, sender_said):
+            # A token names its snapshot: where its pool has another name by now, it is never accepted again. The next
+            # plan gives it up, once, for what comes then has another token.
+            partial = replace(waiting, corrupt=True)
+            return replace(trees, target={**trees.target, stream.key: replace(local, partial=partial)})
         missing = " or ".join(lacking(said, self.features))
         if local and "has been modified" in said:
             # zfs says so too of a stream that has another base than it should. Then nothing here is to be rolled back
@@ -4880,7 +4907,7 @@ class Executor:
             )
         elif missing:
             failure.hint = f"the pool here lacks {missing}: zpool upgrade, with a newer OpenZFS if need be"
-        elif local and local.partial and local.partial.token == stream.step.token and not failure.hint:
+        elif local and waiting and not failure.hint:
             failure.hint = f"if this rest never comes, give it up, bytes and all: zfs recv -A '{local.name}'"
         self.give_up(stream.key, failure)
         return trees
@@ -5031,6 +5058,10 @@ class Run:
             self.trees, _ = self.executor.inert.make_inert(self.trees, received)
             plan = self.transfer(plan, now)
             self.update_holds(plan.left_alone | self.executor.inert.refused, now)
+            if self.executor.is_read_only:
+                # A pool that can only be imported so is perhaps dying: then nothing here goes either.
+                self.report.failure(self.policy.target_root, Failure(*PULLED_UNHELD))
+                return
             if self.policy.bookmark:
                 self.update_bookmarks(now)
             if not self.lost:  # what was not reached may have to be set aside first, with all its snapshots
@@ -5091,8 +5122,11 @@ class Run:
                 if may_expire(self.trees.source.get(key), local, self.policy, now)
             }
         for _ in range(3):
-            changes = all_hold_changes(self.trees, self.policy, left_alone)
+            changes = {} if self.executor.is_read_only else all_hold_changes(self.trees, self.policy, left_alone)
             holds.move_all(self.trees, changes)
+            if any(host is self.source_host and READ_ONLY in said for host, _, said in holds.refused):
+                self.executor.is_read_only = True
+                return
             touched |= changes.keys()
             if not touched:
                 return

@@ -230,3 +230,33 @@ def test_empty_or_not_unknown_leaves_the_place_as_it_is(job: Job, quarantine: bo
     assert "permission denied" in said
     assert job.done("rename", "recv") == []
     assert job.backup.datasets[f"{LOCAL}/www"].files
+
+
+def holds_refused(where: Machine, command: Command, _: str) -> Answer | None:
+    """As a pool that was imported read-only does."""
+    is_change = command[1] in ("hold", "release") and where.label == "source"
+    return Answer(1, "", "cannot hold: pool is read-only\n") if is_change else None
+
+
+def test_read_only_source_is_pulled_without_holds(aged: Job) -> None:
+    aged.snapshot("f")
+    before = aged.here().split()[:-1]
+    said = aged.replicate(status=1, keep=1, every=True, at=holds_refused)
+    assert said.count("the source's pool is read-only") == 1
+    assert len(said.split("\n")) == 2, "one line, and the way out"
+    assert aged.here().split()[-1] == "f"
+    assert [it.partition("!")[0] for it in before] == [
+        it.partition("!")[0] for it in aged.here().split()[: len(before)]
+    ]
+    assert aged.there().endswith(" f")
+    assert "pool is read-only" in aged.replicate(status=1, keep=1, at=holds_refused), "with nothing to pull as well"
+    aged.replicate(keep=1)
+    assert (aged.here(), aged.there().split()[-1]) == (f"e f!{RECEIVED}", f"f!{TAG}"), "and what is due goes"
+
+
+def test_read_only_source_is_mirrored_for_the_first_time(job: Job) -> None:
+    job.snapshot("a")
+    assert "the source's pool is read-only" in job.replicate(status=1, at=holds_refused)
+    assert [job.here(key) for key in EACH] == ["a"] * 4
+    job.replicate()
+    assert [(job.here(key), job.there(key)) for key in EACH] == [(f"a!{RECEIVED}", f"a!{TAG}")] * 4

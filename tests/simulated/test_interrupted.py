@@ -9,8 +9,12 @@ from histories import LOCAL, RECEIVED, SOURCE, TAG
 from jobs import Job, break_link, half_way, refusing
 from simulated import Machine, Refused
 
+from zfs_replicate import Answer
+
 if TYPE_CHECKING:
-    from zfs_replicate import Answer, Command
+    from collections.abc import Iterator
+
+    from zfs_replicate import Command
 
 
 @pytest.mark.parametrize("first", [True, False], ids=["first", "increment"])
@@ -104,3 +108,53 @@ def test_empty_target_is_read_only_during_its_first_receive(job: Job) -> None:
     job.replicate(at=half_way(deed=write))
     assert refused == [f"cannot write to '{LOCAL}': Read-only file system"]
     assert job.here() == f"a!{RECEIVED}"
+
+
+NEVER = Answer(255, "", "cannot resume send: 'pond/m@a' used in the initial send no longer exists")
+
+
+@pytest.mark.parametrize("first", [True, False], ids=["first", "increment"])
+def test_token_that_the_sender_never_accepts_is_given_up_once(job: Job, first: bool) -> None:
+    """As after `zpool import OLD NEW`: both guids are there, but not below the name that the token has."""
+    job.snapshot("a")
+    if not first:
+        job.replicate()
+        job.snapshot("b")
+    job.replicate(status=1, at=half_way("machines@", break_link))
+    job.replicate(at=lambda _, words, __: NEVER if words[:3] == ("zfs", "send", "-t") else None)
+    assert [" -A " in line for line in job.done("recv")] == [True, *[False] * 4]
+    assert job.here() == (f"a!{RECEIVED}" if first else f"a b!{RECEIVED}")
+    assert job.there() == (f"a!{TAG}" if first else f"a b!{TAG}")
+
+
+@pytest.mark.parametrize("said", ["permission denied", "dataset key must be loaded", "I/O is currently suspended"])
+def test_token_that_the_sender_refuses_for_now_is_kept(mirrored: Job, said: str) -> None:
+    mirrored.snapshot("b", "")
+    mirrored.replicate(status=1, at=half_way())
+    waiting = mirrored.backup.datasets[LOCAL].partial
+    assert waiting
+    refused = Answer(1, "", f"cannot resume send: {said}")
+    mirrored.replicate(status=1, at=lambda _, words, __: refused if words[:3] == ("zfs", "send", "-t") else None)
+    assert mirrored.backup.datasets[LOCAL].partial == waiting
+
+
+def test_token_of_nothing_that_could_be_aborted_is_ignored(mirrored: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pools that an old ZFS wrote show such tokens for ever (https://github.com/openzfs/zfs/issues/10439)."""
+    mirrored.snapshot("b", "")
+    mirrored.replicate(status=1, at=half_way())
+    store = mirrored.backup.datasets[LOCAL]
+    assert store.partial
+    token, store.partial = store.partial.token, None
+    mirrored.source.release(TAG, f"{SOURCE}@b")
+    mirrored.source.destroy(SOURCE, ["b"])
+    mirrored.snapshot("c", "")
+    rows = Machine.rows
+
+    def rows_with_token(machine: Machine, name: str, *, points: bool) -> Iterator[tuple[str | int, ...]]:
+        for row in rows(machine, name, points=points):
+            yield (*row[:6], token, *row[7:]) if row[0] == LOCAL and machine is mirrored.backup else row
+
+    monkeypatch.setattr(Machine, "rows", rows_with_token)
+    for _ in range(2):
+        mirrored.replicate()
+        assert (mirrored.here(), mirrored.there()) == (f"a c!{RECEIVED}", f"a c!{TAG}")

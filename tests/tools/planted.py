@@ -62,7 +62,8 @@ BUGS: dict[str, tuple[Plant, ...]] = {
             "[it.snapshot.name for it in steps[:1] if tag not in (it.snapshot.tags or ())]",
         ),
     ),
-    "sent without a hold": (Plant("Executor.hold", "if missing_here:", "if False:"),),
+    "sent without a hold": (Plant("Executor.hold", "READ_ONLY in said", "True"),),
+    "expiry though the source is read-only": (Plant("Run.execute", "if self.executor.is_read_only:", "if False:"),),
     "what cannot be held leaves a placeholder": (
         Plant(
             "Executor.prepare",
@@ -303,6 +304,12 @@ BUGS: dict[str, tuple[Plant, ...]] = {
     "what zfs recv says was changed here was": (
         Plant("Executor.judge", "is_written(self.lister.target_host, local.name)", "True"),
     ),
+    "a token that is refused for now is given up": (
+        Plant("Executor.judge", "not re.search(REFUSED_FOR_NOW, sender_said)", "True"),
+    ),
+    "a token that never will be accepted is kept": (
+        Plant("Executor.judge", "'cannot resume send' in sender_said", "False"),
+    ),
     "the sender speaks for the receiver": (
         Plant(
             "Executor.judge",
@@ -350,7 +357,7 @@ BUGS: dict[str, tuple[Plant, ...]] = {
     "stale token resumed for ever": (
         Plant(
             "plan_partial",
-            "target and ends_match and partial.raw == policy.raw(source) and not local.changed",
+            "target and ends_match and partial.raw == policy.raw(source) and not local.changed and not partial.corrupt",
             "target",
         ),
     ),

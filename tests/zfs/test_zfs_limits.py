@@ -121,8 +121,10 @@ def test_pools_that_are_read_only_not_there_or_full(site: Site) -> None:
     import_again(site.backup, "offsite")
 
     import_again(site.source, "backuppool", "-o readonly=on")
+    assert site.backup.run("zfs list -H -r -o name offsite").stdout == "offsite\n"
     done = site.replicate(status=1)
-    assert f"cannot hold {TREE}@monday: cannot hold: pool is read-only\n    nothing was sent" in done.stderr
+    assert re.fullmatch(f"zfs_replicate: {MIRROR}: the source's pool is read-only: .*\n    .*\n", done.stderr)
+    assert names(site.backup, f"{MIRROR}/www") == ["monday"]
     site.source.run("for i in $(seq 30); do zpool export backuppool && exit; sleep 1; done; exit 1")
     done = site.replicate(status=3)
     assert done.stderr == (
@@ -130,10 +132,10 @@ def test_pools_that_are_read_only_not_there_or_full(site: Site) -> None:
         "    check -r; is the pool imported there? zpool import backuppool\n"
     )
     site.source.run("zpool import backuppool")
-    assert site.backup.run("zfs list -H -r -o name offsite").stdout == "offsite\n"
+    site.replicate_silently()
+    site.assert_in_step()
 
     # No space: what arrived is kept, and goes on when there is some.
-    site.replicate_silently()
     site.source.run(f"head -c 6M /dev/urandom > /{TREE}/www/two")
     site.snapshot("tuesday")
     site.backup.run("zfs set quota=2M offsite")
