@@ -115,10 +115,9 @@ __version__ = "0.1.0"
 
 
 class Failure(Exception):
-    """Something expected went wrong. `what` says what and why, `hint` the way out: the `hints` that are not empty.
+    """Something expected went wrong. `what` says what and why, `hint` the way out."""
 
-    Caught and printed as one paragraph, never as a traceback; any other exception is a bug and keeps its traceback.
-    """
+    # It is printed as one paragraph. Any other exception is a bug, and keeps its traceback.
 
     def __init__(self, what: str, *hints: str) -> None:
         super().__init__(what, *hints)
@@ -129,14 +128,13 @@ class Failure(Exception):
         return f"{self.what}\n{self.hint}".strip()
 
 
+# So many lines and bytes are shown of what others said.
 MAX_LINES = 10
 MAX_EXCERPT = 2048
-"""What others said is shown up to so many lines and bytes."""
 
 
 def printable(text: str) -> str:
-    """The text, with an escape for each character that a terminal could act upon, or that turns the order of others
-    round. Newlines stay; a TAB becomes a space."""
+    """The text, with an escape for each character that could steer a terminal or reorder others; a TAB as a space."""
     if text.isprintable():
         return text
     shown = []
@@ -150,29 +148,30 @@ def printable(text: str) -> str:
 
 
 def excerpt(text: str) -> str:
-    """The beginning of what somebody else said, printable; `...` where more of it is left out."""
+    """The beginning of what somebody else said, printable; `...` if it goes on."""
     lines = text[:MAX_EXCERPT].split("\n")
     whole = printable("\n".join(lines[:MAX_LINES]))
+    # Escapes may have made it longer. The cut may go through a character, whose half is dropped.
     head = whole.encode()[:MAX_EXCERPT].decode(errors="ignore")
     is_cut = len(text) > MAX_EXCERPT or len(lines) > MAX_LINES or head != whole
     return head + "..." * is_cut
 
 
 def few(names: Sequence[str], most: int = 3) -> str:
-    """The first of many names, and how many there are besides."""
+    """The first of many names, and how many more there are."""
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 class CommandFailed(Failure):
-    """A command ran and ended with a status other than 0."""
+    """A command ended with a status other than 0."""
 
 
 class NotBelieved(Failure):
-    """A host printed what its zfs cannot have printed: nothing of it is believed, and nothing is done upon it."""
+    """A host printed what its zfs cannot have printed. None of it is believed, and nothing is done upon it."""
 
 
 class LinkLost(Failure):
-    """The connection to a host broke, or could not be made: what the command there did is unknown."""
+    """The connection to a host broke, or could not be made. What the command did there is unknown."""
 
 
 class Stuck(Failure):
@@ -180,18 +179,16 @@ class Stuck(Failure):
 
 
 class StreamFailed(Failure):
-    """A stream did not arrive whole. `link_held` says that the sender's own exit status came through: so the link is
-    not to blame.
-
-    `sender_said` and `receiver_said` are the words of either end that failed. What is wrong here the receiver alone can
-    say: the sender is another host, and may say what it likes.
-    """
+    """A stream did not arrive whole."""
 
     def __init__(
         self, what: str, *hints: str, link_held: bool = False, sender_said: str = "", receiver_said: str = ""
     ) -> None:
         super().__init__(what, *hints)
+        # Whether the sender's own exit status came through: then the link is not to blame.
         self.link_held = link_held
+        # What either end said, if it failed. Only the receiver is believed about this side: the sender is another host,
+        # and may say what it likes.
         self.sender_said = sender_said
         self.receiver_said = receiver_said
 
@@ -203,25 +200,21 @@ class StreamFailed(Failure):
 
 @dataclass(frozen=True)
 class Snapshot:
-    """One point in the history of a dataset; also a bookmark of such a point, whose name has `#` instead of `@`.
-
-    `guid` is the same on every pool the snapshot was sent to, whatever it is called there. `createtxg` orders the
-    snapshots of one pool (`creation`, in seconds since 1970, may tie or run backwards). `tags` are those of the holds
-    on it; None means that they could not be read, or were not asked for, which is never taken for "not held". `ivset`
-    is a number that every encrypted snapshot gets and only a raw stream takes along; 0 without encryption, or where it
-    was not asked for. `cloned` says that a dataset of the tree is its clone.
-    """
+    """One point in the history of a dataset; also a bookmark of such a point, whose name has `#` instead of `@`."""
 
     name: str
+    # The same on every pool the snapshot was sent to, whatever it is called there.
     guid: int
+    # Orders the snapshots of one pool. The creation, in seconds since 1970, may tie or run backwards.
     createtxg: int
     creation: int
+    # Of its holds. None if they could not be read, or were not asked for: never taken for "not held".
     tags: frozenset[str] | None = frozenset()
+    # A number that every encrypted snapshot gets and only a raw stream takes along. 0: not encrypted, or not asked for.
     ivset: int = 0
-    cloned: bool = False
+    cloned: bool = False  # a dataset of the tree is its clone
 
     def may_be_held_by(self, tag: str) -> bool:
-        """Whether the tag holds it, or might: unknown tags count."""
         return self.tags is None or tag in self.tags
 
     @property
@@ -236,33 +229,20 @@ class Snapshot:
 
 @dataclass(frozen=True)
 class Partial:
-    """An interrupted receive that waits for its rest.
-
-    It was receiving the snapshot `to_guid`, from the base `from_guid`; both are None if the token was not decoded, and
-    `corrupt` if zfs says that it never can be. `raw` says that the stream was sent raw. `bytes` of it have arrived.
-    """
+    """An interrupted receive that waits for its rest."""
 
     token: str
+    # The snapshot that it was receiving, and the base of that. Both are None if the token was not decoded.
     to_guid: int | None
     from_guid: int | None
-    raw: bool = False
-    corrupt: bool = False
-    bytes: int = 0
+    raw: bool = False  # the stream was sent raw
+    corrupt: bool = False  # the token cannot be decoded, or the sender will never accept it again
+    bytes: int = 0  # of it have arrived
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """A filesystem or volume and its history. Snapshots and bookmarks are kept oldest first.
-
-    `compressed`: its data are stored compressed. `origin` names the snapshot that it is a clone of. `inherited` are the
-    snapshots of other datasets of the tree that belong to its history: its origin, and what came before that.
-
-    Of a local dataset: `empty` says of a filesystem without snapshots whether it contains no files, so that a first
-    receive may replace it; None if nobody knows. `parent`: something is below it, and `strangers` are those datasets
-    below it that are neither ours nor the source's. `changed`: zfs found it modified since its newest snapshot.
-    `held_before`: we held a snapshot of it when the run began. `recognised`: its properties are those of what we
-    receive.
-    """
+    """A filesystem or volume and its history. Snapshots and bookmarks are kept oldest first."""
 
     name: str
     kind: str
@@ -270,20 +250,23 @@ class Dataset:
     bookmarks: tuple[Snapshot, ...] = ()
     partial: Partial | None = None
     encrypted: bool = False
-    compressed: bool = False
-    origin: str = ""
+    compressed: bool = False  # its data are stored compressed
+    origin: str = ""  # the snapshot that it is a clone of
+    # Snapshots of other datasets of the tree that belong to its history: its origin, and what came before that.
     inherited: tuple[Snapshot, ...] = ()
+    # The rest is asked of local datasets only. `empty`: a filesystem without snapshots contains no files, so a first
+    # receive may replace it; None if nobody knows.
     empty: bool | None = False
-    parent: bool = False
-    strangers: tuple[str, ...] = ()
-    changed: bool = False
-    held_before: bool = False
-    recognised: bool = False
+    parent: bool = False  # something is below it
+    strangers: tuple[str, ...] = ()  # the datasets below it that are neither ours nor the source's
+    changed: bool = False  # zfs found it modified since its newest snapshot
+    held_before: bool = False  # we held a snapshot of it when the run began
+    recognised: bool = False  # its properties are those of what we receive
 
     def __post_init__(self) -> None:
         for field in ("snapshots", "bookmarks", "inherited"):
             ordered = tuple(sorted(getattr(self, field), key=lambda snapshot: snapshot.createtxg))
-            object.__setattr__(self, field, ordered)
+            object.__setattr__(self, field, ordered)  # as it is frozen
 
     def find(self, guid: int | None) -> Snapshot | None:
         """The snapshot with this guid; bookmarks do not count."""
@@ -291,7 +274,6 @@ class Dataset:
 
     @property
     def history(self) -> tuple[Snapshot, ...]:
-        """All its snapshots, the inherited ones too."""
         return self.inherited + self.snapshots
 
     def twin(self, snapshot: Snapshot) -> Snapshot | None:
@@ -299,8 +281,8 @@ class Dataset:
         return next((own for own in self.history if own.guid == snapshot.guid), None)
 
 
+# Datasets by key: "" is the root of the tree, "/www/logs" a grandchild.
 Tree = dict[str, Dataset]
-"""Datasets by their name below the root of the tree: "" is the root itself, "/www/logs" a grandchild."""
 
 
 def with_ancestors(name: str) -> list[str]:
@@ -309,25 +291,23 @@ def with_ancestors(name: str) -> list[str]:
     return ["/".join(parts[: count + 1]) for count in range(len(parts))]
 
 
+# At the end of the name of a placeholder that has made way for the dataset itself.
 PLACEHOLDER = ".made-way-for-mirror"
-"""At the end of the name of a placeholder that has made way for the dataset itself."""
 
 
 @dataclass(frozen=True)
 class Selection:
-    """Which datasets and snapshots to replicate. The default is all of them.
+    """Which datasets and snapshots to replicate. The default is all of them."""
 
-    Globs are as in fnmatch, and `*` takes `/` too. Those of datasets are matched against the name below the root of
-    the tree, those of snapshots against what follows the `@`. A child of an excluded dataset is excluded.
-    """
-
+    # Globs are as in fnmatch, and `*` takes `/` too. Those of datasets are matched against the name below the root of
+    # the tree, those of snapshots against what follows the `@`. A child of an excluded dataset is excluded.
     recursive: bool = True
     exclude: tuple[str, ...] = ()
     snapshots: tuple[str, ...] = ("*",)
     exclude_snapshots: tuple[str, ...] = ()
 
     def has_dataset(self, key: str) -> bool:
-        key = key.replace(PLACEHOLDER, "")  # a name for a while says nothing
+        key = key.replace(PLACEHOLDER, "")  # what made way is selected by the name that it gets back
         if not key:
             return True
         names = with_ancestors(key[1:])
@@ -344,38 +324,36 @@ class Selection:
 
 @dataclass(frozen=True)
 class Properties:
-    """Properties that differ from the source. `values` (`NAME=VALUE`) are set at the first receive; those in `ignored`
-    are neither copied nor set."""
+    """Properties of the mirror that differ from the source's."""
 
-    values: tuple[str, ...] = ()
-    ignored: tuple[str, ...] = ()
+    values: tuple[str, ...] = ()  # `NAME=VALUE`, set at the first receive
+    ignored: tuple[str, ...] = ()  # names of those that are neither copied nor set
 
 
+# At the end of the tags by which lines of a crontab hold their newest common snapshots here.
 RECEIVED = ":received"
-"""At the end of the tags by which lines of a crontab hold their newest common snapshots here."""
 
 
 @dataclass(frozen=True)
 class Policy:
-    """What the user asked for. With `keep_days` None nothing expires; the `keep_min` newest local snapshots never
-    do."""
+    """What the user asked for."""
 
     source_root: str
     target_root: str
     tag: str
-    keep_days: int | None = None
+    keep_days: int | None = None  # None: nothing expires
     intermediates: bool = False
     bookmark: bool = False
     rollback: bool = False
     quarantine: bool = False
-    keep_min: int = 0
+    keep_min: int = 0  # so many of the newest local snapshots never expire
     selection: Selection = Selection()
     properties: Properties = Properties()
     decrypt: bool = False
 
     @property
     def received_tag(self) -> str:
-        """The tag of our local holds. It differs from `tag` so that a chain A -> B -> C can use one tag."""
+        # It differs from `tag` so that a chain A -> B -> C can use one tag.
         return self.tag + RECEIVED
 
     def raw(self, source: Dataset) -> bool:
@@ -383,36 +361,32 @@ class Policy:
         return source.encrypted and not self.decrypt
 
     def mark(self, guid: int) -> str:
-        """The name of our bookmark of a snapshot. It contains the guid, so that several mirrors of one source do not
-        clash."""
+        """The name of our bookmark of a snapshot."""
+        # With the guid, so that several mirrors of one source do not clash. zfs allows less in it than in a tag.
         return f"#{re.sub('[^A-Za-z0-9_.:-]', '_', self.tag)}-{guid}"
 
 
-# Steps of a plan, and what a plan can say of one dataset.
+# Steps of a plan.
 
 
 @dataclass(frozen=True)
 class Receive:
-    """Receive `snapshot`: in full, or as an increment from `base` (a snapshot or bookmark of the source).
-
-    With a `token`, an interrupted receive is resumed instead. With an `origin` (a local snapshot), the dataset is
-    created as a clone of it, as the source dataset is a clone of `base`. `lost_origin` names the snapshot that it
-    should be a clone of, but that is not in this mirror.
-    """
+    """Receive `snapshot`: in full, or as an increment from `base` (a snapshot or bookmark of the source)."""
 
     snapshot: Snapshot
     base: Snapshot | None = None
-    token: str | None = None
+    token: str | None = None  # of an interrupted receive, which is resumed
+    # A local snapshot: the dataset is created as a clone of it, as the source dataset is a clone of `base`.
     origin: str = ""
-    lost_origin: str = ""
+    lost_origin: str = ""  # the snapshot that it should be a clone of, but that is not in this mirror
 
     @property
     def facts(self) -> dict[str, Any]:
-        """The step as data, for JSON. Guids are text: many programs read no number of 64 bits."""
+        """The step as data, for JSON."""
         base = self.base
         return {
             "snapshot": self.snapshot.short,
-            "guid": str(self.snapshot.guid),
+            "guid": str(self.snapshot.guid),  # text, because many programs read no number of 64 bits
             "base": base.short if base else None,
             "base_guid": str(base.guid) if base else None,
             "resumed": self.token is not None,
@@ -441,8 +415,9 @@ class AbortReceive:
 
 @dataclass(frozen=True)
 class MakeWay:
-    """Rename a placeholder with all that is below it, so that the dataset itself can be received in its place. Its
-    children return when that has arrived. So no stream is ever received over a dataset that has children."""
+    """Rename a placeholder with all that is below it, so that the dataset itself can be received in its place."""
+
+    # So no stream is ever received over a dataset that has children. They return when it has arrived.
 
     def __str__(self) -> str:
         return "rename the placeholder here out of the way; its children return when the dataset itself is here"
@@ -453,12 +428,11 @@ Step = Union[Receive, AbortReceive, MakeWay]
 
 @dataclass(frozen=True)
 class Rollback:
-    """An override: roll the local dataset back to its snapshot `to`. Newer snapshots and changes are lost. Of those,
-    the source once had `received` and has them no more: they may be the last copies."""
+    """An override: roll the local dataset back to its snapshot `to`. Newer snapshots and changes are lost."""
 
     to: Snapshot
     newer: tuple[Snapshot, ...] = ()
-    received: tuple[Snapshot, ...] = ()
+    received: tuple[Snapshot, ...] = ()  # of those, what the source once had and has no more
 
     def __str__(self) -> str:
         lost = ", ".join(snapshot.short for snapshot in self.newer)
@@ -478,11 +452,7 @@ Override = Union[Rollback, Quarantine]
 
 
 class Blocked(Failure):
-    """The dataset cannot be brought up to date without losing local data.
-
-    `ways` are the overrides that would help; the hint names them last. `elsewhere`: what is here never was a mirror of
-    the source's dataset, so it is the wrong place for its children too.
-    """
+    """The dataset cannot be brought up to date without losing local data."""
 
     def __init__(self, what: str, advice: str, *ways: Override, elsewhere: bool = False) -> None:
         offers = {
@@ -490,7 +460,8 @@ class Blocked(Failure):
             Quarantine: "to rename all that is here aside and pull afresh: --quarantine",
         }
         super().__init__(what, advice, *(offers[type(way)] for way in ways))
-        self.ways = ways
+        self.ways = ways  # the overrides that would help
+        # What is here never was a mirror of the source's dataset: so it is the wrong place for its children too.
         self.elsewhere = elsewhere
 
 
@@ -508,23 +479,22 @@ class Rename:
     old: str
 
 
+# The steps that need no stream, and change the names here.
 LocalStep = Union[Rename, MakeWay, Rollback, Quarantine, AbortReceive]
 LOCAL_STEPS = (Rename, MakeWay, Rollback, Quarantine, AbortReceive)
-"""The steps that need no stream, and change the names here."""
 
+# What the plan of a tree says of a dataset: a step; why there is none; or None, if it is in step.
 Entry = Union[Step, Create, Rename, Override, Failure, None]
-"""What the plan of a tree says of a dataset: a step; why there is none; or None if it is in step."""
 
 
 @dataclass(frozen=True)
 class Trees:
-    """What is known of both sides, as listed last. `existing` are the local root and its ancestors, as far as they
-    exist. `failing`: the local root is marked as failing by earlier runs."""
+    """What is known of both sides, as listed last."""
 
     source: Tree
     target: Tree
-    existing: tuple[str, ...] = ()
-    failing: bool = False
+    existing: tuple[str, ...] = ()  # the local root and its ancestors, as far as they exist
+    failing: bool = False  # earlier runs have marked the local root as failing
 
 
 @dataclass(frozen=True)
@@ -537,20 +507,12 @@ class CommonPoint:
 
 @dataclass(frozen=True)
 class HoldChanges:
-    """Names of snapshots to hold and to release, for one dataset or many."""
+    """Names of snapshots to hold and to release, for one dataset."""
 
     place_source: tuple[str, ...] = ()
     place_local: tuple[str, ...] = ()
     release_source: tuple[str, ...] = ()
     release_local: tuple[str, ...] = ()
-
-    def __add__(self, other: HoldChanges) -> HoldChanges:
-        return HoldChanges(
-            self.place_source + other.place_source,
-            self.place_local + other.place_local,
-            self.release_source + other.release_source,
-            self.release_local + other.release_local,
-        )
 
     def __bool__(self) -> bool:
         return bool(self.place_source or self.place_local or self.release_source or self.release_local)
@@ -574,24 +536,19 @@ class Expiry:
 
 @dataclass(frozen=True)
 class MirrorStatus:
-    """How far a mirror has come.
-
-    `source` is "" if the dataset no longer exists there, and None if we did not ask; then `common` is what we hold
-    here, and the rest is unknown. The source has `behind` newer snapshots, of `lacking` bytes. `pinned` bytes at the
-    source are needed by the common snapshot alone; `partial` bytes of an interrupted receive are here. `received` is
-    when the common snapshot arrived, by our own clock, if that was asked for.
-    """
+    """How far a mirror has come. What is None is not known."""
 
     name: str
+    # "" if the dataset no longer exists at the source. None if we did not ask: then `common` is what we hold here.
     source: str | None
     common: Snapshot | None = None
     held_here: bool = False
     held_there: bool | None = None
-    behind: int | None = None
-    lacking: int | None = None
-    pinned: int | None = None
-    partial: int | None = None
-    received: float | None = None
+    behind: int | None = None  # so many newer snapshots are at the source
+    lacking: int | None = None  # bytes of these
+    pinned: int | None = None  # bytes at the source that only the common snapshot needs
+    partial: int | None = None  # bytes of an interrupted receive that are here
+    received: float | None = None  # when the common snapshot arrived, by our own clock
 
 
 # ---------------------------------------------------------------------------------------------------------------------
