@@ -562,32 +562,30 @@ LIST_COLUMNS = (
     "name", "type", "guid", "createtxg", "creation", "userrefs", "receive_resume_token", "encryption", "origin",
     "ivsetguid", "compression",
 )  # fmt: skip
+# Those which zfs, from 2.2 on, lists without opening each snapshot (zfs_list_only_by_fast in its sources): in a quarter
+# of the time.
 FAST_COLUMNS = ("name", "guid", "createtxg")
-"""Those which zfs answers without opening each snapshot, from 2.2 on (zfs_list_only_by_fast in its sources): in a
-quarter of the time."""
 
+# As a time of creation. It is later than any other, so nothing ever expires by it.
 UNKNOWN_CREATION = 2**63 - 1
-"""As a time of creation: nothing is ever as old as to expire by it."""
 
-
+# Seconds by which the clocks of both hosts may differ unnoticed.
 MAX_CLOCK_SKEW = 300
-"""Seconds by which the clocks of both hosts may differ unnoticed."""
 
+# One for all. With 100,000 snapshots, each with an empty set of its own, these would take 20 MiB.
 NO_TAGS: frozenset[str] = frozenset()
-"""One for all: with 100,000 snapshots, each with an empty set of its own, that would be 20 MiB."""
 
 
 def fields(text: str, *widths: int) -> Iterator[list[str]]:
-    """The rows of `zfs ... -H`, split on TAB alone: names may contain spaces, even at their end.
-
-    Raises NotBelieved for a row with another number of columns: guessing here could end in destroying the wrong thing.
-    """
+    """The rows of `zfs ... -H`. Raises NotBelieved for a row that has not one of these numbers of columns."""
     # Not splitlines(): it also cuts at characters that a hold tag of somebody else's may contain.
     if text and not text.endswith("\n"):
         raise NotBelieved(f"zfs printed a line without an end: {text[-80:]!r}")
     for found in re.finditer(".*\n", text):
         line = found[0][:-1]
+        # On TAB alone, and nothing stripped: names may contain spaces, even at their end.
         row = line.split("\t", max(widths))
+        # To guess what such a row means could end in destroying the wrong thing.
         if len(row) not in widths:
             asked = " or ".join(map(str, widths))
             count = line.count("\t") + 1
@@ -595,13 +593,13 @@ def fields(text: str, *widths: int) -> Iterator[list[str]]:
         yield row
 
 
+# Of the largest number of 64 bits, which is the longest that zfs prints.
 NUMBER_DIGITS = 20
-"""Of the largest number of 64 bits, which is the longest that zfs prints."""
 
 
 def number(text: str, what: str) -> int:
-    """A whole number of 64 bits, as zfs prints it. Raises NotBelieved for anything else; `what` names it in the
-    message. Long texts are refused before int(), whose time grows with the square of the digits."""
+    """A whole number of 64 bits, as zfs prints it. Raises NotBelieved for anything else, which it calls `what`."""
+    # The length comes first, because the time of int() grows with the square of the digits.
     found = int(text) if len(text) <= NUMBER_DIGITS and text.isascii() and text.isdigit() else 2**64
     if found >= 2**64:
         raise NotBelieved(
@@ -611,22 +609,21 @@ def number(text: str, what: str) -> int:
     return found
 
 
+# Bytes of the longest name of a dataset with its snapshot (ZFS_MAX_DATASET_NAME_LEN less the closing NUL).
 NAME_LIMIT = 255
-"""Longest name of a dataset with its snapshot, in bytes (ZFS_MAX_DATASET_NAME_LEN less the closing NUL)."""
 
+# Most levels of a dataset, the pool being the first (zfs_max_dataset_nesting, which nobody should raise).
 NESTING_LIMIT = 50
-"""Most levels of a dataset, the pool being the first (zfs_max_dataset_nesting, which nobody should raise)."""
 
+# What the parts of a listing look like (zfs_namecheck.c of OpenZFS). The `%` of hidden datasets is never printed.
 COMPONENT = "[A-Za-z0-9_.: -]+"
 DATASET_NAME = re.compile(f"{COMPONENT}(?:/{COMPONENT})*")
 POINT_NAME = re.compile(f"[@#]{COMPONENT}")
 SNAPSHOT_NAME = re.compile(f"{COMPONENT}(?:/{COMPONENT})*@{COMPONENT}")
 TOKEN = re.compile("[0-9]+(?:-[0-9a-f]+){3}")
-"""What the parts of a listing look like (zfs_namecheck.c of OpenZFS). The `%` of hidden datasets is never printed."""
 
 
 def is_name(name: str, form: re.Pattern[str]) -> bool:
-    """Whether zfs allows this name: its characters, its length, its depth."""
     parts = re.split("[@#]", name)[0].split("/")
     is_short = len(name) <= NAME_LIMIT and len(parts) <= NESTING_LIMIT
     return is_short and bool(form.fullmatch(name)) and not {".", ".."}.intersection(parts)
@@ -638,25 +635,23 @@ def is_below(name: str, root: str) -> bool:
 
 
 class Listing:
-    """Takes the rows of a listing of a tree, and believes none that zfs cannot print for it.
+    """Takes the rows of a listing of a tree, and believes none that zfs cannot print for it."""
 
-    What a source says decides what is done here, so a row is refused, and the listing with it, unless its name is the
-    root of the tree or below it, its numbers are numbers, and it was not there before. `roots` are those of the tree:
-    one, or two while a placeholder makes way (see `MakeWay`).
-    """
+    # What a source says decides what is done here. So a row is refused, and the listing with it, unless its name is the
+    # root of the tree or below it, its numbers are numbers, and it was not there before.
 
     def __init__(self, *roots: str) -> None:
-        self.roots = roots
+        self.roots = roots  # of the tree: one, or two while a placeholder makes way (see `MakeWay`)
         self.owners: set[str] = set()  # datasets whose names are right
         self.datasets: dict[str, Dataset] = {}
-        self.points: dict[str, dict[str, Snapshot]] = {}
+        self.points: dict[str, dict[str, Snapshot]] = {}  # by dataset
         self.holds: dict[str, int] = {}  # how many holds there are on the held snapshots
 
     def take(self, row: list[str]) -> None:
         name = row[0]
         owner = re.split("[@#]", name, maxsplit=1)[0]
         try:
-            if owner not in self.owners:
+            if owner not in self.owners:  # once for each dataset, because it may have 100,000 snapshots
                 self.check_owner(owner)
             if len(row) == len(FAST_COLUMNS):
                 self.take_point(owner, name, row[1], row[2])
@@ -670,7 +665,6 @@ class Listing:
             raise NotBelieved(f"zfs printed a row that it cannot: {name[:NAME_LIMIT]!r}: {failure.what}") from None
 
     def check_owner(self, name: str) -> None:
-        """Whether a dataset can be one of this tree."""
         if not any(is_below(name, root) for root in self.roots):
             raise NotBelieved(f"it is not in {self.roots[0]}")
         if not is_name(name, DATASET_NAME):
@@ -681,6 +675,7 @@ class Listing:
         name, kind, guid, createtxg, creation, _, token, encryption, origin, _, compression = row
         if name in self.datasets:
             raise NotBelieved("it is there twice")
+        # Nobody needs these of a dataset. But whoever prints none is no zfs.
         for text, what in ((guid, "guid"), (createtxg, "createtxg"), (creation, "creation")):
             number(text, what)
         if token not in ("-", "") and not TOKEN.fullmatch(token):
@@ -697,14 +692,14 @@ class Listing:
         )
 
     def take_point(self, owner: str, name: str, guid: str, createtxg: str, *slow: str) -> None:
-        """Take a snapshot or bookmark. A row of the fast listing has no creation time, and its holds are unknown."""
-        creation, userrefs, ivset = slow or ("", "-", "-")
+        creation, userrefs, ivset = slow or ("", "-", "-")  # which a row of the fast listing does not have
         if len(name) > NAME_LIMIT or not POINT_NAME.fullmatch(name, len(owner)):
             raise NotBelieved("no snapshot or bookmark can have that name")
         own = self.points.setdefault(owner, {})
         if name in own:
             raise NotBelieved("it is there twice")
         count = 0 if userrefs == "-" else number(userrefs, "userrefs")
+        # A bookmark cannot be held. Whose the holds of a snapshot are, no listing tells.
         is_known = "#" in name or (creation != "" and count == 0)
         own[name] = Snapshot(
             name,
@@ -731,16 +726,15 @@ class Listing:
         return tree
 
 
+# Datasets, snapshots and bookmarks of a tree: some 250 MiB here, and far more than zfs lists within an hour.
 MAX_ROWS = 1_000_000
-"""Datasets, snapshots and bookmarks of a tree: some 250 MiB here, and far more than zfs lists within an hour."""
 
 
 def parse_tree(text: str, *roots: str) -> tuple[Tree, dict[str, int]]:
-    """Datasets from `zfs list -Hp -o LIST_COLUMNS`, and the number of holds on the held snapshots, whose tags are still
-    unknown.
+    """Datasets from `zfs list -Hp -o LIST_COLUMNS`, and the number of holds on each held snapshot.
 
-    Tokens come undecoded, as a Partial without guids. Of snapshots there may be FAST_COLUMNS alone. Raises
-    NotBelieved if zfs cannot have printed that for this tree.
+    Tags are still unknown, and tokens undecoded. Of snapshots there may be FAST_COLUMNS alone. Raises NotBelieved if
+    zfs cannot have printed that for this tree.
     """
     listing = Listing(*roots)
     for count, row in enumerate(fields(text, len(LIST_COLUMNS), len(FAST_COLUMNS))):
@@ -760,7 +754,7 @@ def whole_tree(tree: Tree, *roots: str) -> Tree:
 
 
 def parse_sources(text: str, asked: Iterable[str]) -> dict[str, dict[str, str]]:
-    """By dataset, which of its properties are `local` or `received`, from `zfs get -H -o name,property,source`."""
+    """Whether each property is `local` or `received`, by dataset, from `zfs get -H -o name,property,source`."""
     found: dict[str, dict[str, str]] = {name: {} for name in asked}
     for name, key, source in fields(text, 3):
         if name not in found:
@@ -770,25 +764,23 @@ def parse_sources(text: str, asked: Iterable[str]) -> dict[str, dict[str, str]]:
 
 
 def parse_hold_dates(text: str, tag: str) -> dict[str, str]:
-    """By snapshot, since when `tag` holds it, from `zfs holds -H`. Other lines are ignored."""
+    """Since when `tag` holds each snapshot, from `zfs holds -H`. Other lines are ignored."""
     rows = (line.split("\t") for line in text.split("\n"))
     return {row[0]: row[2] for row in rows if len(row) == 3 and row[1] == tag}
 
 
 def parse_holds(text: str, asked: Container[str]) -> dict[str, frozenset[str]]:
-    """The tags by snapshot, from `zfs holds -H` of the snapshots `asked` for. Raises NotBelieved if they cannot be
-    told apart (a tag with a TAB), or belong to others (a tag with a newline)."""
+    """The tags of each snapshot, from `zfs holds -H`. Raises NotBelieved for a row that was not asked for."""
     tags: dict[str, set[str]] = {}
-    for name, tag, _date in fields(text, 3):
-        if name not in asked:
+    for name, tag, _date in fields(text, 3):  # a tag with a TAB in it makes four
+        if name not in asked:  # what follows a newline in a tag looks like a row
             raise NotBelieved(f"zfs printed a hold on what it was not asked about: {name[:NAME_LIMIT]!r}")
         tags.setdefault(name, set()).add(tag)
     return {name: frozenset(some) for name, some in tags.items()}
 
 
 def parse_holds_and_ivsets(text: str, asked: Container[str]) -> tuple[dict[str, frozenset[str]], dict[str, int]]:
-    """The tags by snapshot, from `zfs holds -H`; and the ivset numbers of encrypted ones, from `zfs list -Hp -o
-    name,ivsetguid` in the same text. Raises NotBelieved as `parse_holds` does."""
+    """As `parse_holds`; and the ivset numbers, from `zfs list -Hp -o name,ivsetguid` in the same text."""
     tags: list[str] = []
     ivsets = {}
     for row in fields(text, 2, 3):
@@ -802,7 +794,7 @@ def parse_holds_and_ivsets(text: str, asked: Container[str]) -> tuple[dict[str, 
 
 
 def with_tags(tree: Tree, tags: dict[str, frozenset[str]], ivsets: dict[str, int] | None = None) -> Tree:
-    """The tree with the tags, and ivset numbers, of some snapshots filled in. The tags of others stay unknown."""
+    """The tree with the tags of some snapshots, and the ivset numbers of some of these, filled in."""
     numbers = ivsets or {}
 
     def fill(snapshot: Snapshot) -> Snapshot:
@@ -812,13 +804,12 @@ def with_tags(tree: Tree, tags: dict[str, frozenset[str]], ivsets: dict[str, int
     return {key: replace(dataset, snapshots=tuple(map(fill, dataset.snapshots))) for key, dataset in tree.items()}
 
 
+# So many snapshots may all clones of a tree have inherited together. Chains of clones could else fill the memory.
 MAX_INHERITED = 2_000_000
-"""Snapshots that all clones of a tree may have inherited together: chains of clones could else fill the memory."""
 
 
 def with_clones(tree: Tree) -> Tree:
-    """The tree with clones and origins linked. Origins outside the tree are unknown. Raises NotBelieved for circles,
-    and for chains of clones that are too long."""
+    """The tree with clones and origins linked, if these are in it. Raises NotBelieved for circles and long chains."""
     owners = {dataset.name: dataset for dataset in tree.values()}
     origins = {dataset.origin for dataset in tree.values()}
     # Where each origin is in its own dataset's history. Looked for once: a thousand clones may have the same one.
@@ -861,16 +852,15 @@ def parse_token(token: str, text: str) -> Partial:
     return Partial(token, numbers.get("toguid"), numbers.get("fromguid"), raw, corrupt, numbers.get("bytes", 0))
 
 
+# Many times as many as are asked for at once.
 MAX_ESTIMATES = 10_000
-"""Many times as many as are asked for at once."""
 
 
 def parse_estimates(text: str) -> list[tuple[int, int]]:
-    """For each stream in turn: the bytes that `zfs send -nP` estimates, and those that have arrived before. Lines
-    that are no number of 64 bits are ignored."""
+    """For each stream in turn: the bytes that `zfs send -nP` estimates, and those that have arrived before."""
     found = []
     before = 0
-    # Line by line, each looked at once: the source may say much that is neither.
+    # Line by line, each looked at once: the source may say much that is neither. What has more than 64 bits is ignored.
     for line in re.finditer(r"^(?:size\t([0-9]{1,20})|[ \t]*bytes = 0x([0-9a-f]{1,16}))$", text, re.MULTILINE):
         if line[2]:
             before = int(line[2], 16)
@@ -883,8 +873,7 @@ def parse_estimates(text: str) -> list[tuple[int, int]]:
 
 
 def parse_usage(text: str) -> dict[str, tuple[int, int]]:
-    """By snapshot: the bytes that only it needs, and those written before it, from `zfs list -Hp -o
-    name,used,written`."""
+    """The bytes that only a snapshot needs, and those written until it, from `zfs list -Hp -o name,used,written`."""
     rows = itertools.islice(fields(text, 3), MAX_ROWS)
     return {
         name: (number(used, f"used of {name}"), number(written, f"written of {name}")) for name, used, written in rows
@@ -900,17 +889,20 @@ def parse_space(text: str) -> tuple[int, int]:
 
 
 def parse_failing(text: str, root: str, now: float) -> int | None:
-    """Since when the runs of a tree fail, from our property at its local root. None if the value names another root,
-    or is not a time, or one in the future."""
+    """Since when the runs of a tree fail, from our property at its local root; None if that says nothing of now."""
+    # A clone, or a dataset that was restored elsewhere, has the property too, with the name of another root. No run can
+    # have noted a time in the future.
     found = re.fullmatch(r"([1-9][0-9]{0,10}) (.*)\n", text)
     return int(found[1]) if found and found[2] == root and int(found[1]) <= now + MAX_CLOCK_SKEW else None
 
 
 def count_objects(text: str) -> int:
-    """Files and directories in a filesystem, from `zfs userspace -Hp -o objused`."""
+    """How many files and directories a filesystem contains, from `zfs userspace -Hp -o objused`."""
     return sum(number(row[0], "objused") for row in fields(text, 1) if row[0] not in ("-", "none"))
 
 
+# What a person can do where zfs says so: any command, or one end of a stream. Only the receiver is believed about this
+# side: the sender is another host, and may say what it likes.
 HINTS = (
     ("", "I/O is currently suspended", "see zpool status; when its disks are back: zpool clear"),
     ("", "cannot unmount '([^'\n]*)': pool or dataset is busy", "see who uses it: fuser -vm {}"),
@@ -918,12 +910,10 @@ HINTS = (
     ("receive", "inherited key must be loaded", "load the key of the local parent (zfs load-key)"),
     ("receive", "out of space|quota exceeded", "make space; what arrived is kept, and the next run goes on from there"),
 )
-"""What a person can do where zfs says so: any command, or one end of a stream. What is wrong here the receiver alone
-can say: the sender is another host, and may say what it likes."""
 
 
 def hint_for(said: str, end: str = "") -> str:
-    """The way out of what zfs has said, at that end of a stream; "" if none is known."""
+    """The hint for what zfs has said, at that `end` of a stream; "" if there is none."""
     for where, pattern, hint in HINTS:
         found = re.search(pattern, said) if where == end else None
         if found:
