@@ -4691,8 +4691,8 @@ class Executor:
                 self.is_read_only = True
             elif refused:
                 rights = allow_hint(host, hold(tag, refused), "".join({*refused.values()}))
-                hint = "nothing was sent, because a snapshot without a hold could be destroyed during the transfer"
-                self.give_up(key, Failure(f"cannot hold {refusals(refused)}", hint, rights))
+                why = "nothing was sent, because a snapshot without a hold could be destroyed during the transfer"
+                self.give_up(key, Failure(f"cannot hold {refusals(refused)}", why, rights))
                 continue
             placed = {name for name in names if name not in refused}
             self.report.holds("hold", tag, sorted(placed))
