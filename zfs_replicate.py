@@ -915,8 +915,7 @@ HINTS = (
 def hint_for(said: str, end: str = "") -> str:
     """The hint for what zfs has said, at that `end` of a stream; "" if there is none."""
     for where, pattern, hint in HINTS:
-        found = re.search(pattern, said) if where == end else None
-        if found:
+        if where == end and (found := re.search(pattern, said)):
             return hint.format(*map(shlex.quote, found.groups()))
     return ""
 
@@ -927,14 +926,19 @@ def hint_for(said: str, end: str = "") -> str:
 
 DAY = 24 * 60 * 60
 
+# In the name of what was renamed aside; the date follows. It is nobody's mirror any more, nor is what is below it.
+ASIDE = ".quarantine-"
+
+# What both sides have.
+
 
 def newest_common(source: Dataset | None, local: Dataset | None, *, to_hold: bool = False) -> CommonPoint | None:
-    """The newest point of the source whose guid the local dataset also has. A snapshot wins over its bookmark, and that
-    over an inherited snapshot (one that a promoted clone took over from this dataset). `to_hold`: bookmarks, which
-    cannot be held, do not count."""
+    """The newest point of the source that the local dataset also has, by guid; `to_hold` leaves out bookmarks."""
     if source is None or local is None:
         return None
     ours = {snapshot.guid: snapshot for snapshot in local.snapshots}
+    # Of equals max() takes the first: a snapshot wins over its bookmark, and that over an inherited snapshot (one that
+    # a promoted clone took over from this dataset).
     points = source.snapshots + (() if to_hold else source.bookmarks) + source.inherited
     known = [point for point in points if point.guid in ours]
     if not known:
@@ -944,12 +948,81 @@ def newest_common(source: Dataset | None, local: Dataset | None, *, to_hold: boo
     return CommonPoint(newest, ours[newest.guid])
 
 
+def newest_received(local: Dataset, policy: Policy) -> Snapshot | None:
+    """The newest snapshot that we hold here: it was the newest common one when a run last got that far."""
+    return next((it for it in reversed(local.snapshots) if policy.received_tag in (it.tags or ())), None)
+
+
+def newest_of(source: Dataset, local: Dataset) -> str:
+    """Where both sides stand, for a person to compare."""
+    here, there = (dataset.snapshots[-1].short if dataset.snapshots else "none" for dataset in (local, source))
+    return f"newest snapshot here: {here}, at the source: {there}"
+
+
+# Whose a local dataset is.
+
+
+def others_tags(local: Dataset, policy: Policy) -> list[str]:
+    """The received tags of other crontab lines in this dataset."""
+    tags = {tag for snapshot in local.snapshots for tag in snapshot.tags or () if tag.endswith(RECEIVED)}
+    return sorted(tags - {policy.received_tag})
+
+
+def is_ours(source: Dataset, local: Dataset | None) -> bool:
+    """Whether a local dataset is ours: we hold a snapshot of it, or have received it."""
+    # What was here before is not: it may be another tool's mirror, or the original itself if the line is run on the
+    # wrong host. We take it over when the source is ahead of it, and we pull. If they have no snapshot in common, there
+    # is nothing to take over.
+    return local is None or local.held_before or local.recognised or newest_common(source, local) is None
+
+
+def is_reversed(source: Dataset, local: Dataset) -> bool:
+    """Whether the source is the mirror, and we are its source: its common snapshot carries `TAG:received`, ours TAG."""
+    twins = ((it, source.twin(it)) for it in local.snapshots if it.tags)
+    pairs = ((it.tags or NO_TAGS, twin.tags or NO_TAGS) for it, twin in twins if twin)
+    return any(tag + RECEIVED in theirs and tag + RECEIVED not in ours for ours, theirs in pairs for tag in ours)
+
+
+def strangers_below(
+    place: str, tree: Tree, empty: Mapping[str, bool | None], source: Tree, policy: Policy
+) -> tuple[str, ...]:
+    """The names of what must not be below a `place` that is going to be received into.
+
+    Fine are our mirrors, what we set aside, and the empty parents of these. `tree` is the place and all below it;
+    `empty` says which of its datasets are known to contain no files.
+    """
+    strangers = []
+    parents = {inner.rpartition("/")[0] for inner in tree}
+    for inner, local in tree.items():
+        key = place + inner
+        there = source.get(key)
+        if not inner:
+            continue
+        if not policy.selection.has_dataset(key) or others_tags(local, policy):
+            is_fine = False
+        elif ASIDE in key or newest_received(local, policy) or (there and local.partial):
+            is_fine = True
+        elif local.snapshots or local.kind != "filesystem":
+            is_fine = newest_common(there, local) is not None
+        else:
+            is_parent = there is not None or key.endswith(PLACEHOLDER) or inner in parents
+            is_fine = is_parent and empty.get(inner) is True
+        if not is_fine:
+            strangers.append(local.name)
+    return tuple(sorted(strangers))
+
+
+# The steps of one dataset.
+
+
 def plan_dataset(
     source: Dataset, local: Dataset | None, policy: Policy, local_name: str, origin: Snapshot | None = None
 ) -> tuple[Step, ...]:
-    """The steps that bring `local` in step with `source`; none if it is. `local` (None if it does not exist yet) is or
-    will be called `local_name`. `origin` is our copy of the snapshot that the source dataset was cloned from, if we
-    have it. Raises Blocked if the steps would lose local data."""
+    """The steps that bring `local` in step with `source`; none if it is. Raises Blocked if local data would be lost.
+
+    `local` is None if it does not exist yet; it is, or will be, called `local_name`. `origin` is our copy of the
+    snapshot that the source dataset was cloned from.
+    """
     if local is not None:
         if others_tags(local, policy):
             raise blocked_by_another_line(local, policy)
@@ -967,7 +1040,7 @@ def plan_dataset(
                 Quarantine(),
                 elsewhere=newest_received(local, policy) is None,
             )
-        if local.partial is not None:
+        if local.partial is not None:  # until that is resumed or aborted, zfs receives nothing else here
             return plan_partial(source, local, local.partial, policy, origin)
     if not policy.selection.of_snapshots(source.snapshots):
         return ()
@@ -976,15 +1049,8 @@ def plan_dataset(
     return plan_next(source, local, policy)
 
 
-def is_reversed(source: Dataset, local: Dataset) -> bool:
-    """Whether the source is the mirror, and we are its source: its common snapshot carries `TAG:received`, ours TAG."""
-    twins = ((it, source.twin(it)) for it in local.snapshots if it.tags)
-    pairs = ((it.tags or NO_TAGS, twin.tags or NO_TAGS) for it, twin in twins if twin)
-    return any(tag + RECEIVED in theirs and tag + RECEIVED not in ours for ours, theirs in pairs for tag in ours)
-
-
 def blocked_by_another_line(local: Dataset, policy: Policy) -> Blocked:
-    """Refuse to touch the mirror of another crontab line: each would move what the other relies on."""
+    """Why the mirror of another crontab line is left alone: each would move what the other relies on."""
     tags = others_tags(local, policy)
     lines = " and ".join(tag[: -len(RECEIVED)] for tag in tags)
     return Blocked(
@@ -998,42 +1064,39 @@ def blocked_by_another_line(local: Dataset, policy: Policy) -> Blocked:
 def plan_partial(
     source: Dataset, local: Dataset, partial: Partial, policy: Policy, origin: Snapshot | None
 ) -> tuple[Step, ...]:
-    """Resume an interrupted receive, or abort it and plan anew.
-
-    It is resumed if its base still is the newest local snapshot (or our copy of the origin, for a clone), if the source
-    still has both ends, and if it is sent in the same way, raw or plain. What follows it is part of the plan, because
-    it must be held as well.
-
-    Aborting a first receive destroys the local dataset (that was all there is of it), so plan as if it did not exist.
-    """
+    """Resume an interrupted receive, or abort it; then go on from what is here by then. Raises Blocked."""
     if partial.to_guid is None and not partial.corrupt:
         raise Blocked(
             f"{local.name} has an interrupted receive, and zfs could not say whose",
             f"look at its token: zfs send -nvt $(zfs get -Hp -o value receive_resume_token '{local.name}'); "
             f"to give it up, bytes and all: zfs recv -A '{local.name}'",
         )
-    whole = replace(local, partial=None)
     target = source.find(partial.to_guid)
+    # Its base must still be the newest snapshot here (for a clone, our copy of the origin). The source must still have
+    # both ends, and send it in the same way, raw or plain.
     base = local.snapshots[-1] if local.snapshots else origin if local.origin else None
     bases = {None, *(point.guid for point in source.inherited + source.snapshots + source.bookmarks)}
     ends_match = target and partial.from_guid in bases and partial.from_guid == (base and base.guid)
     if target and ends_match and partial.raw == policy.raw(source) and not local.changed and not partial.corrupt:
-        # Take it for arrived, to plan what follows.
-        arrived = replace(target, createtxg=base.createtxg + 1 if base else 0, tags=NO_TAGS)
         steps: list[Step] = [Receive(target, token=partial.token)]
-        with contextlib.suppress(Blocked):  # what blocks the rest is told once this has arrived
-            steps += plan_dataset(source, replace(whole, snapshots=(*local.snapshots, arrived)), policy, local.name)
+        # What follows is part of the plan, because it must be held as well before anything is sent. What blocks it is
+        # told when its own turn comes.
+        with contextlib.suppress(Blocked):
+            steps += plan_dataset(source, after_receives(source, local, local.name, steps), policy, local.name)
         return tuple(steps)
-    return AbortReceive(partial), *plan_dataset(source, whole if local.snapshots else None, policy, local.name, origin)
+    # To abort a first receive destroys the local dataset: that was all there is of it.
+    left = replace(local, partial=None) if local.snapshots else None
+    return AbortReceive(partial), *plan_dataset(source, left, policy, local.name, origin)
 
 
-def after_transfer(source: Dataset, local: Dataset | None, local_name: str, steps: Iterable[Step]) -> Dataset:
-    """The local dataset as these steps will leave it."""
+def after_receives(source: Dataset, local: Dataset | None, local_name: str, steps: Iterable[Step]) -> Dataset:
+    """The local dataset as the Receives among these steps will leave it."""
     here = local or Dataset(local_name, source.kind)
     last = here.snapshots[-1].createtxg if here.snapshots else 0
+    wanted = (step.snapshot for step in steps if isinstance(step, Receive))
     arrived = [
-        replace(snapshot, name=local_name + snapshot.short, createtxg=last + number, tags=NO_TAGS, cloned=False)
-        for number, snapshot in enumerate((step.snapshot for step in steps if isinstance(step, Receive)), 1)
+        replace(snapshot, name=local_name + snapshot.short, createtxg=last + place, tags=NO_TAGS, cloned=False)
+        for place, snapshot in enumerate(wanted, 1)
     ]
     return replace(here, partial=None, empty=False, snapshots=(*here.snapshots, *arrived))
 
@@ -1043,12 +1106,20 @@ def wanted_snapshots(later: Sequence[Snapshot], policy: Policy) -> Sequence[Snap
     return [it for it in later if policy.intermediates or it.cloned or it is later[-1]]
 
 
+def incremental_receives(base: Snapshot, arrivals: Sequence[Snapshot]) -> tuple[Receive, ...]:
+    """One increment for each of `arrivals`: `base` -> first, first -> second, and so on."""
+    # A single stream of `zfs send -I` would bring them all. But then zfs recv cannot be told the name of the snapshot
+    # to take, and without a name it takes whatever package of datasets the source chooses to send.
+    return tuple(Receive(arrival, before) for before, arrival in zip([base, *arrivals], arrivals))
+
+
 def plan_first(
     source: Dataset, local: Dataset | None, policy: Policy, local_name: str, origin: Snapshot | None
 ) -> tuple[Step, ...]:
-    """First receive: the oldest wanted snapshot, in full or as a clone; then increments to the newest."""
+    """First the oldest wanted snapshot, in full or as a clone; then increments to the newest. Raises Blocked."""
     if local is not None:
         check_place(source, local, policy)
+    # What is legal at the source may be too deep under our root.
     if len(with_ancestors(local_name)) > NESTING_LIMIT:
         raise Blocked(
             f"{local_name} would be nested deeper than the {NESTING_LIMIT} levels ZFS allows",
@@ -1056,16 +1127,16 @@ def plan_first(
         )
     way = (MakeWay(),) if local is not None and local.parent else ()
     arrivals = wanted_snapshots(policy.selection.of_snapshots(source.snapshots), policy)
+    check_length(arrivals, local_name)
     oldest, *later = arrivals
     first = Receive(oldest)
-    if origin and (local is None or way):
+    if origin and (local is None or way):  # zfs makes a clone only where nothing is
         first = Receive(oldest, source.inherited[-1], origin=origin.name)
-    check_length(arrivals, local_name)
     return (*way, first, *incremental_receives(oldest, later))
 
 
 def check_place(source: Dataset, local: Dataset, policy: Policy) -> None:
-    """Raise Blocked unless what is here is an empty filesystem with nothing but ours below it."""
+    """Raise Blocked unless a first receive finds an empty filesystem with nothing but ours below it."""
     if local.strangers:
         raise Blocked(
             f"{local.name} has datasets below it that are neither ours nor the source's: {few(local.strangers)}; as a "
@@ -1074,7 +1145,7 @@ def check_place(source: Dataset, local: Dataset, policy: Policy) -> None:
             "below it is empty and left over, zfs destroy it",
             elsewhere=True,
         )
-    if local.empty is None:
+    if local.empty is None:  # no override: a healthy placeholder would be set aside, with all that is below it
         raise Blocked(
             f"it is not known whether {local.name} is empty, and a first receive would overwrite what it holds "
             f"({newest_of(source, local)})",
@@ -1104,10 +1175,24 @@ def check_place(source: Dataset, local: Dataset, policy: Policy) -> None:
 
 
 def plan_next(source: Dataset, local: Dataset, policy: Policy) -> tuple[Step, ...]:
-    """Increments from the newest common point to what is newer, unless something local stands in the way."""
+    """Increments from the newest common point to what is newer. Raises Blocked if something is in the way."""
     common = newest_common(source, local)
     if common is None:
-        raise blocked_without_common(source, local, policy)
+        # Our hold on a local snapshot proves that there was a common one once.
+        if any(it.may_be_held_by(policy.received_tag) for it in local.snapshots):
+            raise Blocked(
+                f"the common base of {local.name} is gone: {source.name} has none of the snapshots that are here "
+                f"({newest_of(source, local)})",
+                "find out who destroyed it there, or whether the dataset was made anew",
+                Quarantine(),
+            )
+        raise Blocked(
+            f"{local.name} is no mirror of {source.name}: they never had a snapshot in common "
+            f"({newest_of(source, local)})",
+            "this may be the wrong tree: check -h, -r and -l",
+            Quarantine(),
+            elsewhere=True,
+        )
     later = [snapshot for snapshot in source.snapshots if snapshot.createtxg > common.source.createtxg]
     arrivals = wanted_snapshots(policy.selection.of_snapshots(later), policy)
     if not arrivals:
@@ -1135,133 +1220,9 @@ def plan_next(source: Dataset, local: Dataset, policy: Policy) -> tuple[Step, ..
     return incremental_receives(common.source, arrivals)
 
 
-def in_order(tree: Tree) -> list[str]:
-    """The datasets of a tree: parents before children, and origins before clones where both is possible. In a circle
-    (a filesystem that is a clone of its promoted child) one clone comes before its origin."""
-    keys = {dataset.name: key for key, dataset in tree.items()}
-    origins = {key: keys.get(dataset.origin.partition("@")[0]) for key, dataset in tree.items()}
-    followers: dict[str | None, list[str]] = {}
-    for key, origin in origins.items():
-        followers.setdefault(key.rpartition("/")[0] if key else None, []).append(key)
-        followers.setdefault(origin, []).append(key)
-    done: dict[str, None] = {}
-    ready: list[tuple[list[str], str]] = []  # whose parent is done and whose origin
-    rest: list[tuple[list[str], str]] = []  # whose parent is done
-
-    def offer(key: str) -> None:
-        parent = key.rpartition("/")[0]
-        if key not in done and (not key or parent in done or parent not in tree):
-            heapq.heappush(rest, (key.split("/"), key))
-            if origins[key] is None or origins[key] in done:
-                heapq.heappush(ready, (key.split("/"), key))
-
-    for key in tree:
-        offer(key)
-    while ready or rest:
-        key = heapq.heappop(ready or rest)[1]
-        if key not in done:
-            done[key] = None
-            for follower in followers.get(key, ()):
-                offer(follower)
-    return list(done)
-
-
-ASIDE = ".quarantine-"
-"""In the name of what was renamed aside; the date follows."""
-
-
-def others_tags(local: Dataset, policy: Policy) -> list[str]:
-    """The received tags of other crontab lines in this dataset."""
-    tags = {tag for snapshot in local.snapshots for tag in snapshot.tags or () if tag.endswith(RECEIVED)}
-    return sorted(tags - {policy.received_tag})
-
-
-def newest_received(local: Dataset, policy: Policy) -> Snapshot | None:
-    """The newest snapshot that we hold here: it was the newest common one when a run last got that far."""
-    return next((it for it in reversed(local.snapshots) if policy.received_tag in (it.tags or ())), None)
-
-
-def strangers_below(
-    place: str, tree: Tree, empty: Mapping[str, bool | None], source: Tree, policy: Policy
-) -> tuple[str, ...]:
-    """The datasets below a place that we are going to receive into, that must not be there: all but mirrors of ours,
-    what we set aside, and empty parents of these. `tree` is the place, `empty` what is known of its datasets."""
-    strangers = []
-    parents = {inner.rpartition("/")[0] for inner in tree}
-    for inner, local in tree.items():
-        key = place + inner
-        there = source.get(key)
-        if not inner:
-            continue
-        if not policy.selection.has_dataset(key) or others_tags(local, policy):
-            is_fine = False
-        elif ASIDE in key or newest_received(local, policy) or (there and local.partial):
-            is_fine = True
-        elif local.snapshots or local.kind != "filesystem":
-            is_fine = newest_common(there, local) is not None
-        else:
-            is_parent = there is not None or key.endswith(PLACEHOLDER) or inner in parents
-            is_fine = is_parent and empty.get(inner) is True
-        if not is_fine:
-            strangers.append(local.name)
-    return tuple(sorted(strangers))
-
-
-Moved = dict[int, tuple[str, Dataset]]
-"""Local datasets, with their keys, that may have another name at the source by now, by the guid of what we hold."""
-
-
-def moved_mirrors(source: Tree, target: Tree, policy: Policy) -> Moved:
-    """Local datasets that mirror nothing under their own name, and clearly one other dataset of the source.
-
-    Only the newest snapshot that we hold counts: copies made by `send | recv`, `clone` or `promote` share older ones.
-    It must be in exactly one dataset of the source, and be held by us in exactly one here. What was set aside stays
-    where it is, and so does what another line holds, or has below it.
-    """
-    owners: dict[int, int] = {}
-    for dataset in source.values():
-        for snapshot in dataset.snapshots:
-            owners[snapshot.guid] = owners.get(snapshot.guid, 0) + 1
-    theirs = {key for key, local in target.items() if others_tags(local, policy)}
-    fixed = {above for key in theirs for above in with_ancestors(key)}
-    found: Moved = {}
-    twice: set[int] = set()
-    for key, local in target.items():
-        held = newest_received(local, policy)
-        if not held or not key or key in fixed or ASIDE in key or owners.get(held.guid) != 1:
-            continue
-        if not newest_common(source.get(key), local):
-            twice |= {held.guid} & found.keys()
-            found[held.guid] = (key, local)
-    return {guid: it for guid, it in found.items() if guid not in twice}
-
-
-def newest_of(source: Dataset, local: Dataset) -> str:
-    """Where both sides stand, for a person to compare."""
-    here, there = (dataset.snapshots[-1].short if dataset.snapshots else "none" for dataset in (local, source))
-    return f"newest snapshot here: {here}, at the source: {there}"
-
-
-def blocked_without_common(source: Dataset, local: Dataset, policy: Policy) -> Blocked:
-    """Refuse two histories without a common point. Our hold on a local snapshot proves that there was one once."""
-    if any(snapshot.tags is None or policy.received_tag in snapshot.tags for snapshot in local.snapshots):
-        return Blocked(
-            f"the common base of {local.name} is gone: {source.name} has none of the snapshots that are here "
-            f"({newest_of(source, local)})",
-            "find out who destroyed it there, or whether the dataset was made anew",
-            Quarantine(),
-        )
-    return Blocked(
-        f"{local.name} is no mirror of {source.name}: they never had a snapshot in common ({newest_of(source, local)})",
-        "this may be the wrong tree: check -h, -r and -l",
-        Quarantine(),
-        elsewhere=True,
-    )
-
-
 def check_encryption_mode(source: Dataset, local: Dataset, common: CommonPoint, policy: Policy) -> None:
-    """Raise Blocked for a change between raw and plain streams of an encrypted dataset. They do not mix, though guids
-    match (https://github.com/openzfs/zfs/issues/8758)."""
+    """Raise Blocked for a change between raw and plain streams of an encrypted dataset."""
+    # They do not mix, though guids match: https://github.com/openzfs/zfs/issues/8758
     if not common.source.ivset:
         return
     is_raw = common.source.ivset == common.local.ivset
@@ -1282,10 +1243,12 @@ def check_encryption_mode(source: Dataset, local: Dataset, common: CommonPoint, 
 
 
 def check_divergence(source: Dataset, local: Dataset, common: CommonPoint, policy: Policy) -> None:
-    """Raise Blocked for what was made here: newer snapshots, or changes since the newest one."""
+    """Raise Blocked for what was made here: snapshots newer than the common one, or changes since the newest."""
     ahead = [snapshot for snapshot in local.snapshots if snapshot.createtxg > common.local.createtxg]
     where = f"the newest common one, {common.local.short} ({newest_of(source, local)})"
-    protected = [f"{it.short} ({why})" for it in ahead for why in why_not_rolled_back(it, source, policy)]
+    reasons = ((it.short, why_not_rolled_back(it, source, policy)) for it in ahead)
+    protected = [f"{short} ({why})" for short, why in reasons if why]
+    # What is not newer than our hold came from the source, which has lost it since.
     held = newest_received(local, policy)
     received = [it for it in ahead if held and it.createtxg <= held.createtxg]
     ways: tuple[Override, ...] = () if protected else (Rollback(common.local, tuple(ahead), tuple(received)),)
@@ -1299,24 +1262,17 @@ def check_divergence(source: Dataset, local: Dataset, common: CommonPoint, polic
         raise Blocked(f"{local.name} was changed since {where}", advice, *ways, Quarantine())
 
 
-def why_not_rolled_back(snapshot: Snapshot, source: Dataset, policy: Policy) -> Iterator[str]:
-    """Why a local snapshot must not be rolled back: holds on it, except those that an earlier run of ours left."""
+def why_not_rolled_back(snapshot: Snapshot, source: Dataset, policy: Policy) -> str | None:
+    """Why a local snapshot must not be rolled back; None if it may."""
     twin = source.twin(snapshot)
     if snapshot.tags is None or (twin and twin.tags is None):
-        yield "its holds could not be read"
-    elif snapshot.tags - {policy.received_tag}:
-        yield "held by " + ", ".join(sorted(snapshot.tags - {policy.received_tag}))
-    elif twin and twin.tags and policy.tag in twin.tags:
-        yield f"its twin at the source is held by {policy.tag}"
-
-
-def incremental_receives(base: Snapshot, arrivals: Sequence[Snapshot]) -> tuple[Receive, ...]:
-    """One increment for each of `arrivals`: `base` -> first, first -> second, and so on.
-
-    A single stream of `zfs send -I` would bring them all. But then zfs recv cannot be told the name of the snapshot to
-    take, and without a name it takes whatever package of datasets the source chooses to send.
-    """
-    return tuple(Receive(arrival, before) for before, arrival in zip([base, *arrivals], arrivals))
+        return "its holds could not be read"
+    # Our own hold does not count: an earlier run left it, when the source still had that snapshot.
+    if snapshot.tags - {policy.received_tag}:
+        return "held by " + ", ".join(sorted(snapshot.tags - {policy.received_tag}))
+    if twin and twin.tags and policy.tag in twin.tags:
+        return f"its twin at the source is held by {policy.tag}"
+    return None
 
 
 def check_length(arrivals: Iterable[Snapshot], local_name: str) -> None:
@@ -1329,186 +1285,145 @@ def check_length(arrivals: Iterable[Snapshot], local_name: str) -> None:
             )
 
 
-def hold_changes(
-    source: Dataset, local: Dataset | None, policy: Policy, promoted_clones: Iterable[int] = ()
-) -> HoldChanges:
-    """The changes that put our holds where they belong: on the newest common snapshot, on the snapshot that an
-    interrupted receive waits for, and on the snapshots that `promoted_clones` still need as their base.
+# What was renamed at the source.
 
-    A local snapshot that is newer than the common one and held stays held: the source had it once and has lost it, so
-    it may be the last copy. By its hold --rollback knows that.
-
-    A local dataset whose history has nothing in common with the source is left alone, holds and all: the hold may be
-    the last thing that lets it be repaired. So is one that another line holds. Unknown tags are never released, and
-    while a token cannot be decoded nothing is released on the source.
-    """
-    common = newest_common(source, local)
-    if local and local.snapshots and (common is None or others_tags(local, policy)):
-        return HoldChanges()
-    held = newest_common(source, local, to_hold=True)
-    on_source = {*promoted_clones, *([held.source.guid] if held else ())}
-    partial = local.partial if local else None
-    if partial and partial.to_guid is not None:
-        on_source.add(partial.to_guid)
-    on_local = {common.local.guid} if common else set()
-    here = local.snapshots if local else ()
-    if common:
-        newer = (it for it in here if it.createtxg > common.local.createtxg)
-        on_local.update(it.guid for it in newer if policy.received_tag in (it.tags or ()))
-    changes: list[tuple[str, ...]] = []
-    for snapshots, tag, wanted in ((source.snapshots, policy.tag, on_source), (here, policy.received_tag, on_local)):
-        changes.append(tuple(it.name for it in snapshots if it.guid in wanted and tag not in (it.tags or ())))
-        changes.append(tuple(it.name for it in snapshots if it.guid not in wanted and tag in (it.tags or ())))
-    place_source, release_source, place_local, release_local = changes
-    if partial and partial.to_guid is None:
-        release_source = ()
-    return HoldChanges(place_source, place_local, release_source, release_local)
+# Local datasets, with their keys, that may have another name at the source by now, by the guid of what we hold.
+Moved = dict[int, tuple[str, Dataset]]
 
 
-def bookmark_changes(source: Dataset, local: Dataset | None, policy: Policy) -> BookmarkChanges:
-    """What moves our bookmark to the newest common snapshot. Old bookmarks are destroyed only once the new one exists.
-    If there is no common snapshot, they stay: they may be the last link."""
-    common = newest_common(source, local)
-    if common is None or common.source in source.inherited:  # of another dataset's snapshot we make none
-        return BookmarkChanges()
-    there = {point.name for point in source.bookmarks}
-    wanted = source.name + policy.mark(common.source.guid)
-    older = sorted(there & {source.name + policy.mark(point.guid) for point in source.bookmarks} - {wanted})
-    if wanted in there:
-        return BookmarkChanges(None, tuple(older))
-    return BookmarkChanges() if common.source.is_bookmark else BookmarkChanges(common.source, tuple(older))
-
-
-def mirror_status(source: Dataset, local: Dataset | None, name: str, policy: Policy, usage: Usage) -> MirrorStatus:
-    """The status of the local dataset `name` compared to its source."""
-    common = newest_common(source, local)
-    later = [it for it in source.snapshots if common is None or it.createtxg > common.source.createtxg]
-    newer = policy.selection.of_snapshots(later)
-    return MirrorStatus(
-        name,
-        source.name,
-        common.local if common else None,
-        held_here=common is not None and policy.received_tag in (common.local.tags or ()),
-        held_there=common is not None and policy.tag in (common.source.tags or ()),
-        behind=len(newer),
-        lacking=sum(usage.get(it.name, (0, 0))[1] for it in later),
-        pinned=usage.get(common.source.name, (0, 0))[0] if common else 0,
-        partial=local.partial.bytes if local and local.partial else None,
-    )
-
-
-def local_status(local: Dataset, policy: Policy, source: str | None = None) -> MirrorStatus:
-    """The status of a local dataset by what is here alone: what we hold is what both sides had in the last complete
-    run."""
-    held = newest_received(local, policy)
-    partial = local.partial.bytes if local.partial else None
-    return MirrorStatus(local.name, source, held, held_here=held is not None, partial=partial)
-
-
-Usage = dict[str, tuple[int, int]]
-"""Bytes that only a snapshot needs, and bytes written until it, by its name."""
-
-
-def held_after(dataset: Dataset, tag: str, place: Container[str], release: Container[str] = ()) -> Dataset:
-    """The dataset after `tag` was placed on some snapshots and released from others."""
-
-    def hold(snapshot: Snapshot) -> Snapshot:
-        tags = (snapshot.tags or NO_TAGS) | {tag} if snapshot.name in place else snapshot.tags
-        return replace(snapshot, tags=tags - {tag} if tags and snapshot.name in release else tags)
-
-    return replace(dataset, snapshots=tuple(map(hold, dataset.snapshots)))
-
-
-def expire(source: Dataset | None, local: Dataset, policy: Policy, now: int) -> Expiry:
-    """Local snapshots older than keep-days, counted back from the newest common one or from `now`, whichever is
-    earlier: so a source that stopped making snapshots, or is gone, empties nothing.
-
-    Kept in any case: the newest common snapshot, the base of an interrupted receive, what anybody holds here, what our
-    tag holds, or might hold, on the source; and all of a dataset that is no mirror of ours (`why_all_kept`).
-    """
-    common = newest_common(source, local)
-    if policy.keep_days is None or source is None or common is None:
-        return Expiry()
-    cutoff = min(now, common.local.creation) - policy.keep_days * DAY
-    destroy, kept = [], []
-    twins = {there.guid: there for there in source.history}
-    ours = policy.selection.of_snapshots(local.snapshots)
-    spared = why_all_kept(local, common, policy)
-    for snapshot in ours[: max(len(ours) - policy.keep_min, 0)]:
-        if snapshot.creation >= cutoff:
+def moved_mirrors(source: Tree, target: Tree, policy: Policy) -> Moved:
+    """Local datasets that mirror nothing under their own name, and clearly one other dataset of the source."""
+    owners: dict[int, int] = {}
+    for dataset in source.values():
+        for snapshot in dataset.snapshots:
+            owners[snapshot.guid] = owners.get(snapshot.guid, 0) + 1
+    # What another line holds stays where it is, and so does what has such a dataset below it.
+    theirs = {key for key, local in target.items() if others_tags(local, policy)}
+    fixed = {above for key in theirs for above in with_ancestors(key)}
+    found: Moved = {}
+    twice: set[int] = set()
+    for key, local in target.items():
+        # Only the newest snapshot that we hold counts: copies made by `send | recv`, `clone` or `promote` share older
+        # ones. It must be in exactly one dataset of the source, and be held by us in exactly one here.
+        held = newest_received(local, policy)
+        if not held or not key or key in fixed or ASIDE in key or owners.get(held.guid) != 1:
             continue
-        why = spared or why_kept(snapshot, twins.get(snapshot.guid), local, common, policy)
-        if why:
-            kept.append((snapshot, why))
-        else:
-            destroy.append(snapshot)
-    return Expiry(tuple(destroy), tuple(kept))
+        if not newest_common(source.get(key), local):
+            twice |= {held.guid} & found.keys()
+            found[held.guid] = (key, local)
+    return {guid: it for guid, it in found.items() if guid not in twice}
 
 
-def why_all_kept(local: Dataset, common: CommonPoint, policy: Policy) -> str | None:
-    """Why nothing in a local dataset expires; None if it may. On the wrong host, a line finds datasets that have all
-    that the other side has, and more, and that no run ever received."""
-    if not local.held_before:
-        return "this line held nothing here when the run began, so it is its first one"
-    if local.snapshots[-1].guid != common.local.guid:
-        return f"there are local snapshots newer than the newest common one, {common.local.short}"
-    if others_tags(local, policy):
-        return f"another line holds it: {', '.join(others_tags(local, policy))}"
-    return None
+def rekeyed(key: str, old: str, new: str) -> str:
+    """The key of a dataset after `old` was renamed to `new`, with all below it."""
+    return new + key[len(old) :] if is_below(key, old) else key
 
 
-def may_expire(source: Dataset | None, local: Dataset, policy: Policy, now: int) -> set[int]:
-    """Guids of local snapshots that would expire if every hold on the source that we do not know were absent."""
-    if policy.keep_days is None or source is None:
-        return set()
+def former_name(source: Dataset, key: str, target: Tree, moved: Moved) -> str | None:
+    """The key under which a dataset of the source is here, if that is not its own; else None."""
+    if key in target:
+        return None
+    # A parent of it may have made way.
+    for old in (above + PLACEHOLDER + key[len(above) :] for above in with_ancestors(key)[:-1]):
+        if old in target:
+            return old
+    # Or it was renamed at the source. Then it is the only one that shares with it the newest snapshot that we hold.
+    found = dict(moved[it.guid] for it in source.snapshots if it.guid in moved)
+    # Nothing can be renamed to a name below its own.
+    fits = [old for old, local in found.items() if local.kind == source.kind and not is_below(key, old)]
+    return fits[0] if len(fits) == 1 else None
 
-    unheld = tuple(replace(it, tags=NO_TAGS) if it.tags is None else it for it in source.history)
-    inherited = len(source.inherited)
-    hoped = replace(source, inherited=unheld[:inherited], snapshots=unheld[inherited:])
-    return {snapshot.guid for snapshot in expire(hoped, local, policy, now).destroy}
+
+def mirrors_of(trees: Trees, policy: Policy) -> Tree:
+    """The local copy of each dataset of the source; under its old name if the rename has not been followed yet."""
+    moved = moved_mirrors(trees.source, trees.target, policy)
+    found = {}
+    for key, source in trees.source.items():
+        old = former_name(source, key, trees.target, moved)
+        local = trees.target.get(key if old is None else old)
+        if local:
+            found[key] = local
+    return found
 
 
-def why_kept(
-    snapshot: Snapshot, twin: Snapshot | None, local: Dataset, common: CommonPoint, policy: Policy
-) -> str | None:
-    """Why a local snapshot must not expire, however old it is; None if it may. `twin` is its twin at the source."""
-    if snapshot.guid == common.local.guid:
-        return "the newest common snapshot"
-    if local.partial and local.partial.from_guid in (snapshot.guid, None) and local.snapshots:
-        return "the base of an interrupted receive, or may be"
-    if snapshot.cloned:
-        return "a dataset here is its clone"
-    if snapshot.tags is None:
-        return "its holds could not be read"
-    if snapshot.tags:
-        return "held by " + ", ".join(sorted(snapshot.tags))
-    if twin and twin.tags is None:
-        return "the holds on its twin at the source could not be read"
-    if twin and twin.tags and policy.tag in twin.tags:
-        return f"its twin at the source is held by {policy.tag}"
-    return None
+# The steps of the whole tree.
+
+
+def in_order(tree: Tree) -> list[str]:
+    """The datasets of a tree: parents before children, and origins before clones where both is possible."""
+    keys = {dataset.name: key for key, dataset in tree.items()}
+    origins = {key: keys.get(dataset.origin.partition("@")[0]) for key, dataset in tree.items()}
+    followers: dict[str | None, list[str]] = {}
+    for key, origin in origins.items():
+        followers.setdefault(key.rpartition("/")[0] if key else None, []).append(key)
+        followers.setdefault(origin, []).append(key)
+    done: dict[str, None] = {}
+    # Heaps, so that those that are due are taken in the order of their names.
+    ready: list[tuple[list[str], str]] = []  # whose parent is done and whose origin
+    rest: list[tuple[list[str], str]] = []  # whose parent is done
+
+    def offer(key: str) -> None:
+        parent = key.rpartition("/")[0]
+        if key not in done and (not key or parent in done or parent not in tree):
+            heapq.heappush(rest, (key.split("/"), key))
+            if origins[key] is None or origins[key] in done:
+                heapq.heappush(ready, (key.split("/"), key))
+
+    for key in tree:
+        offer(key)
+    while ready or rest:
+        # In a circle (a filesystem that is a clone of its promoted child) one clone comes before its origin.
+        key = heapq.heappop(ready or rest)[1]
+        if key not in done:
+            done[key] = None
+            for follower in followers.get(key, ()):
+                offer(follower)
+    return list(done)
+
+
+PARENT_FIRST = "it will be pulled once the parent's problem is fixed"
+ORIGIN_FIRST = "it will be pulled, as a clone, once the problem of its origin's dataset is fixed"
+
+
+def missing_parents(key: str, source: Tree, target: Tree, existing: Container[str], policy: Policy) -> list[str]:
+    """The placeholders that are missing above a local dataset. Raises Failure if a parent should be here, and is not.
+
+    Placeholders are the ancestors of the root, and parents that have no snapshot at the source.
+    """
+    if key == "":
+        return [name for name in with_ancestors(policy.target_root)[:-1] if name not in existing]
+    parent = key.rpartition("/")[0]
+    here = target.get(parent)
+    if here and here.snapshots:
+        return []
+    is_to_come = bool(policy.selection.of_snapshots(source[parent].snapshots))
+    # With something below it, an interrupted first receive could not be given up if its rest never comes: zfs gives up
+    # no dataset that has children. And a pool's root could not make way for itself any more.
+    if here and (here.partial or (is_to_come and "/" not in here.name)):
+        raise Failure(f"skipped: its parent {here.name} has not been received completely", PARENT_FIRST)
+    if here:
+        return []
+    name = policy.target_root + parent
+    if is_to_come:
+        raise Failure(f"skipped: its parent {name} is not here", PARENT_FIRST)
+    return [*missing_parents(parent, source, target, existing, policy), name]
 
 
 class TreePlan:
-    """The plan of the whole tree: `entries`, in order, of a dataset's key and a step; or None, if it is in step; or a
-    Failure that says why there is no step.
+    """The plan of the whole tree: `entries`, in order, of a dataset's key and what the plan says of it."""
 
-    Every step is planned on the state that the steps before it will leave; `target` is that state in the end. --dry-run
-    prints this plan. A run carries out what it can at once, lists again, and plans anew until no step is left: see
-    `Run.transfer`.
-
-    Datasets that are `given_up` have failed in this run, and get no step. `left_alone` are datasets of which we touch
-    nothing, not even a hold.
-    """
+    # Every step is planned on the state that the steps before it will leave; `target` is that state in the end.
+    # --dry-run prints this plan. A run carries out what it can at once, lists again, and plans anew until no step is
+    # left: see `Run.transfer`.
 
     def __init__(self, trees: Trees, policy: Policy, given_up: Container[str] = ()) -> None:
         self.policy = policy
-        self.given_up = given_up
+        self.given_up = given_up  # what has failed in this run, and gets no step
         self.source = trees.source
         self.target = dict(trees.target)
         self.existing = {*trees.existing}
         self.entries: list[tuple[str, Entry]] = []
-        self.left_alone: set[str] = set()
+        self.left_alone: set[str] = set()  # of which we touch nothing, not even a hold
         self.elsewhere: set[str] = set()  # where what is here is no mirror of the source's dataset
         self.late: set[int] = set()  # guids of what should be here by now, and failed to come
         self.unlisted: set[str] = set()  # what has a name in this plan under which it is not listed yet
@@ -1531,7 +1446,7 @@ class TreePlan:
         return self.policy.target_root + key
 
     def fail(self, key: str, failure: Failure) -> None:
-        if key not in self.given_up:
+        if key not in self.given_up:  # whose failure was told when it failed
             self.entries.append((key, failure))
 
     def note_copies(self, key: str) -> None:
@@ -1547,8 +1462,8 @@ class TreePlan:
         return local.find(guid) if local else None
 
     def under_names_of_others(self, order: Sequence[str]) -> set[str]:
-        """Datasets whose name here still belongs to a mirror that has to be renamed first, with their children and
-        clones. They are planned last."""
+        # Datasets whose name here still belongs to a mirror that has to be renamed first, with their children and
+        # clones. They are planned last.
         moved = {key for key, _ in self.moved.values()}
         owners = {dataset.name: key for key, dataset in self.source.items()}
         found: set[str] = set()
@@ -1560,7 +1475,6 @@ class TreePlan:
         return found
 
     def follow_rename(self, key: str) -> bool:
-        """Follow a rename at the source, if the new parent is here."""
         old = former_name(self.source[key], key, self.target, self.moved)
         if old is None or old not in self.target or key in self.given_up:
             return False
@@ -1616,7 +1530,9 @@ class TreePlan:
         local = self.target.get(key)
         if key in self.unlisted and local and not local.snapshots:
             return  # whether its place is empty is found out under the name that it will have
-        if may_be_of_another_line(local):  # what could not be read was reported
+        is_sure = local is not None and (local.held_before or local.recognised)
+        if local and not is_sure and any(it.tags is None for it in local.snapshots):
+            # Another line may hold it. What could not be read was reported.
             self.elsewhere.add(key)
             self.left_alone.add(key)
             return
@@ -1644,20 +1560,6 @@ class TreePlan:
                 self.fail(key, failure)
             self.late.update(step.snapshot.guid for step in steps if isinstance(step, Receive))
 
-    def streams_due(self) -> tuple[dict[str, list[Receive]], dict[str, list[str]]]:
-        """What can be received before names change again, by dataset, and the placeholders to be created above."""
-        receives: dict[str, list[Receive]] = {}
-        parents: dict[str, list[str]] = {}
-        late: set[str] = set()  # what a step that follows a stream has still to name
-        for key, step in self.entries:
-            if isinstance(step, Receive) and late.isdisjoint(with_ancestors(key)):
-                receives.setdefault(key, []).append(step)
-            elif isinstance(step, Create):
-                parents.setdefault(key, []).append(step.name)
-            elif isinstance(step, LOCAL_STEPS):
-                late |= {key, step.old} if isinstance(step, Rename) else {key}
-        return receives, parents
-
     def decide(self, key: str) -> tuple[Step, ...]:
         source = self.source[key]
         return plan_dataset(source, self.target.get(key), self.policy, self.local_name(key), self.origin_of(source))
@@ -1679,8 +1581,8 @@ class TreePlan:
             self.target[key] = replace(before[key], partial=None, changed=False, snapshots=kept)
         try:
             steps = self.decide(key)
-        except Blocked:
-            self.target = before  # nothing is destroyed for nothing
+        except Blocked:  # for another reason: then nothing is destroyed for nothing
+            self.target = before
             raise
         self.entries.append((key, override))
         return steps
@@ -1700,91 +1602,64 @@ class TreePlan:
             steps[steps.index(first)] = replace(first, lost_origin=source.origin)
         self.create(key, parents)
         self.entries += [(key, step) for step in steps]
-        after = after_transfer(source, None if is_first else local, self.local_name(key), steps)
+        after = after_receives(source, None if is_first else local, self.local_name(key), steps)
         self.target[key] = replace(after, recognised=True)
         self.note_copies(key)
         self.return_children(key)
 
-
-def rekeyed(key: str, old: str, new: str) -> str:
-    """The key of a dataset after `old` was renamed to `new`, with all below it."""
-    return new + key[len(old) :] if is_below(key, old) else key
-
-
-def former_name(source: Dataset, key: str, target: Tree, moved: Moved) -> str | None:
-    """The key of a local dataset whose parent has made way, or whose source was renamed: the only one that no other
-    dataset claims, and that shares our newest held snapshot with it. None if it is here under its own name, or not at
-    all."""
-    if key in target:
-        return None
-    made_way = (above + PLACEHOLDER + key[len(above) :] for above in with_ancestors(key)[:-1])
-    for old in made_way:
-        if old in target:
-            return old
-    found = dict(moved[it.guid] for it in source.snapshots if it.guid in moved)
-    # Nothing can be renamed to a name below its own.
-    fits = [old for old, local in found.items() if local.kind == source.kind and not is_below(key, old)]
-    return fits[0] if len(fits) == 1 else None
+    def streams_due(self) -> tuple[dict[str, list[Receive]], dict[str, list[str]]]:
+        """What can be received before names change again, by dataset, and the placeholders to be created above."""
+        receives: dict[str, list[Receive]] = {}
+        parents: dict[str, list[str]] = {}
+        late: set[str] = set()  # what a step that follows a stream has still to name
+        for key, step in self.entries:
+            if isinstance(step, Receive) and late.isdisjoint(with_ancestors(key)):
+                receives.setdefault(key, []).append(step)
+            elif isinstance(step, Create):
+                parents.setdefault(key, []).append(step.name)
+            elif isinstance(step, LOCAL_STEPS):
+                late |= {key, step.old} if isinstance(step, Rename) else {key}
+        return receives, parents
 
 
-def mirrors_of(trees: Trees, policy: Policy) -> Tree:
-    """The local copy of each dataset of the source; under its old name if the rename has not been followed yet."""
-    moved = moved_mirrors(trees.source, trees.target, policy)
-    found = {}
-    for key, source in trees.source.items():
-        old = former_name(source, key, trees.target, moved)
-        local = trees.target.get(key if old is None else old)
-        if local:
-            found[key] = local
-    return found
+# Holds and bookmarks.
 
 
-def may_be_of_another_line(local: Dataset | None) -> bool:
-    """Whether another line may hold a dataset: its holds could not be read, and nothing else shows that it is ours."""
-    if local is None or local.held_before or local.recognised:
-        return False
-    return any(snapshot.tags is None for snapshot in local.snapshots)
-
-
-def is_ours(source: Dataset, local: Dataset | None) -> bool:
-    """Whether a local dataset is ours: we hold a snapshot of it, or have received it.
-
-    What was here before is not, be it another tool's mirror, or the original itself if the line is run on the wrong
-    host. We take it over when the source is ahead of it, and we pull.
-    """
-    if local is None or local.held_before or local.recognised:
-        return True
-    return newest_common(source, local) is None
-
-
-PARENT_FIRST = "it will be pulled once the parent's problem is fixed"
-ORIGIN_FIRST = "it will be pulled, as a clone, once the problem of its origin's dataset is fixed"
-
-
-def missing_parents(key: str, source: Tree, target: Tree, existing: Container[str], policy: Policy) -> list[str]:
-    """The placeholders that are missing above a local dataset: ancestors of the root, and parents that have no
-    snapshot at the source. Raises Failure if a parent should be here by now, and is not."""
-    if key == "":
-        return [name for name in with_ancestors(policy.target_root)[:-1] if name not in existing]
-    parent = key.rpartition("/")[0]
-    here = target.get(parent)
-    if here and here.partial and not here.snapshots:
-        # Should its rest never come it must be given up, and zfs gives up no dataset that has children.
-        raise Failure(f"skipped: its parent {here.name} has not been received completely", PARENT_FIRST)
-    if here and not here.snapshots and "/" not in here.name and policy.selection.of_snapshots(source[parent].snapshots):
-        # With something below it a pool's root could not make way for itself any more.
-        raise Failure(f"skipped: its parent {here.name} has not been received completely", PARENT_FIRST)
-    if here:
-        return []
-    name = policy.target_root + parent
-    if policy.selection.of_snapshots(source[parent].snapshots):
-        raise Failure(f"skipped: its parent {name} is not here", PARENT_FIRST)
-    return [*missing_parents(parent, source, target, existing, policy), name]
+def hold_changes(
+    source: Dataset, local: Dataset | None, policy: Policy, promoted_clones: Iterable[int] = ()
+) -> HoldChanges:
+    """What puts our holds where they belong; `promoted_clones` are guids that these still need as their base."""
+    tag, received_tag = policy.tag, policy.received_tag
+    here, partial = (local.snapshots, local.partial) if local else ((), None)
+    common = newest_common(source, local)
+    # Where the histories have nothing in common, our hold may be the last thing that lets the mirror be repaired. And
+    # what another line holds is left alone.
+    if local and here and (common is None or others_tags(local, policy)):
+        return HoldChanges()
+    held = newest_common(source, local, to_hold=True)
+    on_source = {*promoted_clones, *([held.source.guid] if held else ())}
+    if partial and partial.to_guid is not None:
+        on_source.add(partial.to_guid)
+    on_local = {common.local.guid} if common else set()
+    if common:
+        # What is newer than the common one and held stays held: the source had it once and has lost it, so it may be
+        # the last copy. By its hold --rollback knows that.
+        newer = (it for it in here if it.createtxg > common.local.createtxg)
+        on_local.update(it.guid for it in newer if received_tag in (it.tags or ()))
+    release_source = [it.name for it in source.snapshots if it.guid not in on_source and tag in (it.tags or ())]
+    if partial and partial.to_guid is None:
+        release_source = []  # any of these may be what the token waits for
+    # What is held, and cannot be read, is placed again and never released.
+    return HoldChanges(
+        place_source=tuple(it.name for it in source.snapshots if it.guid in on_source and tag not in (it.tags or ())),
+        place_local=tuple(it.name for it in here if it.guid in on_local and received_tag not in (it.tags or ())),
+        release_source=tuple(release_source),
+        release_local=tuple(it.name for it in here if it.guid not in on_local and received_tag in (it.tags or ())),
+    )
 
 
 def all_hold_changes(trees: Trees, policy: Policy, left_alone: Container[str] = ()) -> dict[str, HoldChanges]:
-    """By dataset of the source, the changes that put our holds where they belong. Datasets that are left alone, or
-    are not ours, get none."""
+    """By dataset of the source, what puts our holds where they belong; nothing for what is left alone, or not ours."""
     mirrors = mirrors_of(trees, policy)
     needed: dict[str, list[int]] = {}  # by dataset, what a promoted clone inherited from it and still has as its base
     for key, source in trees.source.items():
@@ -1799,9 +1674,35 @@ def all_hold_changes(trees: Trees, policy: Policy, left_alone: Container[str] = 
     return {key: changes for key, changes in found.items() if changes}
 
 
+def held_after(dataset: Dataset, tag: str, place: Container[str], release: Container[str] = ()) -> Dataset:
+    """The dataset after `tag` was placed on some snapshots and released from others."""
+
+    def hold(snapshot: Snapshot) -> Snapshot:
+        tags = (snapshot.tags or NO_TAGS) | {tag} if snapshot.name in place else snapshot.tags
+        return replace(snapshot, tags=tags - {tag} if tags and snapshot.name in release else tags)
+
+    return replace(dataset, snapshots=tuple(map(hold, dataset.snapshots)))
+
+
+def bookmark_changes(source: Dataset, local: Dataset | None, policy: Policy) -> BookmarkChanges:
+    """What moves our bookmark to the newest common snapshot."""
+    common = newest_common(source, local)
+    # Without a common snapshot the old bookmarks stay: they may be the last link. Another dataset's snapshot gets none.
+    if common is None or common.source in source.inherited:
+        return BookmarkChanges()
+    there = {point.name for point in source.bookmarks}
+    wanted = source.name + policy.mark(common.source.guid)
+    older = sorted(there & {source.name + policy.mark(point.guid) for point in source.bookmarks} - {wanted})
+    if wanted in there:
+        return BookmarkChanges(None, tuple(older))
+    # Somebody else's bookmark may go at any time. So our older ones stay until there is a snapshot to bookmark.
+    return BookmarkChanges() if common.source.is_bookmark else BookmarkChanges(common.source, tuple(older))
+
+
 def lost_holds(trees: Trees, policy: Policy, left_alone: Container[str]) -> Iterator[tuple[str, str]]:
-    """By local dataset, what to report of holds at the source that are gone: somebody has released them, or another
-    backup host with the same tag has moved them. Next time the base itself may be gone."""
+    """By local dataset, what to report of holds at the source that are gone."""
+    # Somebody has released them, or another backup host with the same tag has moved them. Next time the base itself may
+    # be gone.
     for key, local in mirrors_of(trees, policy).items():
         if not local.held_before or key in left_alone:
             continue
@@ -1818,8 +1719,8 @@ def lost_holds(trees: Trees, policy: Policy, left_alone: Container[str]) -> Iter
 
 
 def holds_of_others(trees: Trees, policy: Policy, plan: TreePlan) -> Iterator[tuple[str, str]]:
-    """By local dataset, what to report before its first run releases holds at the source that carry our tag, but
-    that no earlier run of this line can have placed: somebody else may count on them."""
+    """By local dataset, what to report of holds at the source that are going to be released and may not be ours."""
+    # They carry our tag, but no earlier run of this line can have placed them: somebody else may count on them.
     coming: dict[str, set[int]] = {}
     for key, step in ((key, step) for key, step in plan.entries if key in trees.source):
         coming.setdefault(key, set()).update({step.snapshot.guid} if isinstance(step, Receive) else ())
@@ -1842,17 +1743,116 @@ def holds_of_others(trees: Trees, policy: Policy, plan: TreePlan) -> Iterator[tu
 
 
 def holds_to_read(source: Dataset, local: Dataset | None, policy: Policy, now: int) -> list[Snapshot]:
-    """The snapshots of a source dataset's history whose holds a run must know.
-
-    Our tag can be on none that is older than the oldest one we hold here, because that hold is always released last
-    (see `Holds.move_all`). It can be on any if we hold none here, or one that is no snapshot there any more. And before
-    a local snapshot expires, the holds on its twin must be known.
-    """
+    """The snapshots of a source dataset's history whose holds a run must know."""
+    # Our tag can be on none that is older than the oldest one we hold here, because that hold is always released last
+    # (see `Holds.move_all`). It can be on any if we hold none here, or one that is no snapshot there any more.
     times = {snapshot.guid: snapshot.createtxg for snapshot in source.history}
     ours = [it.guid for it in local.snapshots if it.may_be_held_by(policy.received_tag)] if local else []
     since = min((times.get(guid, 0) for guid in ours), default=0)
+    # And before a local snapshot expires, the holds on its twin must be known.
     due = may_expire(source, local, policy, now) if local else set()
     return [it for it in source.history if it.createtxg >= since or it.guid in due]
+
+
+# Expiry.
+
+
+def expire(source: Dataset | None, local: Dataset, policy: Policy, now: int) -> Expiry:
+    """Which local snapshots are older than keep-days, and which of these expire."""
+    common = newest_common(source, local)
+    if policy.keep_days is None or source is None or common is None:
+        return Expiry()
+    # The days count back from the newest common snapshot, or from now if that is earlier. So a source that stopped
+    # making snapshots empties nothing.
+    cutoff = min(now, common.local.creation) - policy.keep_days * DAY
+    destroy, kept = [], []
+    twins = {there.guid: there for there in source.history}
+    ours = policy.selection.of_snapshots(local.snapshots)
+    spared = why_all_kept(local, common, policy)
+    for snapshot in ours[: max(len(ours) - policy.keep_min, 0)]:
+        if snapshot.creation >= cutoff:
+            continue
+        why = spared or why_kept(snapshot, twins.get(snapshot.guid), local, common, policy)
+        if why:
+            kept.append((snapshot, why))
+        else:
+            destroy.append(snapshot)
+    return Expiry(tuple(destroy), tuple(kept))
+
+
+def why_all_kept(local: Dataset, common: CommonPoint, policy: Policy) -> str | None:
+    """Why nothing in a local dataset expires, because it may be no mirror of ours; None if it may."""
+    # On the wrong host, a line finds datasets that have all that the other side has, and more, and that no run ever
+    # received.
+    if not local.held_before:
+        return "this line held nothing here when the run began, so it is its first one"
+    if local.snapshots[-1].guid != common.local.guid:
+        return f"there are local snapshots newer than the newest common one, {common.local.short}"
+    if others_tags(local, policy):
+        return f"another line holds it: {', '.join(others_tags(local, policy))}"
+    return None
+
+
+def why_kept(
+    snapshot: Snapshot, twin: Snapshot | None, local: Dataset, common: CommonPoint, policy: Policy
+) -> str | None:
+    """Why a local snapshot must not expire, however old it is; None if it may. `twin` is its twin at the source."""
+    if snapshot.guid == common.local.guid:
+        return "the newest common snapshot"
+    if local.partial and local.partial.from_guid in (snapshot.guid, None) and local.snapshots:
+        return "the base of an interrupted receive, or may be"
+    if snapshot.cloned:
+        return "a dataset here is its clone"
+    if snapshot.tags is None:
+        return "its holds could not be read"
+    if snapshot.tags:
+        return "held by " + ", ".join(sorted(snapshot.tags))
+    if twin and twin.tags is None:
+        return "the holds on its twin at the source could not be read"
+    if twin and twin.tags and policy.tag in twin.tags:
+        return f"its twin at the source is held by {policy.tag}"
+    return None
+
+
+def may_expire(source: Dataset | None, local: Dataset, policy: Policy, now: int) -> set[int]:
+    """Guids of local snapshots that would expire if every hold on the source that we do not know were absent."""
+    if policy.keep_days is None or source is None:
+        return set()
+    unheld = tuple(replace(it, tags=NO_TAGS) if it.tags is None else it for it in source.history)
+    inherited = len(source.inherited)
+    hoped = replace(source, inherited=unheld[:inherited], snapshots=unheld[inherited:])
+    return {snapshot.guid for snapshot in expire(hoped, local, policy, now).destroy}
+
+
+# How far a mirror is.
+
+# By snapshot, the bytes that only it needs, and those written until it.
+Usage = dict[str, tuple[int, int]]
+
+
+def mirror_status(source: Dataset, local: Dataset | None, name: str, policy: Policy, usage: Usage) -> MirrorStatus:
+    """The status of the local dataset `name` compared to its source."""
+    common = newest_common(source, local)
+    later = [it for it in source.snapshots if common is None or it.createtxg > common.source.createtxg]
+    newer = policy.selection.of_snapshots(later)
+    return MirrorStatus(
+        name,
+        source.name,
+        common.local if common else None,
+        held_here=common is not None and policy.received_tag in (common.local.tags or ()),
+        held_there=common is not None and policy.tag in (common.source.tags or ()),
+        behind=len(newer),
+        lacking=sum(usage.get(it.name, (0, 0))[1] for it in later),
+        pinned=usage.get(common.source.name, (0, 0))[0] if common else 0,
+        partial=local.partial.bytes if local and local.partial else None,
+    )
+
+
+def local_status(local: Dataset, policy: Policy, source: str | None = None) -> MirrorStatus:
+    """The status of a local dataset by what is here alone."""
+    held = newest_received(local, policy)  # what both sides had in the last complete run
+    partial = local.partial.bytes if local.partial else None
+    return MirrorStatus(local.name, source, held, held_here=held is not None, partial=partial)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -4193,7 +4193,7 @@ class Lister:
         for key, some in steps.items():
             local = found.get(key)
             if local and [snapshot.guid for snapshot in local.snapshots] == [some[-1].snapshot.guid]:
-                *past, _ = after_transfer(trees.source[key], trees.target.get(key), local.name, some).snapshots
+                *past, _ = after_receives(trees.source[key], trees.target.get(key), local.name, some).snapshots
                 target[key] = replace(local, snapshots=(*past, *local.snapshots))
             else:
                 unproven.append(key)
@@ -4761,7 +4761,7 @@ class Executor:
                 self.lister.target_host.check(receiving)
                 batch.append(Stream(key, step, (send(source, step, policy.raw(source), flags), receiving), compress))
                 # The next one of this dataset comes on top of that.
-                local = after_transfer(source, local, self.local_name(key), [step])
+                local = after_receives(source, local, self.local_name(key), [step])
             coming |= {key, *(self.local_name(key) + step.snapshot.short for step in steps)}
         return batch
 
