@@ -657,7 +657,7 @@ class Listing:
                 self.take_point(owner, name, row[1], row[2])
             elif row[1] in ("filesystem", "volume") and name == owner:
                 self.take_dataset(row)
-            elif {"snapshot": "@", "bookmark": "#"}.get(row[1], " ") in name:
+            elif {"snapshot": "@", "bookmark": "#"}.get(row[1]) == name[len(owner) : len(owner) + 1]:
                 self.take_point(owner, name, row[2], row[3], row[4], row[5], row[9])
             else:
                 raise NotBelieved(f"it is no {row[1][:20]!r}")
