@@ -373,6 +373,7 @@ class Policy:
 class Receive:
     """Receive `snapshot`: in full, or as an increment from `base` (a snapshot or bookmark of the source)."""
 
+    # Held until all steps are done: if we are cut off after it, the mirror ends there, and needs it as its base.
     snapshot: Snapshot
     base: Snapshot | None = None
     token: str | None = None  # of an interrupted receive, which is resumed
