@@ -1629,7 +1629,7 @@ class TreePlan:
 def hold_changes(
     source: Dataset, local: Dataset | None, policy: Policy, promoted_clones: Iterable[int] = ()
 ) -> HoldChanges:
-    """What puts our holds where they belong; `promoted_clones` are guids that these still need as their base."""
+    """What puts our holds where they belong. `promoted_clones` still need the snapshots of these guids as bases."""
     tag, received_tag = policy.tag, policy.received_tag
     here, partial = (local.snapshots, local.partial) if local else ((), None)
     common = newest_common(source, local)
@@ -1650,7 +1650,7 @@ def hold_changes(
     release_source = [it.name for it in source.snapshots if it.guid not in on_source and tag in (it.tags or ())]
     if partial and partial.to_guid is None:
         release_source = []  # any of these may be what the token waits for
-    # What is held, and cannot be read, is placed again and never released.
+    # Where the tags are unknown, ours is placed once more, and never released.
     return HoldChanges(
         place_source=tuple(it.name for it in source.snapshots if it.guid in on_source and tag not in (it.tags or ())),
         place_local=tuple(it.name for it in here if it.guid in on_local and received_tag not in (it.tags or ())),
