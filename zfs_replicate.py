@@ -115,10 +115,9 @@ __version__ = "0.1.0"
 
 
 class Failure(Exception):
-    """Something expected went wrong. `what` says what and why, `hint` the way out: the `hints` that are not empty.
+    """Something expected went wrong. `what` says what and why, `hint` the way out."""
 
-    Caught and printed as one paragraph, never as a traceback; any other exception is a bug and keeps its traceback.
-    """
+    # It is printed as one paragraph. Any other exception is a bug, and keeps its traceback.
 
     def __init__(self, what: str, *hints: str) -> None:
         super().__init__(what, *hints)
@@ -129,14 +128,13 @@ class Failure(Exception):
         return f"{self.what}\n{self.hint}".strip()
 
 
+# So many lines and bytes are shown of what others said.
 MAX_LINES = 10
 MAX_EXCERPT = 2048
-"""What others said is shown up to so many lines and bytes."""
 
 
 def printable(text: str) -> str:
-    """The text, with an escape for each character that a terminal could act upon, or that turns the order of others
-    round. Newlines stay; a TAB becomes a space."""
+    """The text, with an escape for each character that could steer a terminal or reorder others; a TAB as a space."""
     if text.isprintable():
         return text
     shown = []
@@ -150,29 +148,30 @@ def printable(text: str) -> str:
 
 
 def excerpt(text: str) -> str:
-    """The beginning of what somebody else said, printable; `...` where more of it is left out."""
+    """The beginning of what somebody else said, printable; `...` if it goes on."""
     lines = text[:MAX_EXCERPT].split("\n")
     whole = printable("\n".join(lines[:MAX_LINES]))
+    # Escapes may have made it longer. The cut may go through a character, whose half is dropped.
     head = whole.encode()[:MAX_EXCERPT].decode(errors="ignore")
     is_cut = len(text) > MAX_EXCERPT or len(lines) > MAX_LINES or head != whole
     return head + "..." * is_cut
 
 
 def few(names: Sequence[str], most: int = 3) -> str:
-    """The first of many names, and how many there are besides."""
+    """The first of many names, and how many more there are."""
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 class CommandFailed(Failure):
-    """A command ran and ended with a status other than 0."""
+    """A command ended with a status other than 0."""
 
 
 class NotBelieved(Failure):
-    """A host printed what its zfs cannot have printed: nothing of it is believed, and nothing is done upon it."""
+    """A host printed what its zfs cannot have printed. None of it is believed, and nothing is done upon it."""
 
 
 class LinkLost(Failure):
-    """The connection to a host broke, or could not be made: what the command there did is unknown."""
+    """The connection to a host broke, or could not be made. What the command did there is unknown."""
 
 
 class Stuck(Failure):
@@ -180,18 +179,16 @@ class Stuck(Failure):
 
 
 class StreamFailed(Failure):
-    """A stream did not arrive whole. `link_held` says that the sender's own exit status came through: so the link is
-    not to blame.
-
-    `sender_said` and `receiver_said` are the words of either end that failed. What is wrong here the receiver alone can
-    say: the sender is another host, and may say what it likes.
-    """
+    """A stream did not arrive whole."""
 
     def __init__(
         self, what: str, *hints: str, link_held: bool = False, sender_said: str = "", receiver_said: str = ""
     ) -> None:
         super().__init__(what, *hints)
+        # Whether the sender's own exit status came through: then the link is not to blame.
         self.link_held = link_held
+        # What either end said, if it failed. Only the receiver is believed about this side: the sender is another host,
+        # and may say what it likes.
         self.sender_said = sender_said
         self.receiver_said = receiver_said
 
@@ -203,25 +200,21 @@ class StreamFailed(Failure):
 
 @dataclass(frozen=True)
 class Snapshot:
-    """One point in the history of a dataset; also a bookmark of such a point, whose name has `#` instead of `@`.
-
-    `guid` is the same on every pool the snapshot was sent to, whatever it is called there. `createtxg` orders the
-    snapshots of one pool (`creation`, in seconds since 1970, may tie or run backwards). `tags` are those of the holds
-    on it; None means that they could not be read, or were not asked for, which is never taken for "not held". `ivset`
-    is a number that every encrypted snapshot gets and only a raw stream takes along; 0 without encryption, or where it
-    was not asked for. `cloned` says that a dataset of the tree is its clone.
-    """
+    """One point in the history of a dataset; also a bookmark of such a point, whose name has `#` instead of `@`."""
 
     name: str
+    # The same on every pool the snapshot was sent to, whatever it is called there.
     guid: int
+    # Orders the snapshots of one pool. The creation, in seconds since 1970, may tie or run backwards.
     createtxg: int
     creation: int
+    # Of its holds. None if they could not be read, or were not asked for: never taken for "not held".
     tags: frozenset[str] | None = frozenset()
+    # A number that every encrypted snapshot gets and only a raw stream takes along. 0: not encrypted, or not asked for.
     ivset: int = 0
-    cloned: bool = False
+    cloned: bool = False  # a dataset of the tree is its clone
 
     def may_be_held_by(self, tag: str) -> bool:
-        """Whether the tag holds it, or might: unknown tags count."""
         return self.tags is None or tag in self.tags
 
     @property
@@ -236,33 +229,20 @@ class Snapshot:
 
 @dataclass(frozen=True)
 class Partial:
-    """An interrupted receive that waits for its rest.
-
-    It was receiving the snapshot `to_guid`, from the base `from_guid`; both are None if the token was not decoded, and
-    `corrupt` if zfs says that it never can be. `raw` says that the stream was sent raw. `bytes` of it have arrived.
-    """
+    """An interrupted receive that waits for its rest."""
 
     token: str
+    # The snapshot that it was receiving, and the base of that. Both are None if the token was not decoded.
     to_guid: int | None
     from_guid: int | None
-    raw: bool = False
-    corrupt: bool = False
-    bytes: int = 0
+    raw: bool = False  # the stream was sent raw
+    corrupt: bool = False  # the token cannot be decoded, or the sender will never accept it again
+    bytes: int = 0  # of it have arrived
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """A filesystem or volume and its history. Snapshots and bookmarks are kept oldest first.
-
-    `compressed`: its data are stored compressed. `origin` names the snapshot that it is a clone of. `inherited` are the
-    snapshots of other datasets of the tree that belong to its history: its origin, and what came before that.
-
-    Of a local dataset: `empty` says of a filesystem without snapshots whether it contains no files, so that a first
-    receive may replace it; None if nobody knows. `parent`: something is below it, and `strangers` are those datasets
-    below it that are neither ours nor the source's. `changed`: zfs found it modified since its newest snapshot.
-    `held_before`: we held a snapshot of it when the run began. `recognised`: its properties are those of what we
-    receive.
-    """
+    """A filesystem or volume and its history. Snapshots and bookmarks are kept oldest first."""
 
     name: str
     kind: str
@@ -270,20 +250,23 @@ class Dataset:
     bookmarks: tuple[Snapshot, ...] = ()
     partial: Partial | None = None
     encrypted: bool = False
-    compressed: bool = False
-    origin: str = ""
+    compressed: bool = False  # its data are stored compressed
+    origin: str = ""  # the snapshot that it is a clone of
+    # Snapshots of other datasets of the tree that belong to its history: its origin, and what came before that.
     inherited: tuple[Snapshot, ...] = ()
+    # The rest is asked of local datasets only. `empty`: a filesystem without snapshots contains no files, so a first
+    # receive may replace it; None if nobody knows.
     empty: bool | None = False
-    parent: bool = False
-    strangers: tuple[str, ...] = ()
-    changed: bool = False
-    held_before: bool = False
-    recognised: bool = False
+    parent: bool = False  # something is below it
+    strangers: tuple[str, ...] = ()  # the datasets below it that are neither ours nor the source's
+    changed: bool = False  # zfs found it modified since its newest snapshot
+    held_before: bool = False  # we held a snapshot of it when the run began
+    recognised: bool = False  # its properties are those of what we receive
 
     def __post_init__(self) -> None:
         for field in ("snapshots", "bookmarks", "inherited"):
             ordered = tuple(sorted(getattr(self, field), key=lambda snapshot: snapshot.createtxg))
-            object.__setattr__(self, field, ordered)
+            object.__setattr__(self, field, ordered)  # as it is frozen
 
     def find(self, guid: int | None) -> Snapshot | None:
         """The snapshot with this guid; bookmarks do not count."""
@@ -291,7 +274,6 @@ class Dataset:
 
     @property
     def history(self) -> tuple[Snapshot, ...]:
-        """All its snapshots, the inherited ones too."""
         return self.inherited + self.snapshots
 
     def twin(self, snapshot: Snapshot) -> Snapshot | None:
@@ -299,8 +281,8 @@ class Dataset:
         return next((own for own in self.history if own.guid == snapshot.guid), None)
 
 
+# Datasets by key: "" is the root of the tree, "/www/logs" a grandchild.
 Tree = dict[str, Dataset]
-"""Datasets by their name below the root of the tree: "" is the root itself, "/www/logs" a grandchild."""
 
 
 def with_ancestors(name: str) -> list[str]:
@@ -309,25 +291,23 @@ def with_ancestors(name: str) -> list[str]:
     return ["/".join(parts[: count + 1]) for count in range(len(parts))]
 
 
+# At the end of the name of a placeholder that has made way for the dataset itself.
 PLACEHOLDER = ".made-way-for-mirror"
-"""At the end of the name of a placeholder that has made way for the dataset itself."""
 
 
 @dataclass(frozen=True)
 class Selection:
-    """Which datasets and snapshots to replicate. The default is all of them.
+    """Which datasets and snapshots to replicate. The default is all of them."""
 
-    Globs are as in fnmatch, and `*` takes `/` too. Those of datasets are matched against the name below the root of
-    the tree, those of snapshots against what follows the `@`. A child of an excluded dataset is excluded.
-    """
-
+    # Globs are as in fnmatch, and `*` takes `/` too. Those of datasets are matched against the name below the root of
+    # the tree, those of snapshots against what follows the `@`. A child of an excluded dataset is excluded.
     recursive: bool = True
     exclude: tuple[str, ...] = ()
     snapshots: tuple[str, ...] = ("*",)
     exclude_snapshots: tuple[str, ...] = ()
 
     def has_dataset(self, key: str) -> bool:
-        key = key.replace(PLACEHOLDER, "")  # a name for a while says nothing
+        key = key.replace(PLACEHOLDER, "")  # what made way is selected by the name that it gets back
         if not key:
             return True
         names = with_ancestors(key[1:])
@@ -344,38 +324,36 @@ class Selection:
 
 @dataclass(frozen=True)
 class Properties:
-    """Properties that differ from the source. `values` (`NAME=VALUE`) are set at the first receive; those in `ignored`
-    are neither copied nor set."""
+    """Properties of the mirror that differ from the source's."""
 
-    values: tuple[str, ...] = ()
-    ignored: tuple[str, ...] = ()
+    values: tuple[str, ...] = ()  # `NAME=VALUE`, set at the first receive
+    ignored: tuple[str, ...] = ()  # names of those that are neither copied nor set
 
 
+# At the end of the tags by which lines of a crontab hold their newest common snapshots here.
 RECEIVED = ":received"
-"""At the end of the tags by which lines of a crontab hold their newest common snapshots here."""
 
 
 @dataclass(frozen=True)
 class Policy:
-    """What the user asked for. With `keep_days` None nothing expires; the `keep_min` newest local snapshots never
-    do."""
+    """What the user asked for."""
 
     source_root: str
     target_root: str
     tag: str
-    keep_days: int | None = None
+    keep_days: int | None = None  # None: nothing expires
     intermediates: bool = False
     bookmark: bool = False
     rollback: bool = False
     quarantine: bool = False
-    keep_min: int = 0
+    keep_min: int = 0  # so many of the newest local snapshots never expire
     selection: Selection = Selection()
     properties: Properties = Properties()
     decrypt: bool = False
 
     @property
     def received_tag(self) -> str:
-        """The tag of our local holds. It differs from `tag` so that a chain A -> B -> C can use one tag."""
+        # It differs from `tag` so that a chain A -> B -> C can use one tag.
         return self.tag + RECEIVED
 
     def raw(self, source: Dataset) -> bool:
@@ -383,36 +361,33 @@ class Policy:
         return source.encrypted and not self.decrypt
 
     def mark(self, guid: int) -> str:
-        """The name of our bookmark of a snapshot. It contains the guid, so that several mirrors of one source do not
-        clash."""
+        """The name of our bookmark of a snapshot."""
+        # With the guid, so that several mirrors of one source do not clash. zfs allows less in it than in a tag.
         return f"#{re.sub('[^A-Za-z0-9_.:-]', '_', self.tag)}-{guid}"
 
 
-# Steps of a plan, and what a plan can say of one dataset.
+# Steps of a plan.
 
 
 @dataclass(frozen=True)
 class Receive:
-    """Receive `snapshot`: in full, or as an increment from `base` (a snapshot or bookmark of the source).
+    """Receive `snapshot`: in full, or as an increment from `base` (a snapshot or bookmark of the source)."""
 
-    With a `token`, an interrupted receive is resumed instead. With an `origin` (a local snapshot), the dataset is
-    created as a clone of it, as the source dataset is a clone of `base`. `lost_origin` names the snapshot that it
-    should be a clone of, but that is not in this mirror.
-    """
-
+    # Held until all steps are done: if we are cut off after it, the mirror ends there, and needs it as its base.
     snapshot: Snapshot
     base: Snapshot | None = None
-    token: str | None = None
+    token: str | None = None  # of an interrupted receive, which is resumed
+    # A local snapshot: the dataset is created as a clone of it, as the source dataset is a clone of `base`.
     origin: str = ""
-    lost_origin: str = ""
+    lost_origin: str = ""  # the snapshot that it should be a clone of, but that is not in this mirror
 
     @property
     def facts(self) -> dict[str, Any]:
-        """The step as data, for JSON. Guids are text: many programs read no number of 64 bits."""
+        """The step as data, for JSON."""
         base = self.base
         return {
             "snapshot": self.snapshot.short,
-            "guid": str(self.snapshot.guid),
+            "guid": str(self.snapshot.guid),  # text, because many programs read no number of 64 bits
             "base": base.short if base else None,
             "base_guid": str(base.guid) if base else None,
             "resumed": self.token is not None,
@@ -441,8 +416,9 @@ class AbortReceive:
 
 @dataclass(frozen=True)
 class MakeWay:
-    """Rename a placeholder with all that is below it, so that the dataset itself can be received in its place. Its
-    children return when that has arrived. So no stream is ever received over a dataset that has children."""
+    """Rename a placeholder with all that is below it, so that the dataset itself can be received in its place."""
+
+    # So no stream is ever received over a dataset that has children. They return when it has arrived.
 
     def __str__(self) -> str:
         return "rename the placeholder here out of the way; its children return when the dataset itself is here"
@@ -453,12 +429,11 @@ Step = Union[Receive, AbortReceive, MakeWay]
 
 @dataclass(frozen=True)
 class Rollback:
-    """An override: roll the local dataset back to its snapshot `to`. Newer snapshots and changes are lost. Of those,
-    the source once had `received` and has them no more: they may be the last copies."""
+    """An override: roll the local dataset back to its snapshot `to`. Newer snapshots and changes are lost."""
 
     to: Snapshot
     newer: tuple[Snapshot, ...] = ()
-    received: tuple[Snapshot, ...] = ()
+    received: tuple[Snapshot, ...] = ()  # of those, what the source once had and has no more
 
     def __str__(self) -> str:
         lost = ", ".join(snapshot.short for snapshot in self.newer)
@@ -478,11 +453,7 @@ Override = Union[Rollback, Quarantine]
 
 
 class Blocked(Failure):
-    """The dataset cannot be brought up to date without losing local data.
-
-    `ways` are the overrides that would help; the hint names them last. `elsewhere`: what is here never was a mirror of
-    the source's dataset, so it is the wrong place for its children too.
-    """
+    """The dataset cannot be brought up to date without losing local data."""
 
     def __init__(self, what: str, advice: str, *ways: Override, elsewhere: bool = False) -> None:
         offers = {
@@ -490,7 +461,8 @@ class Blocked(Failure):
             Quarantine: "to rename all that is here aside and pull afresh: --quarantine",
         }
         super().__init__(what, advice, *(offers[type(way)] for way in ways))
-        self.ways = ways
+        self.ways = ways  # the overrides that would help
+        # What is here never was a mirror of the source's dataset: so it is the wrong place for its children too.
         self.elsewhere = elsewhere
 
 
@@ -508,25 +480,23 @@ class Rename:
     old: str
 
 
+# The steps that need no stream, and change the names here.
 LocalStep = Union[Rename, MakeWay, Rollback, Quarantine, AbortReceive]
 LOCAL_STEPS = (Rename, MakeWay, Rollback, Quarantine, AbortReceive)
-"""The steps that need no stream, and change the names here."""
 
+# What the plan of a tree says of a dataset: a step; why there is none; or None, if it is in step.
 Entry = Union[Step, Create, Rename, Override, Failure, None]
-"""What the plan of a tree says of a dataset: a step; why there is none; or None if it is in step."""
 
 
 @dataclass(frozen=True)
 class Trees:
-    """What is known of both sides, as listed last. `existing` are the local root and its ancestors, as far as they
-    exist. `failing`: the local root is marked as failing by earlier runs. A tree is not `whole` if zfs could list only
-    a part of it, as with a damaged dataset."""
+    """What is known of both sides, as listed last."""
 
     source: Tree
     target: Tree
-    existing: tuple[str, ...] = ()
-    failing: bool = False
-    source_whole: bool = True
+    existing: tuple[str, ...] = ()  # the local root and its ancestors, as far as they exist
+    failing: bool = False  # earlier runs have marked the local root as failing
+    source_whole: bool = True  # False if zfs could list only a part of the tree, as with a damaged dataset
     target_whole: bool = True
 
     @property
@@ -544,20 +514,12 @@ class CommonPoint:
 
 @dataclass(frozen=True)
 class HoldChanges:
-    """Names of snapshots to hold and to release, for one dataset or many."""
+    """Names of snapshots to hold and to release, for one dataset."""
 
     place_source: tuple[str, ...] = ()
     place_local: tuple[str, ...] = ()
     release_source: tuple[str, ...] = ()
     release_local: tuple[str, ...] = ()
-
-    def __add__(self, other: HoldChanges) -> HoldChanges:
-        return HoldChanges(
-            self.place_source + other.place_source,
-            self.place_local + other.place_local,
-            self.release_source + other.release_source,
-            self.release_local + other.release_local,
-        )
 
     def __bool__(self) -> bool:
         return bool(self.place_source or self.place_local or self.release_source or self.release_local)
@@ -577,28 +539,24 @@ class Expiry:
 
     destroy: tuple[Snapshot, ...] = ()
     kept: tuple[tuple[Snapshot, str], ...] = ()
+    cutoff: int = 0  # what was created before that time is older than keep-days
 
 
 @dataclass(frozen=True)
 class MirrorStatus:
-    """How far a mirror has come.
-
-    `source` is "" if the dataset no longer exists there, and None if we did not ask; then `common` is what we hold
-    here, and the rest is unknown. The source has `behind` newer snapshots, of `lacking` bytes. `pinned` bytes at the
-    source are needed by the common snapshot alone; `partial` bytes of an interrupted receive are here. `received` is
-    when the common snapshot arrived, by our own clock, if that was asked for.
-    """
+    """How far a mirror has come. What is None is not known."""
 
     name: str
+    # "" if the dataset no longer exists at the source. None if we did not ask: then `common` is what we hold here.
     source: str | None
     common: Snapshot | None = None
     held_here: bool = False
     held_there: bool | None = None
-    behind: int | None = None
-    lacking: int | None = None
-    pinned: int | None = None
-    partial: int | None = None
-    received: float | None = None
+    behind: int | None = None  # so many newer snapshots are at the source
+    lacking: int | None = None  # bytes of these
+    pinned: int | None = None  # bytes at the source that only the common snapshot needs
+    partial: int | None = None  # bytes of an interrupted receive that are here
+    received: float | None = None  # when the common snapshot arrived, by our own clock
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -612,32 +570,30 @@ LIST_COLUMNS = (
     "name", "type", "guid", "createtxg", "creation", "userrefs", "receive_resume_token", "encryption", "origin",
     "ivsetguid", "compression",
 )  # fmt: skip
+# Those which zfs, from 2.2 on, lists without opening each snapshot (zfs_list_only_by_fast in its sources): in a quarter
+# of the time.
 FAST_COLUMNS = ("name", "guid", "createtxg")
-"""Those which zfs answers without opening each snapshot, from 2.2 on (zfs_list_only_by_fast in its sources): in a
-quarter of the time."""
 
+# As a time of creation. It is later than any other, so nothing ever expires by it.
 UNKNOWN_CREATION = 2**63 - 1
-"""As a time of creation: nothing is ever as old as to expire by it."""
 
-
+# Seconds by which the clocks of both hosts may differ unnoticed.
 MAX_CLOCK_SKEW = 300
-"""Seconds by which the clocks of both hosts may differ unnoticed."""
 
+# One for all. With 100,000 snapshots, each with an empty set of its own, these would take 20 MiB.
 NO_TAGS: frozenset[str] = frozenset()
-"""One for all: with 100,000 snapshots, each with an empty set of its own, that would be 20 MiB."""
 
 
 def fields(text: str, *widths: int) -> Iterator[list[str]]:
-    """The rows of `zfs ... -H`, split on TAB alone: names may contain spaces, even at their end.
-
-    Raises NotBelieved for a row with another number of columns: guessing here could end in destroying the wrong thing.
-    """
+    """The rows of `zfs ... -H`. Raises NotBelieved for a row that has not one of these numbers of columns."""
     # Not splitlines(): it also cuts at characters that a hold tag of somebody else's may contain.
     if text and not text.endswith("\n"):
         raise NotBelieved(f"zfs printed a line without an end: {text[-80:]!r}")
     for found in re.finditer(".*\n", text):
         line = found[0][:-1]
+        # On TAB alone, and nothing stripped: names may contain spaces, even at their end.
         row = line.split("\t", max(widths))
+        # To guess what such a row means could end in destroying the wrong thing.
         if len(row) not in widths:
             asked = " or ".join(map(str, widths))
             count = line.count("\t") + 1
@@ -645,13 +601,13 @@ def fields(text: str, *widths: int) -> Iterator[list[str]]:
         yield row
 
 
+# Of the largest number of 64 bits, which is the longest that zfs prints.
 NUMBER_DIGITS = 20
-"""Of the largest number of 64 bits, which is the longest that zfs prints."""
 
 
 def number(text: str, what: str) -> int:
-    """A whole number of 64 bits, as zfs prints it. Raises NotBelieved for anything else; `what` names it in the
-    message. Long texts are refused before int(), whose time grows with the square of the digits."""
+    """A whole number of 64 bits, as zfs prints it. Raises NotBelieved for anything else, which it calls `what`."""
+    # The length comes first, because the time of int() grows with the square of the digits.
     found = int(text) if len(text) <= NUMBER_DIGITS and text.isascii() and text.isdigit() else 2**64
     if found >= 2**64:
         raise NotBelieved(
@@ -661,22 +617,21 @@ def number(text: str, what: str) -> int:
     return found
 
 
+# Bytes of the longest name of a dataset with its snapshot (ZFS_MAX_DATASET_NAME_LEN less the closing NUL).
 NAME_LIMIT = 255
-"""Longest name of a dataset with its snapshot, in bytes (ZFS_MAX_DATASET_NAME_LEN less the closing NUL)."""
 
+# Most levels of a dataset, the pool being the first (zfs_max_dataset_nesting, which nobody should raise).
 NESTING_LIMIT = 50
-"""Most levels of a dataset, the pool being the first (zfs_max_dataset_nesting, which nobody should raise)."""
 
+# What the parts of a listing look like (zfs_namecheck.c of OpenZFS). The `%` of hidden datasets is never printed.
 COMPONENT = "[A-Za-z0-9_.: -]+"
 DATASET_NAME = re.compile(f"{COMPONENT}(?:/{COMPONENT})*")
 POINT_NAME = re.compile(f"[@#]{COMPONENT}")
 SNAPSHOT_NAME = re.compile(f"{COMPONENT}(?:/{COMPONENT})*@{COMPONENT}")
 TOKEN = re.compile("[0-9]+(?:-[0-9a-f]+){3}")
-"""What the parts of a listing look like (zfs_namecheck.c of OpenZFS). The `%` of hidden datasets is never printed."""
 
 
 def is_name(name: str, form: re.Pattern[str]) -> bool:
-    """Whether zfs allows this name: its characters, its length, its depth."""
     parts = re.split("[@#]", name)[0].split("/")
     is_short = len(name) <= NAME_LIMIT and len(parts) <= NESTING_LIMIT
     return is_short and bool(form.fullmatch(name)) and not {".", ".."}.intersection(parts)
@@ -688,31 +643,29 @@ def is_below(name: str, root: str) -> bool:
 
 
 class Listing:
-    """Takes the rows of a listing of a tree, and believes none that zfs cannot print for it.
+    """Takes the rows of a listing of a tree, and believes none that zfs cannot print for it."""
 
-    What a source says decides what is done here, so a row is refused, and the listing with it, unless its name is the
-    root of the tree or below it, its numbers are numbers, and it was not there before. `roots` are those of the tree:
-    one, or two while a placeholder makes way (see `MakeWay`).
-    """
+    # What a source says decides what is done here. So a row is refused, and the listing with it, unless its name is the
+    # root of the tree or below it, its numbers are numbers, and it was not there before.
 
     def __init__(self, *roots: str) -> None:
-        self.roots = roots
+        self.roots = roots  # of the tree: one, or two while a placeholder makes way (see `MakeWay`)
         self.owners: set[str] = set()  # datasets whose names are right
         self.datasets: dict[str, Dataset] = {}
-        self.points: dict[str, dict[str, Snapshot]] = {}
+        self.points: dict[str, dict[str, Snapshot]] = {}  # by dataset
         self.holds: dict[str, int] = {}  # how many holds there are on the held snapshots
 
     def take(self, row: list[str]) -> None:
         name = row[0]
         owner = re.split("[@#]", name, maxsplit=1)[0]
         try:
-            if owner not in self.owners:
+            if owner not in self.owners:  # once for each dataset, because it may have 100,000 snapshots
                 self.check_owner(owner)
             if len(row) == len(FAST_COLUMNS):
                 self.take_point(owner, name, row[1], row[2])
             elif row[1] in ("filesystem", "volume") and name == owner:
                 self.take_dataset(row)
-            elif {"snapshot": "@", "bookmark": "#"}.get(row[1], " ") in name:
+            elif {"snapshot": "@", "bookmark": "#"}.get(row[1]) == name[len(owner) : len(owner) + 1]:
                 self.take_point(owner, name, row[2], row[3], row[4], row[5], row[9])
             else:
                 raise NotBelieved(f"it is no {row[1][:20]!r}")
@@ -720,7 +673,6 @@ class Listing:
             raise NotBelieved(f"zfs printed a row that it cannot: {name[:NAME_LIMIT]!r}: {failure.what}") from None
 
     def check_owner(self, name: str) -> None:
-        """Whether a dataset can be one of this tree."""
         if not any(is_below(name, root) for root in self.roots):
             raise NotBelieved(f"it is not in {self.roots[0]}")
         if not is_name(name, DATASET_NAME):
@@ -731,6 +683,7 @@ class Listing:
         name, kind, guid, createtxg, creation, _, token, encryption, origin, _, compression = row
         if name in self.datasets:
             raise NotBelieved("it is there twice")
+        # Nobody needs these of a dataset. But whoever prints none is no zfs.
         for text, what in ((guid, "guid"), (createtxg, "createtxg"), (creation, "creation")):
             number(text, what)
         if token not in ("-", "") and not TOKEN.fullmatch(token):
@@ -747,14 +700,14 @@ class Listing:
         )
 
     def take_point(self, owner: str, name: str, guid: str, createtxg: str, *slow: str) -> None:
-        """Take a snapshot or bookmark. A row of the fast listing has no creation time, and its holds are unknown."""
-        creation, userrefs, ivset = slow or ("", "-", "-")
+        creation, userrefs, ivset = slow or ("", "-", "-")  # which a row of the fast listing does not have
         if len(name) > NAME_LIMIT or not POINT_NAME.fullmatch(name, len(owner)):
             raise NotBelieved("no snapshot or bookmark can have that name")
         own = self.points.setdefault(owner, {})
         if name in own:
             raise NotBelieved("it is there twice")
         count = 0 if userrefs == "-" else number(userrefs, "userrefs")
+        # A bookmark cannot be held. Whose the holds of a snapshot are, no listing tells.
         is_known = "#" in name or (creation != "" and count == 0)
         own[name] = Snapshot(
             name,
@@ -781,16 +734,15 @@ class Listing:
         return tree
 
 
+# Datasets, snapshots and bookmarks of a tree: some 250 MiB here, and far more than zfs lists within an hour.
 MAX_ROWS = 1_000_000
-"""Datasets, snapshots and bookmarks of a tree: some 250 MiB here, and far more than zfs lists within an hour."""
 
 
 def parse_tree(text: str, *roots: str) -> tuple[Tree, dict[str, int]]:
-    """Datasets from `zfs list -Hp -o LIST_COLUMNS`, and the number of holds on the held snapshots, whose tags are still
-    unknown.
+    """Datasets from `zfs list -Hp -o LIST_COLUMNS`, and the number of holds on each held snapshot.
 
-    Tokens come undecoded, as a Partial without guids. Of snapshots there may be FAST_COLUMNS alone. Raises
-    NotBelieved if zfs cannot have printed that for this tree.
+    Tags are still unknown, and tokens undecoded. Of snapshots there may be FAST_COLUMNS alone. Raises NotBelieved if
+    zfs cannot have printed that for this tree.
     """
     listing = Listing(*roots)
     for count, row in enumerate(fields(text, len(LIST_COLUMNS), len(FAST_COLUMNS))):
@@ -821,7 +773,7 @@ def whole_tree(tree: Tree, *roots: str) -> Tree:
 
 
 def parse_sources(text: str, asked: Iterable[str]) -> dict[str, dict[str, str]]:
-    """By dataset, which of its properties are `local` or `received`, from `zfs get -H -o name,property,source`."""
+    """Whether each property is `local` or `received`, by dataset, from `zfs get -H -o name,property,source`."""
     found: dict[str, dict[str, str]] = {name: {} for name in asked}
     for name, key, source in fields(text, 3):
         if name not in found:
@@ -831,25 +783,23 @@ def parse_sources(text: str, asked: Iterable[str]) -> dict[str, dict[str, str]]:
 
 
 def parse_hold_dates(text: str, tag: str) -> dict[str, str]:
-    """By snapshot, since when `tag` holds it, from `zfs holds -H`. Other lines are ignored."""
+    """Since when `tag` holds each snapshot, from `zfs holds -H`. Other lines are ignored."""
     rows = (line.split("\t") for line in text.split("\n"))
     return {row[0]: row[2] for row in rows if len(row) == 3 and row[1] == tag}
 
 
 def parse_holds(text: str, asked: Container[str]) -> dict[str, frozenset[str]]:
-    """The tags by snapshot, from `zfs holds -H` of the snapshots `asked` for. Raises NotBelieved if they cannot be
-    told apart (a tag with a TAB), or belong to others (a tag with a newline)."""
+    """The tags of each snapshot, from `zfs holds -H`. Raises NotBelieved for a row that was not asked for."""
     tags: dict[str, set[str]] = {}
-    for name, tag, _date in fields(text, 3):
-        if name not in asked:
+    for name, tag, _date in fields(text, 3):  # a tag with a TAB in it makes four
+        if name not in asked:  # what follows a newline in a tag looks like a row
             raise NotBelieved(f"zfs printed a hold on what it was not asked about: {name[:NAME_LIMIT]!r}")
         tags.setdefault(name, set()).add(tag)
     return {name: frozenset(some) for name, some in tags.items()}
 
 
 def parse_holds_and_ivsets(text: str, asked: Container[str]) -> tuple[dict[str, frozenset[str]], dict[str, int]]:
-    """The tags by snapshot, from `zfs holds -H`; and the ivset numbers of encrypted ones, from `zfs list -Hp -o
-    name,ivsetguid` in the same text. Raises NotBelieved as `parse_holds` does."""
+    """As `parse_holds`; and the ivset numbers, from `zfs list -Hp -o name,ivsetguid` in the same text."""
     tags: list[str] = []
     ivsets = {}
     for row in fields(text, 2, 3):
@@ -863,7 +813,7 @@ def parse_holds_and_ivsets(text: str, asked: Container[str]) -> tuple[dict[str, 
 
 
 def with_tags(tree: Tree, tags: dict[str, frozenset[str]], ivsets: dict[str, int] | None = None) -> Tree:
-    """The tree with the tags, and ivset numbers, of some snapshots filled in. The tags of others stay unknown."""
+    """The tree with the tags of some snapshots, and the ivset numbers of some of these, filled in."""
     numbers = ivsets or {}
 
     def fill(snapshot: Snapshot) -> Snapshot:
@@ -873,13 +823,12 @@ def with_tags(tree: Tree, tags: dict[str, frozenset[str]], ivsets: dict[str, int
     return {key: replace(dataset, snapshots=tuple(map(fill, dataset.snapshots))) for key, dataset in tree.items()}
 
 
+# So many snapshots may all clones of a tree have inherited together. Chains of clones could else fill the memory.
 MAX_INHERITED = 2_000_000
-"""Snapshots that all clones of a tree may have inherited together: chains of clones could else fill the memory."""
 
 
 def with_clones(tree: Tree) -> Tree:
-    """The tree with clones and origins linked. Origins outside the tree are unknown. Raises NotBelieved for circles,
-    and for chains of clones that are too long."""
+    """The tree with clones and origins linked, if these are in it. Raises NotBelieved for circles and long chains."""
     owners = {dataset.name: dataset for dataset in tree.values()}
     origins = {dataset.origin for dataset in tree.values()}
     # Where each origin is in its own dataset's history. Looked for once: a thousand clones may have the same one.
@@ -922,16 +871,15 @@ def parse_token(token: str, text: str) -> Partial:
     return Partial(token, numbers.get("toguid"), numbers.get("fromguid"), raw, corrupt, numbers.get("bytes", 0))
 
 
+# Many times as many as are asked for at once.
 MAX_ESTIMATES = 10_000
-"""Many times as many as are asked for at once."""
 
 
 def parse_estimates(text: str) -> list[tuple[int, int]]:
-    """For each stream in turn: the bytes that `zfs send -nP` estimates, and those that have arrived before. Lines
-    that are no number of 64 bits are ignored."""
+    """For each stream in turn: the bytes that `zfs send -nP` estimates, and those that have arrived before."""
     found = []
     before = 0
-    # Line by line, each looked at once: the source may say much that is neither.
+    # Line by line, each looked at once: the source may say much that is neither. What has more than 64 bits is ignored.
     for line in re.finditer(r"^(?:size\t([0-9]{1,20})|[ \t]*bytes = 0x([0-9a-f]{1,16}))$", text, re.MULTILINE):
         if line[2]:
             before = int(line[2], 16)
@@ -944,8 +892,7 @@ def parse_estimates(text: str) -> list[tuple[int, int]]:
 
 
 def parse_usage(text: str) -> dict[str, tuple[int, int]]:
-    """By snapshot: the bytes that only it needs, and those written before it, from `zfs list -Hp -o
-    name,used,written`."""
+    """The bytes that only a snapshot needs, and those written until it, from `zfs list -Hp -o name,used,written`."""
     rows = itertools.islice(fields(text, 3), MAX_ROWS)
     return {
         name: (number(used, f"used of {name}"), number(written, f"written of {name}")) for name, used, written in rows
@@ -961,17 +908,20 @@ def parse_space(text: str) -> tuple[int, int]:
 
 
 def parse_failing(text: str, root: str, now: float) -> int | None:
-    """Since when the runs of a tree fail, from our property at its local root. None if the value names another root,
-    or is not a time, or one in the future."""
+    """Since when the runs of a tree fail, from our property at its local root; None if that says nothing of now."""
+    # A clone, or a dataset that was restored elsewhere, has the property too, with the name of another root. No run can
+    # have noted a time in the future.
     found = re.fullmatch(r"([1-9][0-9]{0,10}) (.*)\n", text)
     return int(found[1]) if found and found[2] == root and int(found[1]) <= now + MAX_CLOCK_SKEW else None
 
 
 def count_objects(text: str) -> int:
-    """Files and directories in a filesystem, from `zfs userspace -Hp -o objused`."""
+    """How many files and directories a filesystem contains, from `zfs userspace -Hp -o objused`."""
     return sum(number(row[0], "objused") for row in fields(text, 1) if row[0] not in ("-", "none"))
 
 
+# What a person can do where zfs says so: any command, or one end of a stream. Only the receiver is believed about this
+# side: the sender is another host, and may say what it likes.
 HINTS = (
     ("", "I/O is currently suspended", "see zpool status; when its disks are back: zpool clear"),
     ("", "cannot unmount '([^'\n]*)': pool or dataset is busy", "see who uses it: fuser -vm {}"),
@@ -979,15 +929,12 @@ HINTS = (
     ("receive", "inherited key must be loaded", "load the key of the local parent (zfs load-key)"),
     ("receive", "out of space|quota exceeded", "make space; what arrived is kept, and the next run goes on from there"),
 )
-"""What a person can do where zfs says so: any command, or one end of a stream. What is wrong here the receiver alone
-can say: the sender is another host, and may say what it likes."""
 
 
 def hint_for(said: str, end: str = "") -> str:
-    """The way out of what zfs has said, at that end of a stream; "" if none is known."""
+    """The hint for what zfs has said, at that `end` of a stream; "" if there is none."""
     for where, pattern, hint in HINTS:
-        found = re.search(pattern, said) if where == end else None
-        if found:
+        if where == end and (found := re.search(pattern, said)):
             return hint.format(*map(shlex.quote, found.groups()))
     return ""
 
@@ -998,14 +945,19 @@ def hint_for(said: str, end: str = "") -> str:
 
 DAY = 24 * 60 * 60
 
+# In the name of what was renamed aside; the date follows. It is nobody's mirror any more, nor is what is below it.
+ASIDE = ".quarantine-"
+
+# What both sides have.
+
 
 def newest_common(source: Dataset | None, local: Dataset | None, *, to_hold: bool = False) -> CommonPoint | None:
-    """The newest point of the source whose guid the local dataset also has. A snapshot wins over its bookmark, and that
-    over an inherited snapshot (one that a promoted clone took over from this dataset). `to_hold`: bookmarks, which
-    cannot be held, do not count."""
+    """The newest point of the source that the local dataset also has, by guid; `to_hold` leaves out bookmarks."""
     if source is None or local is None:
         return None
     ours = {snapshot.guid: snapshot for snapshot in local.snapshots}
+    # Of equals max() takes the first: a snapshot wins over its bookmark, and that over an inherited snapshot (one that
+    # a promoted clone took over from this dataset).
     points = source.snapshots + (() if to_hold else source.bookmarks) + source.inherited
     known = [point for point in points if point.guid in ours]
     if not known:
@@ -1015,12 +967,81 @@ def newest_common(source: Dataset | None, local: Dataset | None, *, to_hold: boo
     return CommonPoint(newest, ours[newest.guid])
 
 
+def newest_received(local: Dataset, policy: Policy) -> Snapshot | None:
+    """The newest snapshot that we hold here: it was the newest common one when a run last got that far."""
+    return next((it for it in reversed(local.snapshots) if policy.received_tag in (it.tags or ())), None)
+
+
+def newest_of(source: Dataset, local: Dataset) -> str:
+    """Where both sides stand, for a person to compare."""
+    here, there = (dataset.snapshots[-1].short if dataset.snapshots else "none" for dataset in (local, source))
+    return f"newest snapshot here: {here}, at the source: {there}"
+
+
+# Whose a local dataset is.
+
+
+def others_tags(local: Dataset, policy: Policy) -> list[str]:
+    """The received tags of other crontab lines in this dataset."""
+    tags = {tag for snapshot in local.snapshots for tag in snapshot.tags or () if tag.endswith(RECEIVED)}
+    return sorted(tags - {policy.received_tag})
+
+
+def is_ours(source: Dataset, local: Dataset | None) -> bool:
+    """Whether a local dataset is ours: we hold a snapshot of it, or have received it."""
+    # What was here before is not: it may be another tool's mirror, or the original itself if the line is run on the
+    # wrong host. We take it over when the source is ahead of it, and we pull. If they have no snapshot in common, there
+    # is nothing to take over.
+    return local is None or local.held_before or local.recognised or newest_common(source, local) is None
+
+
+def is_reversed(source: Dataset, local: Dataset) -> bool:
+    """Whether the source is the mirror, and we are its source: its common snapshot carries `TAG:received`, ours TAG."""
+    twins = ((it, source.twin(it)) for it in local.snapshots if it.tags)
+    pairs = ((it.tags or NO_TAGS, twin.tags or NO_TAGS) for it, twin in twins if twin)
+    return any(tag + RECEIVED in theirs and tag + RECEIVED not in ours for ours, theirs in pairs for tag in ours)
+
+
+def strangers_below(
+    place: str, tree: Tree, empty: Mapping[str, bool | None], source: Tree, policy: Policy
+) -> tuple[str, ...]:
+    """The names of what must not be below a `place` that is going to be received into.
+
+    Fine are our mirrors, what we set aside, and the empty parents of these. `tree` is the place and all below it;
+    `empty` says which of its datasets are known to contain no files.
+    """
+    strangers = []
+    parents = {inner.rpartition("/")[0] for inner in tree}
+    for inner, local in tree.items():
+        key = place + inner
+        there = source.get(key)
+        if not inner:
+            continue
+        if not policy.selection.has_dataset(key) or others_tags(local, policy):
+            is_fine = False
+        elif ASIDE in key or newest_received(local, policy) or (there and local.partial):
+            is_fine = True
+        elif local.snapshots or local.kind != "filesystem":
+            is_fine = newest_common(there, local) is not None
+        else:
+            is_parent = there is not None or key.endswith(PLACEHOLDER) or inner in parents
+            is_fine = is_parent and empty.get(inner) is True
+        if not is_fine:
+            strangers.append(local.name)
+    return tuple(sorted(strangers))
+
+
+# The steps of one dataset.
+
+
 def plan_dataset(
     source: Dataset, local: Dataset | None, policy: Policy, local_name: str, origin: Snapshot | None = None
 ) -> tuple[Step, ...]:
-    """The steps that bring `local` in step with `source`; none if it is. `local` (None if it does not exist yet) is or
-    will be called `local_name`. `origin` is our copy of the snapshot that the source dataset was cloned from, if we
-    have it. Raises Blocked if the steps would lose local data."""
+    """The steps that bring `local` in step with `source`; none if it is. Raises Blocked if local data would be lost.
+
+    `local` is None if it does not exist yet; it is, or will be, called `local_name`. `origin` is our copy of the
+    snapshot that the source dataset was cloned from.
+    """
     if local is not None:
         if others_tags(local, policy):
             raise blocked_by_another_line(local, policy)
@@ -1038,7 +1059,7 @@ def plan_dataset(
                 Quarantine(),
                 elsewhere=newest_received(local, policy) is None,
             )
-        if local.partial is not None:
+        if local.partial is not None:  # until that is resumed or aborted, zfs receives nothing else here
             return plan_partial(source, local, local.partial, policy, origin)
     if not policy.selection.of_snapshots(source.snapshots):
         return ()
@@ -1047,15 +1068,8 @@ def plan_dataset(
     return plan_next(source, local, policy)
 
 
-def is_reversed(source: Dataset, local: Dataset) -> bool:
-    """Whether the source is the mirror, and we are its source: its common snapshot carries `TAG:received`, ours TAG."""
-    twins = ((it, source.twin(it)) for it in local.snapshots if it.tags)
-    pairs = ((it.tags or NO_TAGS, twin.tags or NO_TAGS) for it, twin in twins if twin)
-    return any(tag + RECEIVED in theirs and tag + RECEIVED not in ours for ours, theirs in pairs for tag in ours)
-
-
 def blocked_by_another_line(local: Dataset, policy: Policy) -> Blocked:
-    """Refuse to touch the mirror of another crontab line: each would move what the other relies on."""
+    """Why the mirror of another crontab line is left alone: each would move what the other relies on."""
     tags = others_tags(local, policy)
     lines = " and ".join(tag[: -len(RECEIVED)] for tag in tags)
     return Blocked(
@@ -1069,42 +1083,39 @@ def blocked_by_another_line(local: Dataset, policy: Policy) -> Blocked:
 def plan_partial(
     source: Dataset, local: Dataset, partial: Partial, policy: Policy, origin: Snapshot | None
 ) -> tuple[Step, ...]:
-    """Resume an interrupted receive, or abort it and plan anew.
-
-    It is resumed if its base still is the newest local snapshot (or our copy of the origin, for a clone), if the source
-    still has both ends, and if it is sent in the same way, raw or plain. What follows it is part of the plan, because
-    it must be held as well.
-
-    Aborting a first receive destroys the local dataset (that was all there is of it), so plan as if it did not exist.
-    """
+    """Resume an interrupted receive, or abort it; then go on from what is here by then. Raises Blocked."""
     if partial.to_guid is None and not partial.corrupt:
         raise Blocked(
             f"{local.name} has an interrupted receive, and zfs could not say whose",
             f"look at its token: zfs send -nvt $(zfs get -Hp -o value receive_resume_token '{local.name}'); "
             f"to give it up, bytes and all: zfs recv -A '{local.name}'",
         )
-    whole = replace(local, partial=None)
     target = source.find(partial.to_guid)
+    # Its base must still be the newest snapshot here (for a clone, our copy of the origin). The source must still have
+    # both ends, and send it in the same way, raw or plain.
     base = local.snapshots[-1] if local.snapshots else origin if local.origin else None
     bases = {None, *(point.guid for point in source.inherited + source.snapshots + source.bookmarks)}
     ends_match = target and partial.from_guid in bases and partial.from_guid == (base and base.guid)
     if target and ends_match and partial.raw == policy.raw(source) and not local.changed and not partial.corrupt:
-        # Take it for arrived, to plan what follows.
-        arrived = replace(target, createtxg=base.createtxg + 1 if base else 0, tags=NO_TAGS)
         steps: list[Step] = [Receive(target, token=partial.token)]
-        with contextlib.suppress(Blocked):  # what blocks the rest is told once this has arrived
-            steps += plan_dataset(source, replace(whole, snapshots=(*local.snapshots, arrived)), policy, local.name)
+        # What follows is part of the plan, because it must be held as well before anything is sent. What blocks it is
+        # told when its own turn comes.
+        with contextlib.suppress(Blocked):
+            steps += plan_dataset(source, after_receives(source, local, local.name, steps), policy, local.name)
         return tuple(steps)
-    return AbortReceive(partial), *plan_dataset(source, whole if local.snapshots else None, policy, local.name, origin)
+    # To abort a first receive destroys the local dataset: that was all there is of it.
+    left = replace(local, partial=None) if local.snapshots else None
+    return AbortReceive(partial), *plan_dataset(source, left, policy, local.name, origin)
 
 
-def after_transfer(source: Dataset, local: Dataset | None, local_name: str, steps: Iterable[Step]) -> Dataset:
-    """The local dataset as these steps will leave it."""
+def after_receives(source: Dataset, local: Dataset | None, local_name: str, steps: Iterable[Step]) -> Dataset:
+    """The local dataset as the Receives among these steps will leave it."""
     here = local or Dataset(local_name, source.kind)
     last = here.snapshots[-1].createtxg if here.snapshots else 0
+    wanted = (step.snapshot for step in steps if isinstance(step, Receive))
     arrived = [
-        replace(snapshot, name=local_name + snapshot.short, createtxg=last + number, tags=NO_TAGS, cloned=False)
-        for number, snapshot in enumerate((step.snapshot for step in steps if isinstance(step, Receive)), 1)
+        replace(snapshot, name=local_name + snapshot.short, createtxg=last + place, tags=NO_TAGS, cloned=False)
+        for place, snapshot in enumerate(wanted, 1)
     ]
     return replace(here, partial=None, empty=False, snapshots=(*here.snapshots, *arrived))
 
@@ -1114,12 +1125,20 @@ def wanted_snapshots(later: Sequence[Snapshot], policy: Policy) -> Sequence[Snap
     return [it for it in later if policy.intermediates or it.cloned or it is later[-1]]
 
 
+def incremental_receives(base: Snapshot, arrivals: Sequence[Snapshot]) -> tuple[Receive, ...]:
+    """One increment for each of `arrivals`: `base` -> first, first -> second, and so on."""
+    # A single stream of `zfs send -I` would bring them all. But then zfs recv cannot be told the name of the snapshot
+    # to take, and without a name it takes whatever package of datasets the source chooses to send.
+    return tuple(Receive(arrival, before) for before, arrival in zip([base, *arrivals], arrivals))
+
+
 def plan_first(
     source: Dataset, local: Dataset | None, policy: Policy, local_name: str, origin: Snapshot | None
 ) -> tuple[Step, ...]:
-    """First receive: the oldest wanted snapshot, in full or as a clone; then increments to the newest."""
+    """First the oldest wanted snapshot, in full or as a clone; then increments to the newest. Raises Blocked."""
     if local is not None:
         check_place(source, local, policy)
+    # What is legal at the source may be too deep under our root.
     if len(with_ancestors(local_name)) > NESTING_LIMIT:
         raise Blocked(
             f"{local_name} would be nested deeper than the {NESTING_LIMIT} levels ZFS allows",
@@ -1127,16 +1146,16 @@ def plan_first(
         )
     way = (MakeWay(),) if local is not None and local.parent else ()
     arrivals = wanted_snapshots(policy.selection.of_snapshots(source.snapshots), policy)
+    check_length(arrivals, local_name)
     oldest, *later = arrivals
     first = Receive(oldest)
-    if origin and (local is None or way):
+    if origin and (local is None or way):  # zfs makes a clone only where nothing is
         first = Receive(oldest, source.inherited[-1], origin=origin.name)
-    check_length(arrivals, local_name)
     return (*way, first, *incremental_receives(oldest, later))
 
 
 def check_place(source: Dataset, local: Dataset, policy: Policy) -> None:
-    """Raise Blocked unless what is here is an empty filesystem with nothing but ours below it."""
+    """Raise Blocked unless a first receive finds an empty filesystem with nothing but ours below it."""
     if local.strangers:
         raise Blocked(
             f"{local.name} has datasets below it that are neither ours nor the source's: {few(local.strangers)}; as a "
@@ -1145,7 +1164,7 @@ def check_place(source: Dataset, local: Dataset, policy: Policy) -> None:
             "below it is empty and left over, zfs destroy it",
             elsewhere=True,
         )
-    if local.empty is None:
+    if local.empty is None:  # no override: a healthy placeholder would be set aside, with all that is below it
         raise Blocked(
             f"it is not known whether {local.name} is empty, and a first receive would overwrite what it holds "
             f"({newest_of(source, local)})",
@@ -1175,10 +1194,24 @@ def check_place(source: Dataset, local: Dataset, policy: Policy) -> None:
 
 
 def plan_next(source: Dataset, local: Dataset, policy: Policy) -> tuple[Step, ...]:
-    """Increments from the newest common point to what is newer, unless something local stands in the way."""
+    """Increments from the newest common point to what is newer. Raises Blocked if something is in the way."""
     common = newest_common(source, local)
     if common is None:
-        raise blocked_without_common(source, local, policy)
+        # Our hold on a local snapshot proves that there was a common one once.
+        if any(it.may_be_held_by(policy.received_tag) for it in local.snapshots):
+            raise Blocked(
+                f"the common base of {local.name} is gone: {source.name} has none of the snapshots that are here "
+                f"({newest_of(source, local)})",
+                "find out who destroyed it there, or whether the dataset was made anew",
+                Quarantine(),
+            )
+        raise Blocked(
+            f"{local.name} is no mirror of {source.name}: they never had a snapshot in common "
+            f"({newest_of(source, local)})",
+            "this may be the wrong tree: check -h, -r and -l",
+            Quarantine(),
+            elsewhere=True,
+        )
     later = [snapshot for snapshot in source.snapshots if snapshot.createtxg > common.source.createtxg]
     arrivals = wanted_snapshots(policy.selection.of_snapshots(later), policy)
     if not arrivals:
@@ -1206,133 +1239,9 @@ def plan_next(source: Dataset, local: Dataset, policy: Policy) -> tuple[Step, ..
     return incremental_receives(common.source, arrivals)
 
 
-def in_order(tree: Tree) -> list[str]:
-    """The datasets of a tree: parents before children, and origins before clones where both is possible. In a circle
-    (a filesystem that is a clone of its promoted child) one clone comes before its origin."""
-    keys = {dataset.name: key for key, dataset in tree.items()}
-    origins = {key: keys.get(dataset.origin.partition("@")[0]) for key, dataset in tree.items()}
-    followers: dict[str | None, list[str]] = {}
-    for key, origin in origins.items():
-        followers.setdefault(key.rpartition("/")[0] if key else None, []).append(key)
-        followers.setdefault(origin, []).append(key)
-    done: dict[str, None] = {}
-    ready: list[tuple[list[str], str]] = []  # whose parent is done and whose origin
-    rest: list[tuple[list[str], str]] = []  # whose parent is done
-
-    def offer(key: str) -> None:
-        parent = key.rpartition("/")[0]
-        if key not in done and (not key or parent in done or parent not in tree):
-            heapq.heappush(rest, (key.split("/"), key))
-            if origins[key] is None or origins[key] in done:
-                heapq.heappush(ready, (key.split("/"), key))
-
-    for key in tree:
-        offer(key)
-    while ready or rest:
-        key = heapq.heappop(ready or rest)[1]
-        if key not in done:
-            done[key] = None
-            for follower in followers.get(key, ()):
-                offer(follower)
-    return list(done)
-
-
-ASIDE = ".quarantine-"
-"""In the name of what was renamed aside; the date follows."""
-
-
-def others_tags(local: Dataset, policy: Policy) -> list[str]:
-    """The received tags of other crontab lines in this dataset."""
-    tags = {tag for snapshot in local.snapshots for tag in snapshot.tags or () if tag.endswith(RECEIVED)}
-    return sorted(tags - {policy.received_tag})
-
-
-def newest_received(local: Dataset, policy: Policy) -> Snapshot | None:
-    """The newest snapshot that we hold here: it was the newest common one when a run last got that far."""
-    return next((it for it in reversed(local.snapshots) if policy.received_tag in (it.tags or ())), None)
-
-
-def strangers_below(
-    place: str, tree: Tree, empty: Mapping[str, bool | None], source: Tree, policy: Policy
-) -> tuple[str, ...]:
-    """The datasets below a place that we are going to receive into, that must not be there: all but mirrors of ours,
-    what we set aside, and empty parents of these. `tree` is the place, `empty` what is known of its datasets."""
-    strangers = []
-    parents = {inner.rpartition("/")[0] for inner in tree}
-    for inner, local in tree.items():
-        key = place + inner
-        there = source.get(key)
-        if not inner:
-            continue
-        if not policy.selection.has_dataset(key) or others_tags(local, policy):
-            is_fine = False
-        elif ASIDE in key or newest_received(local, policy) or (there and local.partial):
-            is_fine = True
-        elif local.snapshots or local.kind != "filesystem":
-            is_fine = newest_common(there, local) is not None
-        else:
-            is_parent = there is not None or key.endswith(PLACEHOLDER) or inner in parents
-            is_fine = is_parent and empty.get(inner) is True
-        if not is_fine:
-            strangers.append(local.name)
-    return tuple(sorted(strangers))
-
-
-Moved = dict[int, tuple[str, Dataset]]
-"""Local datasets, with their keys, that may have another name at the source by now, by the guid of what we hold."""
-
-
-def moved_mirrors(source: Tree, target: Tree, policy: Policy) -> Moved:
-    """Local datasets that mirror nothing under their own name, and clearly one other dataset of the source.
-
-    Only the newest snapshot that we hold counts: copies made by `send | recv`, `clone` or `promote` share older ones.
-    It must be in exactly one dataset of the source, and be held by us in exactly one here. What was set aside stays
-    where it is, and so does what another line holds, or has below it.
-    """
-    owners: dict[int, int] = {}
-    for dataset in source.values():
-        for snapshot in dataset.snapshots:
-            owners[snapshot.guid] = owners.get(snapshot.guid, 0) + 1
-    theirs = {key for key, local in target.items() if others_tags(local, policy)}
-    fixed = {above for key in theirs for above in with_ancestors(key)}
-    found: Moved = {}
-    twice: set[int] = set()
-    for key, local in target.items():
-        held = newest_received(local, policy)
-        if not held or not key or key in fixed or ASIDE in key or owners.get(held.guid) != 1:
-            continue
-        if not newest_common(source.get(key), local):
-            twice |= {held.guid} & found.keys()
-            found[held.guid] = (key, local)
-    return {guid: it for guid, it in found.items() if guid not in twice}
-
-
-def newest_of(source: Dataset, local: Dataset) -> str:
-    """Where both sides stand, for a person to compare."""
-    here, there = (dataset.snapshots[-1].short if dataset.snapshots else "none" for dataset in (local, source))
-    return f"newest snapshot here: {here}, at the source: {there}"
-
-
-def blocked_without_common(source: Dataset, local: Dataset, policy: Policy) -> Blocked:
-    """Refuse two histories without a common point. Our hold on a local snapshot proves that there was one once."""
-    if any(snapshot.tags is None or policy.received_tag in snapshot.tags for snapshot in local.snapshots):
-        return Blocked(
-            f"the common base of {local.name} is gone: {source.name} has none of the snapshots that are here "
-            f"({newest_of(source, local)})",
-            "find out who destroyed it there, or whether the dataset was made anew",
-            Quarantine(),
-        )
-    return Blocked(
-        f"{local.name} is no mirror of {source.name}: they never had a snapshot in common ({newest_of(source, local)})",
-        "this may be the wrong tree: check -h, -r and -l",
-        Quarantine(),
-        elsewhere=True,
-    )
-
-
 def check_encryption_mode(source: Dataset, local: Dataset, common: CommonPoint, policy: Policy) -> None:
-    """Raise Blocked for a change between raw and plain streams of an encrypted dataset. They do not mix, though guids
-    match (https://github.com/openzfs/zfs/issues/8758)."""
+    """Raise Blocked for a change between raw and plain streams of an encrypted dataset."""
+    # They do not mix, though guids match: https://github.com/openzfs/zfs/issues/8758
     if not common.source.ivset:
         return
     is_raw = common.source.ivset == common.local.ivset
@@ -1353,10 +1262,12 @@ def check_encryption_mode(source: Dataset, local: Dataset, common: CommonPoint, 
 
 
 def check_divergence(source: Dataset, local: Dataset, common: CommonPoint, policy: Policy) -> None:
-    """Raise Blocked for what was made here: newer snapshots, or changes since the newest one."""
+    """Raise Blocked for what was made here: snapshots newer than the common one, or changes since the newest."""
     ahead = [snapshot for snapshot in local.snapshots if snapshot.createtxg > common.local.createtxg]
     where = f"the newest common one, {common.local.short} ({newest_of(source, local)})"
-    protected = [f"{it.short} ({why})" for it in ahead for why in why_not_rolled_back(it, source, policy)]
+    reasons = ((it.short, why_not_rolled_back(it, source, policy)) for it in ahead)
+    protected = [f"{short} ({why})" for short, why in reasons if why]
+    # What is not newer than our hold came from the source, which has lost it since.
     held = newest_received(local, policy)
     received = [it for it in ahead if held and it.createtxg <= held.createtxg]
     ways: tuple[Override, ...] = () if protected else (Rollback(common.local, tuple(ahead), tuple(received)),)
@@ -1370,24 +1281,17 @@ def check_divergence(source: Dataset, local: Dataset, common: CommonPoint, polic
         raise Blocked(f"{local.name} was changed since {where}", advice, *ways, Quarantine())
 
 
-def why_not_rolled_back(snapshot: Snapshot, source: Dataset, policy: Policy) -> Iterator[str]:
-    """Why a local snapshot must not be rolled back: holds on it, except those that an earlier run of ours left."""
+def why_not_rolled_back(snapshot: Snapshot, source: Dataset, policy: Policy) -> str | None:
+    """Why a local snapshot must not be rolled back; None if it may."""
     twin = source.twin(snapshot)
     if snapshot.tags is None or (twin and twin.tags is None):
-        yield "its holds could not be read"
-    elif snapshot.tags - {policy.received_tag}:
-        yield "held by " + ", ".join(sorted(snapshot.tags - {policy.received_tag}))
-    elif twin and twin.tags and policy.tag in twin.tags:
-        yield f"its twin at the source is held by {policy.tag}"
-
-
-def incremental_receives(base: Snapshot, arrivals: Sequence[Snapshot]) -> tuple[Receive, ...]:
-    """One increment for each of `arrivals`: `base` -> first, first -> second, and so on.
-
-    A single stream of `zfs send -I` would bring them all. But then zfs recv cannot be told the name of the snapshot to
-    take, and without a name it takes whatever package of datasets the source chooses to send.
-    """
-    return tuple(Receive(arrival, before) for before, arrival in zip([base, *arrivals], arrivals))
+        return "its holds could not be read"
+    # Our own hold does not count: an earlier run left it, when the source still had that snapshot.
+    if snapshot.tags - {policy.received_tag}:
+        return "held by " + ", ".join(sorted(snapshot.tags - {policy.received_tag}))
+    if twin and twin.tags and policy.tag in twin.tags:
+        return f"its twin at the source is held by {policy.tag}"
+    return None
 
 
 def check_length(arrivals: Iterable[Snapshot], local_name: str) -> None:
@@ -1400,188 +1304,148 @@ def check_length(arrivals: Iterable[Snapshot], local_name: str) -> None:
             )
 
 
-def hold_changes(
-    source: Dataset, local: Dataset | None, policy: Policy, promoted_clones: Iterable[int] = ()
-) -> HoldChanges:
-    """The changes that put our holds where they belong: on the newest common snapshot, on the snapshot that an
-    interrupted receive waits for, and on the snapshots that `promoted_clones` still need as their base.
+# What was renamed at the source.
 
-    A local snapshot that is newer than the common one and held stays held: the source had it once and has lost it, so
-    it may be the last copy. By its hold --rollback knows that.
-
-    A local dataset whose history has nothing in common with the source is left alone, holds and all: the hold may be
-    the last thing that lets it be repaired. So is one that another line holds. Unknown tags are never released, and
-    while a token cannot be decoded nothing is released on the source.
-    """
-    common = newest_common(source, local)
-    if local and local.snapshots and (common is None or others_tags(local, policy)):
-        return HoldChanges()
-    held = newest_common(source, local, to_hold=True)
-    on_source = {*promoted_clones, *([held.source.guid] if held else ())}
-    partial = local.partial if local else None
-    if partial and partial.to_guid is not None:
-        on_source.add(partial.to_guid)
-    on_local = {common.local.guid} if common else set()
-    here = local.snapshots if local else ()
-    if common:
-        newer = (it for it in here if it.createtxg > common.local.createtxg)
-        on_local.update(it.guid for it in newer if policy.received_tag in (it.tags or ()))
-    changes: list[tuple[str, ...]] = []
-    for snapshots, tag, wanted in ((source.snapshots, policy.tag, on_source), (here, policy.received_tag, on_local)):
-        changes.append(tuple(it.name for it in snapshots if it.guid in wanted and tag not in (it.tags or ())))
-        changes.append(tuple(it.name for it in snapshots if it.guid not in wanted and tag in (it.tags or ())))
-    place_source, release_source, place_local, release_local = changes
-    if partial and partial.to_guid is None:
-        release_source = ()
-    return HoldChanges(place_source, place_local, release_source, release_local)
+# Local datasets, with their keys, that may have another name at the source by now, by the guid of what we hold.
+Moved = dict[int, tuple[str, Dataset]]
 
 
-def bookmark_changes(source: Dataset, local: Dataset | None, policy: Policy) -> BookmarkChanges:
-    """What moves our bookmark to the newest common snapshot. Old bookmarks are destroyed only once the new one exists.
-    If there is no common snapshot, they stay: they may be the last link."""
-    common = newest_common(source, local)
-    if common is None or common.source in source.inherited:  # of another dataset's snapshot we make none
-        return BookmarkChanges()
-    there = {point.name for point in source.bookmarks}
-    wanted = source.name + policy.mark(common.source.guid)
-    older = sorted(there & {source.name + policy.mark(point.guid) for point in source.bookmarks} - {wanted})
-    if wanted in there:
-        return BookmarkChanges(None, tuple(older))
-    return BookmarkChanges() if common.source.is_bookmark else BookmarkChanges(common.source, tuple(older))
-
-
-def mirror_status(source: Dataset, local: Dataset | None, name: str, policy: Policy, usage: Usage) -> MirrorStatus:
-    """The status of the local dataset `name` compared to its source."""
-    common = newest_common(source, local)
-    later = [it for it in source.snapshots if common is None or it.createtxg > common.source.createtxg]
-    newer = policy.selection.of_snapshots(later)
-    return MirrorStatus(
-        name,
-        source.name,
-        common.local if common else None,
-        held_here=common is not None and policy.received_tag in (common.local.tags or ()),
-        held_there=common is not None and policy.tag in (common.source.tags or ()),
-        behind=len(newer),
-        lacking=sum(usage.get(it.name, (0, 0))[1] for it in later),
-        pinned=usage.get(common.source.name, (0, 0))[0] if common else 0,
-        partial=local.partial.bytes if local and local.partial else None,
-    )
-
-
-def local_status(local: Dataset, policy: Policy, source: str | None = None) -> MirrorStatus:
-    """The status of a local dataset by what is here alone: what we hold is what both sides had in the last complete
-    run."""
-    held = newest_received(local, policy)
-    partial = local.partial.bytes if local.partial else None
-    return MirrorStatus(local.name, source, held, held_here=held is not None, partial=partial)
-
-
-Usage = dict[str, tuple[int, int]]
-"""Bytes that only a snapshot needs, and bytes written until it, by its name."""
-
-
-def held_after(dataset: Dataset, tag: str, place: Container[str], release: Container[str] = ()) -> Dataset:
-    """The dataset after `tag` was placed on some snapshots and released from others."""
-
-    def hold(snapshot: Snapshot) -> Snapshot:
-        tags = (snapshot.tags or NO_TAGS) | {tag} if snapshot.name in place else snapshot.tags
-        return replace(snapshot, tags=tags - {tag} if tags and snapshot.name in release else tags)
-
-    return replace(dataset, snapshots=tuple(map(hold, dataset.snapshots)))
-
-
-def expire(source: Dataset | None, local: Dataset, policy: Policy, now: int) -> Expiry:
-    """Local snapshots older than keep-days, counted back from the newest common one or from `now`, whichever is
-    earlier: so a source that stopped making snapshots, or is gone, empties nothing.
-
-    Kept in any case: the newest common snapshot, the base of an interrupted receive, what anybody holds here, what our
-    tag holds, or might hold, on the source; and all of a dataset that is no mirror of ours (`why_all_kept`).
-    """
-    common = newest_common(source, local)
-    if policy.keep_days is None or source is None or common is None:
-        return Expiry()
-    cutoff = min(now, common.local.creation) - policy.keep_days * DAY
-    destroy, kept = [], []
-    twins = {there.guid: there for there in source.history}
-    ours = policy.selection.of_snapshots(local.snapshots)
-    spared = why_all_kept(local, common, policy)
-    for snapshot in ours[: max(len(ours) - policy.keep_min, 0)]:
-        if snapshot.creation >= cutoff:
+def moved_mirrors(source: Tree, target: Tree, policy: Policy) -> Moved:
+    """Local datasets that mirror nothing under their own name, and clearly one other dataset of the source."""
+    owners: dict[int, int] = {}
+    for dataset in source.values():
+        for snapshot in dataset.snapshots:
+            owners[snapshot.guid] = owners.get(snapshot.guid, 0) + 1
+    # What another line holds stays where it is, and so does what has such a dataset below it.
+    theirs = {key for key, local in target.items() if others_tags(local, policy)}
+    fixed = {above for key in theirs for above in with_ancestors(key)}
+    found: Moved = {}
+    twice: set[int] = set()
+    for key, local in target.items():
+        # Only the newest snapshot that we hold counts: copies made by `send | recv`, `clone` or `promote` share older
+        # ones. It must be in exactly one dataset of the source, and be held by us in exactly one here.
+        held = newest_received(local, policy)
+        if not held or not key or key in fixed or ASIDE in key or owners.get(held.guid) != 1:
             continue
-        why = spared or why_kept(snapshot, twins.get(snapshot.guid), local, common, policy)
-        if why:
-            kept.append((snapshot, why))
-        else:
-            destroy.append(snapshot)
-    return Expiry(tuple(destroy), tuple(kept))
+        if not newest_common(source.get(key), local):
+            twice |= {held.guid} & found.keys()
+            found[held.guid] = (key, local)
+    return {guid: it for guid, it in found.items() if guid not in twice}
 
 
-def why_all_kept(local: Dataset, common: CommonPoint, policy: Policy) -> str | None:
-    """Why nothing in a local dataset expires; None if it may. On the wrong host, a line finds datasets that have all
-    that the other side has, and more, and that no run ever received."""
-    if not local.held_before:
-        return "this line held nothing here when the run began, so it is its first one"
-    if local.snapshots[-1].guid != common.local.guid:
-        return f"there are local snapshots newer than the newest common one, {common.local.short}"
-    if others_tags(local, policy):
-        return f"another line holds it: {', '.join(others_tags(local, policy))}"
-    return None
+def rekeyed(key: str, old: str, new: str) -> str:
+    """The key of a dataset after `old` was renamed to `new`, with all below it."""
+    return new + key[len(old) :] if is_below(key, old) else key
 
 
-def may_expire(source: Dataset | None, local: Dataset, policy: Policy, now: int) -> set[int]:
-    """Guids of local snapshots that would expire if every hold on the source that we do not know were absent."""
-    if policy.keep_days is None or source is None:
-        return set()
+def former_name(source: Dataset, key: str, target: Tree, moved: Moved) -> str | None:
+    """The key under which a dataset of the source is here, if that is not its own; else None."""
+    if key in target:
+        return None
+    # A parent of it may have made way.
+    for old in (above + PLACEHOLDER + key[len(above) :] for above in with_ancestors(key)[:-1]):
+        if old in target:
+            return old
+    # Or it was renamed at the source. Then it is the only one that shares with it the newest snapshot that we hold.
+    found = dict(moved[it.guid] for it in source.snapshots if it.guid in moved)
+    # Nothing can be renamed to a name below its own.
+    fits = [old for old, local in found.items() if local.kind == source.kind and not is_below(key, old)]
+    return fits[0] if len(fits) == 1 else None
 
-    unheld = tuple(replace(it, tags=NO_TAGS) if it.tags is None else it for it in source.history)
-    inherited = len(source.inherited)
-    hoped = replace(source, inherited=unheld[:inherited], snapshots=unheld[inherited:])
-    return {snapshot.guid for snapshot in expire(hoped, local, policy, now).destroy}
+
+def mirrors_of(trees: Trees, policy: Policy) -> Tree:
+    """The local copy of each dataset of the source; under its old name if the rename has not been followed yet."""
+    moved = moved_mirrors(trees.source, trees.target, policy)
+    found = {}
+    for key, source in trees.source.items():
+        old = former_name(source, key, trees.target, moved)
+        local = trees.target.get(key if old is None else old)
+        if local:
+            found[key] = local
+    return found
 
 
-def why_kept(
-    snapshot: Snapshot, twin: Snapshot | None, local: Dataset, common: CommonPoint, policy: Policy
-) -> str | None:
-    """Why a local snapshot must not expire, however old it is; None if it may. `twin` is its twin at the source."""
-    if snapshot.guid == common.local.guid:
-        return "the newest common snapshot"
-    if local.partial and local.partial.from_guid in (snapshot.guid, None) and local.snapshots:
-        return "the base of an interrupted receive, or may be"
-    if snapshot.cloned:
-        return "a dataset here is its clone"
-    if snapshot.tags is None:
-        return "its holds could not be read"
-    if snapshot.tags:
-        return "held by " + ", ".join(sorted(snapshot.tags))
-    if twin and twin.tags is None:
-        return "the holds on its twin at the source could not be read"
-    if twin and twin.tags and policy.tag in twin.tags:
-        return f"its twin at the source is held by {policy.tag}"
-    return None
+# The steps of the whole tree.
+
+
+def in_order(tree: Tree) -> list[str]:
+    """The datasets of a tree: parents before children, and origins before clones where both is possible."""
+    keys = {dataset.name: key for key, dataset in tree.items()}
+    origins = {key: keys.get(dataset.origin.partition("@")[0]) for key, dataset in tree.items()}
+    followers: dict[str | None, list[str]] = {}
+    for key, origin in origins.items():
+        followers.setdefault(key.rpartition("/")[0] if key else None, []).append(key)
+        followers.setdefault(origin, []).append(key)
+    done: dict[str, None] = {}
+    # Heaps, so that those that are due are taken in the order of their names.
+    ready: list[tuple[list[str], str]] = []  # whose parent is done and whose origin
+    rest: list[tuple[list[str], str]] = []  # whose parent is done
+
+    def offer(key: str) -> None:
+        parent = key.rpartition("/")[0]
+        if key not in done and (not key or parent in done or parent not in tree):
+            heapq.heappush(rest, (key.split("/"), key))
+            if origins[key] is None or origins[key] in done:
+                heapq.heappush(ready, (key.split("/"), key))
+
+    for key in tree:
+        offer(key)
+    while ready or rest:
+        # In a circle (a filesystem that is a clone of its promoted child) one clone comes before its origin.
+        key = heapq.heappop(ready or rest)[1]
+        if key not in done:
+            done[key] = None
+            for follower in followers.get(key, ()):
+                offer(follower)
+    return list(done)
+
+
+PARENT_FIRST = "it will be pulled once the parent's problem is fixed"
+WHOLE_FIRST = "it will be pulled once zfs lists the whole tree again"
+ORIGIN_FIRST = "it will be pulled, as a clone, once the problem of its origin's dataset is fixed"
+
+
+def missing_parents(key: str, source: Tree, target: Tree, existing: Container[str], policy: Policy) -> list[str]:
+    """The placeholders that are missing above a local dataset. Raises Failure if a parent should be here, and is not.
+
+    Placeholders are the ancestors of the root, and parents that have no snapshot at the source.
+    """
+    if key == "":
+        return [name for name in with_ancestors(policy.target_root)[:-1] if name not in existing]
+    parent = key.rpartition("/")[0]
+    here = target.get(parent)
+    if here and here.snapshots:
+        return []
+    is_to_come = bool(policy.selection.of_snapshots(source[parent].snapshots))
+    # With something below it, an interrupted first receive could not be given up if its rest never comes: zfs gives up
+    # no dataset that has children. And a pool's root could not make way for itself any more.
+    if here and (here.partial or (is_to_come and "/" not in here.name)):
+        raise Failure(f"skipped: its parent {here.name} has not been received completely", PARENT_FIRST)
+    if here:
+        return []
+    name = policy.target_root + parent
+    if is_to_come:
+        raise Failure(f"skipped: its parent {name} is not here", PARENT_FIRST)
+    return [*missing_parents(parent, source, target, existing, policy), name]
 
 
 class TreePlan:
-    """The plan of the whole tree: `entries`, in order, of a dataset's key and a step; or None, if it is in step; or a
-    Failure that says why there is no step.
+    """The plan of the whole tree: `entries`, in order, of a dataset's key and what the plan says of it."""
 
-    Every step is planned on the state that the steps before it will leave; `target` is that state in the end. --dry-run
-    prints this plan. A run carries out what it can at once, lists again, and plans anew until no step is left: see
-    `Run.transfer`.
-
-    Datasets that are `given_up` have failed in this run, and get no step. `left_alone` are datasets of which we touch
-    nothing, not even a hold.
-    """
+    # Every step is planned on the state that the steps before it will leave; `target` is that state in the end.
+    # --dry-run prints this plan. A run carries out what it can at once, lists again, and plans anew until no step is
+    # left: see `Run.transfer`.
 
     def __init__(self, trees: Trees, policy: Policy, given_up: Container[str] = ()) -> None:
         # What zfs could not list may be anywhere: then nothing is renamed, set aside or rolled back.
         self.policy = policy if trees.whole else replace(policy, rollback=False, quarantine=False)
         self.is_partial = not trees.whole
-        self.given_up = given_up
+        self.given_up = given_up  # what has failed in this run, and gets no step
         self.source = trees.source
         self.target = dict(trees.target)
         self.existing = {*trees.existing}
         self.entries: list[tuple[str, Entry]] = []
-        self.left_alone: set[str] = set()
+        self.left_alone: set[str] = set()  # of which we touch nothing, not even a hold
         self.elsewhere: set[str] = set()  # where what is here is no mirror of the source's dataset
         self.late: set[int] = set()  # guids of what should be here by now, and failed to come
         self.unlisted: set[str] = set()  # what has a name in this plan under which it is not listed yet
@@ -1607,7 +1471,7 @@ class TreePlan:
         return self.policy.target_root + key
 
     def fail(self, key: str, failure: Failure) -> None:
-        if key not in self.given_up:
+        if key not in self.given_up:  # whose failure was told when it failed
             self.entries.append((key, failure))
 
     def note_copies(self, key: str) -> None:
@@ -1623,8 +1487,8 @@ class TreePlan:
         return local.find(guid) if local else None
 
     def under_names_of_others(self, order: Sequence[str]) -> set[str]:
-        """Datasets whose name here still belongs to a mirror that has to be renamed first, with their children and
-        clones. They are planned last."""
+        # Datasets whose name here still belongs to a mirror that has to be renamed first, with their children and
+        # clones. They are planned last.
         moved = {key for key, _ in self.moved.values()}
         owners = {dataset.name: key for key, dataset in self.source.items()}
         found: set[str] = set()
@@ -1636,7 +1500,6 @@ class TreePlan:
         return found
 
     def follow_rename(self, key: str) -> bool:
-        """Follow a rename at the source, if the new parent is here."""
         old = former_name(self.source[key], key, self.target, self.moved)
         if old is None or old not in self.target or key in self.given_up:
             return False
@@ -1699,8 +1562,10 @@ class TreePlan:
         local = self.target.get(key)
         if key in self.unlisted and local and not local.snapshots:
             return  # whether its place is empty is found out under the name that it will have
-        # What could not be read, or listed, was reported.
-        if may_be_of_another_line(local) or key in self.unclear:
+        is_sure = local is not None and (local.held_before or local.recognised)
+        may_be_of_others = local and not is_sure and any(it.tags is None for it in local.snapshots)
+        if may_be_of_others or key in self.unclear:
+            # Another line may hold it, or it may be here and not listed. What could not be read was reported.
             self.elsewhere.add(key)
             self.left_alone.add(key)
             return
@@ -1728,20 +1593,6 @@ class TreePlan:
                 self.fail(key, failure)
             self.late.update(step.snapshot.guid for step in steps if isinstance(step, Receive))
 
-    def streams_due(self) -> tuple[dict[str, list[Receive]], dict[str, list[str]]]:
-        """What can be received before names change again, by dataset, and the placeholders to be created above."""
-        receives: dict[str, list[Receive]] = {}
-        parents: dict[str, list[str]] = {}
-        late: set[str] = set()  # what a step that follows a stream has still to name
-        for key, step in self.entries:
-            if isinstance(step, Receive) and late.isdisjoint(with_ancestors(key)):
-                receives.setdefault(key, []).append(step)
-            elif isinstance(step, Create):
-                parents.setdefault(key, []).append(step.name)
-            elif isinstance(step, LOCAL_STEPS):
-                late |= {key, step.old} if isinstance(step, Rename) else {key}
-        return receives, parents
-
     def decide(self, key: str) -> tuple[Step, ...]:
         source = self.source[key]
         return plan_dataset(source, self.target.get(key), self.policy, self.local_name(key), self.origin_of(source))
@@ -1763,8 +1614,8 @@ class TreePlan:
             self.target[key] = replace(before[key], partial=None, changed=False, snapshots=kept)
         try:
             steps = self.decide(key)
-        except Blocked:
-            self.target = before  # nothing is destroyed for nothing
+        except Blocked:  # for another reason: then nothing is destroyed for nothing
+            self.target = before
             raise
         self.entries.append((key, override))
         return steps
@@ -1786,92 +1637,64 @@ class TreePlan:
             steps[steps.index(first)] = replace(first, lost_origin=source.origin)
         self.create(key, parents)
         self.entries += [(key, step) for step in steps]
-        after = after_transfer(source, None if is_first else local, self.local_name(key), steps)
+        after = after_receives(source, None if is_first else local, self.local_name(key), steps)
         self.target[key] = replace(after, recognised=True)
         self.note_copies(key)
         self.return_children(key)
 
-
-def rekeyed(key: str, old: str, new: str) -> str:
-    """The key of a dataset after `old` was renamed to `new`, with all below it."""
-    return new + key[len(old) :] if is_below(key, old) else key
-
-
-def former_name(source: Dataset, key: str, target: Tree, moved: Moved) -> str | None:
-    """The key of a local dataset whose parent has made way, or whose source was renamed: the only one that no other
-    dataset claims, and that shares our newest held snapshot with it. None if it is here under its own name, or not at
-    all."""
-    if key in target:
-        return None
-    made_way = (above + PLACEHOLDER + key[len(above) :] for above in with_ancestors(key)[:-1])
-    for old in made_way:
-        if old in target:
-            return old
-    found = dict(moved[it.guid] for it in source.snapshots if it.guid in moved)
-    # Nothing can be renamed to a name below its own.
-    fits = [old for old, local in found.items() if local.kind == source.kind and not is_below(key, old)]
-    return fits[0] if len(fits) == 1 else None
+    def streams_due(self) -> tuple[dict[str, list[Receive]], dict[str, list[str]]]:
+        """What can be received before names change again, by dataset, and the placeholders to be created above."""
+        receives: dict[str, list[Receive]] = {}
+        parents: dict[str, list[str]] = {}
+        late: set[str] = set()  # what a step that follows a stream has still to name
+        for key, step in self.entries:
+            if isinstance(step, Receive) and late.isdisjoint(with_ancestors(key)):
+                receives.setdefault(key, []).append(step)
+            elif isinstance(step, Create):
+                parents.setdefault(key, []).append(step.name)
+            elif isinstance(step, LOCAL_STEPS):
+                late |= {key, step.old} if isinstance(step, Rename) else {key}
+        return receives, parents
 
 
-def mirrors_of(trees: Trees, policy: Policy) -> Tree:
-    """The local copy of each dataset of the source; under its old name if the rename has not been followed yet."""
-    moved = moved_mirrors(trees.source, trees.target, policy)
-    found = {}
-    for key, source in trees.source.items():
-        old = former_name(source, key, trees.target, moved)
-        local = trees.target.get(key if old is None else old)
-        if local:
-            found[key] = local
-    return found
+# Holds and bookmarks.
 
 
-def may_be_of_another_line(local: Dataset | None) -> bool:
-    """Whether another line may hold a dataset: its holds could not be read, and nothing else shows that it is ours."""
-    if local is None or local.held_before or local.recognised:
-        return False
-    return any(snapshot.tags is None for snapshot in local.snapshots)
-
-
-def is_ours(source: Dataset, local: Dataset | None) -> bool:
-    """Whether a local dataset is ours: we hold a snapshot of it, or have received it.
-
-    What was here before is not, be it another tool's mirror, or the original itself if the line is run on the wrong
-    host. We take it over when the source is ahead of it, and we pull.
-    """
-    if local is None or local.held_before or local.recognised:
-        return True
-    return newest_common(source, local) is None
-
-
-PARENT_FIRST = "it will be pulled once the parent's problem is fixed"
-WHOLE_FIRST = "it will be pulled once zfs lists the whole tree again"
-ORIGIN_FIRST = "it will be pulled, as a clone, once the problem of its origin's dataset is fixed"
-
-
-def missing_parents(key: str, source: Tree, target: Tree, existing: Container[str], policy: Policy) -> list[str]:
-    """The placeholders that are missing above a local dataset: ancestors of the root, and parents that have no
-    snapshot at the source. Raises Failure if a parent should be here by now, and is not."""
-    if key == "":
-        return [name for name in with_ancestors(policy.target_root)[:-1] if name not in existing]
-    parent = key.rpartition("/")[0]
-    here = target.get(parent)
-    if here and here.partial and not here.snapshots:
-        # Should its rest never come it must be given up, and zfs gives up no dataset that has children.
-        raise Failure(f"skipped: its parent {here.name} has not been received completely", PARENT_FIRST)
-    if here and not here.snapshots and "/" not in here.name and policy.selection.of_snapshots(source[parent].snapshots):
-        # With something below it a pool's root could not make way for itself any more.
-        raise Failure(f"skipped: its parent {here.name} has not been received completely", PARENT_FIRST)
-    if here:
-        return []
-    name = policy.target_root + parent
-    if policy.selection.of_snapshots(source[parent].snapshots):
-        raise Failure(f"skipped: its parent {name} is not here", PARENT_FIRST)
-    return [*missing_parents(parent, source, target, existing, policy), name]
+def hold_changes(
+    source: Dataset, local: Dataset | None, policy: Policy, promoted_clones: Iterable[int] = ()
+) -> HoldChanges:
+    """What puts our holds where they belong. `promoted_clones` still need the snapshots of these guids as bases."""
+    tag, received_tag = policy.tag, policy.received_tag
+    here, partial = (local.snapshots, local.partial) if local else ((), None)
+    common = newest_common(source, local)
+    # Where the histories have nothing in common, our hold may be the last thing that lets the mirror be repaired. And
+    # what another line holds is left alone.
+    if local and here and (common is None or others_tags(local, policy)):
+        return HoldChanges()
+    held = newest_common(source, local, to_hold=True)
+    on_source = {*promoted_clones, *([held.source.guid] if held else ())}
+    if partial and partial.to_guid is not None:
+        on_source.add(partial.to_guid)
+    on_local = {common.local.guid} if common else set()
+    if common:
+        # What is newer than the common one and held stays held: the source had it once and has lost it, so it may be
+        # the last copy. By its hold --rollback knows that.
+        newer = (it for it in here if it.createtxg > common.local.createtxg)
+        on_local.update(it.guid for it in newer if received_tag in (it.tags or ()))
+    release_source = [it.name for it in source.snapshots if it.guid not in on_source and tag in (it.tags or ())]
+    if partial and partial.to_guid is None:
+        release_source = []  # any of these may be what the token waits for
+    # Where the tags are unknown, ours is placed once more, and never released.
+    return HoldChanges(
+        place_source=tuple(it.name for it in source.snapshots if it.guid in on_source and tag not in (it.tags or ())),
+        place_local=tuple(it.name for it in here if it.guid in on_local and received_tag not in (it.tags or ())),
+        release_source=tuple(release_source),
+        release_local=tuple(it.name for it in here if it.guid not in on_local and received_tag in (it.tags or ())),
+    )
 
 
 def all_hold_changes(trees: Trees, policy: Policy, left_alone: Container[str] = ()) -> dict[str, HoldChanges]:
-    """By dataset of the source, the changes that put our holds where they belong. Datasets that are left alone, or
-    are not ours, get none."""
+    """By dataset of the source, what puts our holds where they belong; nothing for what is left alone, or not ours."""
     mirrors = mirrors_of(trees, policy)
     needed: dict[str, list[int]] = {}  # by dataset, what a promoted clone inherited from it and still has as its base
     for key, source in trees.source.items():
@@ -1888,9 +1711,35 @@ def all_hold_changes(trees: Trees, policy: Policy, left_alone: Container[str] = 
     return {key: changes for key, changes in found.items() if changes}
 
 
+def held_after(dataset: Dataset, tag: str, place: Container[str], release: Container[str] = ()) -> Dataset:
+    """The dataset after `tag` was placed on some snapshots and released from others."""
+
+    def hold(snapshot: Snapshot) -> Snapshot:
+        tags = (snapshot.tags or NO_TAGS) | {tag} if snapshot.name in place else snapshot.tags
+        return replace(snapshot, tags=tags - {tag} if tags and snapshot.name in release else tags)
+
+    return replace(dataset, snapshots=tuple(map(hold, dataset.snapshots)))
+
+
+def bookmark_changes(source: Dataset, local: Dataset | None, policy: Policy) -> BookmarkChanges:
+    """What moves our bookmark to the newest common snapshot."""
+    common = newest_common(source, local)
+    # Without a common snapshot the old bookmarks stay: they may be the last link. Another dataset's snapshot gets none.
+    if common is None or common.source in source.inherited:
+        return BookmarkChanges()
+    there = {point.name for point in source.bookmarks}
+    wanted = source.name + policy.mark(common.source.guid)
+    older = sorted(there & {source.name + policy.mark(point.guid) for point in source.bookmarks} - {wanted})
+    if wanted in there:
+        return BookmarkChanges(None, tuple(older))
+    # Somebody else's bookmark may go at any time. So our older ones stay until there is a snapshot to bookmark.
+    return BookmarkChanges() if common.source.is_bookmark else BookmarkChanges(common.source, tuple(older))
+
+
 def lost_holds(trees: Trees, policy: Policy, left_alone: Container[str]) -> Iterator[tuple[str, str]]:
-    """By local dataset, what to report of holds at the source that are gone: somebody has released them, or another
-    backup host with the same tag has moved them. Next time the base itself may be gone."""
+    """By local dataset, what to report of holds at the source that are gone."""
+    # Somebody has released them, or another backup host with the same tag has moved them. Next time the base itself may
+    # be gone.
     for key, local in mirrors_of(trees, policy).items():
         if not local.held_before or key in left_alone:
             continue
@@ -1907,8 +1756,8 @@ def lost_holds(trees: Trees, policy: Policy, left_alone: Container[str]) -> Iter
 
 
 def holds_of_others(trees: Trees, policy: Policy, plan: TreePlan) -> Iterator[tuple[str, str]]:
-    """By local dataset, what to report before its first run releases holds at the source that carry our tag, but
-    that no earlier run of this line can have placed: somebody else may count on them."""
+    """By local dataset, what to report of holds at the source that are going to be released and may not be ours."""
+    # They carry our tag, but no earlier run of this line can have placed them: somebody else may count on them.
     coming: dict[str, set[int]] = {}
     for key, step in ((key, step) for key, step in plan.entries if key in trees.source):
         coming.setdefault(key, set()).update({step.snapshot.guid} if isinstance(step, Receive) else ())
@@ -1931,17 +1780,116 @@ def holds_of_others(trees: Trees, policy: Policy, plan: TreePlan) -> Iterator[tu
 
 
 def holds_to_read(source: Dataset, local: Dataset | None, policy: Policy, now: int) -> list[Snapshot]:
-    """The snapshots of a source dataset's history whose holds a run must know.
-
-    Our tag can be on none that is older than the oldest one we hold here, because that hold is always released last
-    (see `Holds.move_all`). It can be on any if we hold none here, or one that is no snapshot there any more. And before
-    a local snapshot expires, the holds on its twin must be known.
-    """
+    """The snapshots of a source dataset's history whose holds a run must know."""
+    # Our tag can be on none that is older than the oldest one we hold here, because that hold is always released last
+    # (see `Holds.move_all`). It can be on any if we hold none here, or one that is no snapshot there any more.
     times = {snapshot.guid: snapshot.createtxg for snapshot in source.history}
     ours = [it.guid for it in local.snapshots if it.may_be_held_by(policy.received_tag)] if local else []
     since = min((times.get(guid, 0) for guid in ours), default=0)
+    # And before a local snapshot expires, the holds on its twin must be known.
     due = may_expire(source, local, policy, now) if local else set()
     return [it for it in source.history if it.createtxg >= since or it.guid in due]
+
+
+# Expiry.
+
+
+def expire(source: Dataset | None, local: Dataset, policy: Policy, now: int) -> Expiry:
+    """Which local snapshots are older than keep-days, and which of these expire."""
+    common = newest_common(source, local)
+    if policy.keep_days is None or source is None or common is None:
+        return Expiry()
+    # The days count back from the newest common snapshot, or from now if that is earlier. So a source that stopped
+    # making snapshots empties nothing.
+    cutoff = min(now, common.local.creation) - policy.keep_days * DAY
+    destroy, kept = [], []
+    twins = {there.guid: there for there in source.history}
+    ours = policy.selection.of_snapshots(local.snapshots)
+    spared = why_all_kept(local, common, policy)
+    for snapshot in ours[: max(len(ours) - policy.keep_min, 0)]:
+        if snapshot.creation >= cutoff:
+            continue
+        why = spared or why_kept(snapshot, twins.get(snapshot.guid), local, common, policy)
+        if why:
+            kept.append((snapshot, why))
+        else:
+            destroy.append(snapshot)
+    return Expiry(tuple(destroy), tuple(kept), cutoff)
+
+
+def why_all_kept(local: Dataset, common: CommonPoint, policy: Policy) -> str | None:
+    """Why nothing in a local dataset expires, because it may be no mirror of ours; None if it may."""
+    # On the wrong host, a line finds datasets that have all that the other side has, and more, and that no run ever
+    # received.
+    if not local.held_before:
+        return "this line held nothing here when the run began, so it is its first one"
+    if local.snapshots[-1].guid != common.local.guid:
+        return f"there are local snapshots newer than the newest common one, {common.local.short}"
+    if others_tags(local, policy):
+        return f"another line holds it: {', '.join(others_tags(local, policy))}"
+    return None
+
+
+def why_kept(
+    snapshot: Snapshot, twin: Snapshot | None, local: Dataset, common: CommonPoint, policy: Policy
+) -> str | None:
+    """Why a local snapshot must not expire, however old it is; None if it may. `twin` is its twin at the source."""
+    if snapshot.guid == common.local.guid:
+        return "the newest common snapshot"
+    if local.partial and local.partial.from_guid in (snapshot.guid, None) and local.snapshots:
+        return "the base of an interrupted receive, or may be"
+    if snapshot.cloned:
+        return "a dataset here is its clone"
+    if snapshot.tags is None:
+        return "its holds could not be read"
+    if snapshot.tags:
+        return "held by " + ", ".join(sorted(snapshot.tags))
+    if twin and twin.tags is None:
+        return "the holds on its twin at the source could not be read"
+    if twin and twin.tags and policy.tag in twin.tags:
+        return f"its twin at the source is held by {policy.tag}"
+    return None
+
+
+def may_expire(source: Dataset | None, local: Dataset, policy: Policy, now: int) -> set[int]:
+    """Guids of local snapshots that would expire if every hold on the source that we do not know were absent."""
+    if policy.keep_days is None or source is None:
+        return set()
+    unheld = tuple(replace(it, tags=NO_TAGS) if it.tags is None else it for it in source.history)
+    inherited = len(source.inherited)
+    hoped = replace(source, inherited=unheld[:inherited], snapshots=unheld[inherited:])
+    return {snapshot.guid for snapshot in expire(hoped, local, policy, now).destroy}
+
+
+# How far a mirror is.
+
+# By snapshot, the bytes that only it needs, and those written until it.
+Usage = dict[str, tuple[int, int]]
+
+
+def mirror_status(source: Dataset, local: Dataset | None, name: str, policy: Policy, usage: Usage) -> MirrorStatus:
+    """The status of the local dataset `name` compared to its source."""
+    common = newest_common(source, local)
+    later = [it for it in source.snapshots if common is None or it.createtxg > common.source.createtxg]
+    newer = policy.selection.of_snapshots(later)
+    return MirrorStatus(
+        name,
+        source.name,
+        common.local if common else None,
+        held_here=common is not None and policy.received_tag in (common.local.tags or ()),
+        held_there=common is not None and policy.tag in (common.source.tags or ()),
+        behind=len(newer),
+        lacking=sum(usage.get(it.name, (0, 0))[1] for it in later),
+        pinned=usage.get(common.source.name, (0, 0))[0] if common else 0,
+        partial=local.partial.bytes if local and local.partial else None,
+    )
+
+
+def local_status(local: Dataset, policy: Policy, source: str | None = None) -> MirrorStatus:
+    """The status of a local dataset by what is here alone."""
+    held = newest_received(local, policy)  # what both sides had in the last complete run
+    partial = local.partial.bytes if local.partial else None
+    return MirrorStatus(local.name, source, held, held_here=held is not None, partial=partial)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -3794,6 +3742,10 @@ PULLED_UNHELD = (
     "once the pool is writable again, the next run puts the holds right",
 )
 
+# What somebody uses, with a shell in it or a clone of it outside of the tree, may stay for so long beyond its time.
+BUSY = "dataset is busy|snapshot has dependent clones"
+BUSY_DAYS = 7
+
 REFUSED_FOR_NOW = "permission denied|key must be loaded|currently suspended"
 """What a sender says of a token that it may accept another time."""
 
@@ -4300,7 +4252,7 @@ class Lister:
         for key, some in steps.items():
             local = found.get(key)
             if local and [snapshot.guid for snapshot in local.snapshots] == [some[-1].snapshot.guid]:
-                *past, _ = after_transfer(trees.source[key], trees.target.get(key), local.name, some).snapshots
+                *past, _ = after_receives(trees.source[key], trees.target.get(key), local.name, some).snapshots
                 target[key] = replace(local, snapshots=(*past, *local.snapshots))
             else:
                 unproven.append(key)
@@ -4877,7 +4829,7 @@ class Executor:
                 self.lister.target_host.check(receiving)
                 batch.append(Stream(key, step, (send(source, step, policy.raw(source), flags), receiving), compress))
                 # The next one of this dataset comes on top of that.
-                local = after_transfer(source, local, self.local_name(key), [step])
+                local = after_receives(source, local, self.local_name(key), [step])
             coming |= {key, *(self.local_name(key) + step.snapshot.short for step in steps)}
         return batch
 
@@ -5217,7 +5169,7 @@ class Run:
 
     def expire(self, now: int) -> None:
         for expiry in self.expiries(now):
-            self.destroy_all({snapshot.name: snapshot for snapshot in expiry.destroy})
+            self.destroy_all({snapshot.name: snapshot for snapshot in expiry.destroy}, expiry.cutoff)
 
     def expiries(self, now: int) -> Iterator[Expiry]:
         """What expires, by dataset. Reports why the rest is kept."""
@@ -5227,11 +5179,14 @@ class Run:
                 self.report.event("gone", local.name, f"{local.name}: no longer exists at the source; kept")
             expiry = expire(source, local, self.policy, now)
             for snapshot, why in expiry.kept:
-                line = f"{snapshot.name}: older than --keep-days, but kept: {why}"
-                self.report.event("keep", local.name, line, snapshot=snapshot.short, why=why)
+                self.tell_kept(snapshot, why)
             yield expiry
 
-    def destroy_all(self, snapshots: dict[str, Snapshot]) -> None:
+    def tell_kept(self, snapshot: Snapshot, why: str) -> None:
+        line = f"{snapshot.name}: older than --keep-days, but kept: {why}"
+        self.report.event("keep", snapshot.name.partition("@")[0], line, snapshot=snapshot.short, why=why)
+
+    def destroy_all(self, snapshots: dict[str, Snapshot], cutoff: int) -> None:
         """Destroy snapshots in few commands, or one by one: zfs destroys none of a list if one of them cannot go."""
         for batch in batches(snapshots):
             together = [snapshots[name] for name in batch]
@@ -5242,6 +5197,13 @@ class Run:
                         run(self.target_host, destroy([snapshot]))
                     self.report.expired(snapshot, "expired")
                 except CommandFailed as failure:
+                    busy = re.search(BUSY, failure.what)
+                    if busy and snapshot.creation >= cutoff - BUSY_DAYS * DAY:
+                        self.tell_kept(snapshot, busy[0])
+                        continue
+                    if busy:
+                        due = f"it was due more than {BUSY_DAYS} days ago; see who uses it: mount -t zfs, "
+                        failure.hint = f"{due}zfs holds '{snapshot.name}', zfs list -o name,origin"
                     self.report.failure(snapshot.name, failure)
 
 

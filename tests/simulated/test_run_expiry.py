@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING
 
 import pytest
@@ -9,8 +10,10 @@ from histories import LOCAL, RECEIVED, SOURCE, TAG
 from jobs import EACH, Job, break_link, once, refusing
 from simulated import Machine, days
 
+from zfs_replicate import Answer
+
 if TYPE_CHECKING:
-    from zfs_replicate import Answer, Command
+    from zfs_replicate import Command
 
 
 def test_expiry_destroys_here_and_nowhere_else(aged: Job) -> None:
@@ -45,11 +48,26 @@ def test_expiry_leaves_what_others_hold_here(aged: Job) -> None:
 
 
 def test_expiry_goes_on_after_one_that_cannot_be_destroyed(aged: Job) -> None:
-    """Somebody held it after the listing."""
-    hold = once("before", lambda: aged.backup.hold("quick", f"{LOCAL}@b"), "^zfs destroy offsite/virt/machines@")
-    said = aged.replicate(status=1, keep=1, at=hold)
-    assert f"{LOCAL}@b: zfs destroy failed on backup: cannot destroy snapshot {LOCAL}@b: dataset is busy" in said
-    assert aged.here() == f"b!quick e!{RECEIVED}"
+    said = aged.replicate(status=1, keep=1, at=refusing(f"^zfs destroy {LOCAL}@(.*,)?b"))
+    assert f"{LOCAL}@b: zfs destroy failed on backup: permission denied" in said
+    assert aged.here() == f"b e!{RECEIVED}"
+
+
+@pytest.mark.parametrize("said", ["dataset is busy", "snapshot has dependent clones"])
+def test_expiry_keeps_what_is_busy_and_tells_if_it_stays_so(aged: Job, said: str) -> None:
+    """Somebody has a shell in it, or a clone of it elsewhere. The others go."""
+
+    def busy(_: Machine, command: Command, moment: str) -> Answer | None:
+        is_hit = moment == "before" and re.match(f"zfs destroy {LOCAL}@(.*,)?c", " ".join(command))
+        return Answer(1, "", f"cannot destroy '{LOCAL}@c': {said}\n") if is_hit else None
+
+    aged.replicate(keep=15, at=busy)
+    assert aged.here() == f"c d e!{RECEIVED}"
+    aged.source.world.now += days(50)
+    aged.snapshot("late")
+    told = aged.replicate(status=1, keep=15, at=busy)
+    assert said in told
+    assert "it was due more than 7 days ago" in told
 
 
 @pytest.mark.parametrize("machine", ["source", "backup"])

@@ -134,13 +134,13 @@ BUGS: dict[str, tuple[Plant, ...]] = {
     "leaked hold on the target of a token": (
         Plant(
             "hold_changes",
-            "it.guid not in wanted and tag in (it.tags or ())",
-            "it is snapshots[0] and it.guid not in wanted and tag in (it.tags or ())",
+            "it.guid not in on_source and tag in (it.tags or ())",
+            "it is source.snapshots[0] and it.guid not in on_source and tag in (it.tags or ())",
         ),
     ),
     "target of a token not held": (Plant("hold_changes", "on_source.add(partial.to_guid)", ""),),
     "what the source lost loses its hold here": (
-        Plant("hold_changes", "policy.received_tag in (it.tags or ())", "False"),
+        Plant("hold_changes", "on_local.update(it.guid for it in newer if received_tag in (it.tags or ()))", ""),
     ),
     "what a clone took over is released": (
         Plant(
@@ -230,7 +230,7 @@ BUGS: dict[str, tuple[Plant, ...]] = {
     "each listing asks anew what was held before": (Plant("Lister.list_target", "self.held_before is None", "True"),),
     "the mirror of another line is pulled into": (Plant("plan_dataset", "others_tags(local, policy)", "False"),),
     "what another line may hold is pulled into": (
-        Plant("TreePlan.plan_one", "may_be_of_another_line(local)", "False"),
+        Plant("TreePlan.plan_one", "any(it.tags is None for it in local.snapshots)", "False"),
     ),
     "the mirror of another line expires": (Plant("why_all_kept", "if others_tags(local, policy):", "if False:"),),
     "the mirror of another line is renamed": (Plant("moved_mirrors", "key in fixed", "False"),),
@@ -384,9 +384,7 @@ BUGS: dict[str, tuple[Plant, ...]] = {
         Plant("TreePlan.decide_or_override", "not is_below(it, key)", "it != key"),
     ),
     "a dataset that failed gets steps again": (Plant("TreePlan.plan_one", "key not in self.given_up", "True"),),
-    "a placeholder in place of a parent that failed": (
-        Plant("missing_parents", "if policy.selection.of_snapshots(source[parent].snapshots):", "if False:"),
-    ),
+    "a placeholder in place of a parent that failed": (Plant("missing_parents", "if is_to_come:", "if False:"),),
     # Carrying it out
     "what was in step stays behind when its parent is set aside": (
         Plant(
@@ -409,7 +407,7 @@ BUGS: dict[str, tuple[Plant, ...]] = {
         Plant("Executor.has_place", "not is_whole and parent not in coming", "False"),
     ),
     "a child goes into a parent that is half received": (
-        Plant("missing_parents", "here and here.partial and not here.snapshots", "False"),
+        Plant("missing_parents", "here.partial", "False"),
         Plant("Executor.has_place", "not is_whole and parent not in coming", "False"),
     ),
     "what is not empty any more is received over": (
@@ -440,7 +438,7 @@ BUGS: dict[str, tuple[Plant, ...]] = {
             "local and local.empty and not local.parent",
         ),
         Plant(
-            "after_transfer",
+            "after_receives",
             "replace(here, partial=None, empty=False, snapshots=(*here.snapshots, *arrived))",
             "replace(here, partial=None, snapshots=(*here.snapshots, *arrived))",
         ),

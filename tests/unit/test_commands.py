@@ -25,7 +25,7 @@ from zfs_replicate import (
     Properties,
     Receive,
     Snapshot,
-    after_transfer,
+    after_receives,
     allow_command,
     batches,
     bookmark,
@@ -345,7 +345,7 @@ def test_receive_overwrites_an_empty_filesystem() -> None:
 def test_receive_forces_nothing_onto_what_the_same_batch_brought() -> None:
     there = source("@a,1 @b,2")
     assert "-F" not in receive(there, replace(local("@a,1"), empty=True), "t/a@b")
-    after = after_transfer(there, local("", empty=True), LOCAL, [Receive(there.snapshots[0])])
+    after = after_receives(there, local("", empty=True), LOCAL, [Receive(there.snapshots[0])])
     assert not after.empty
     assert "-F" not in receive(there, after, "t/a@b")
 

@@ -195,13 +195,6 @@ def test_hold_changes_hold_the_target_of_an_interrupted_receive(
     assert moved(there, replace(local(here), partial=waiting)) == expected  # type: ignore[arg-type]
 
 
-def test_hold_changes_of_many_datasets_add_up() -> None:
-    one = HoldChanges(("a@1",), ("b@1",), ("a@0",), ("b@0",))
-    two = HoldChanges(("a/c@1",), (), (), ("b/c@0",))
-    assert one + two == HoldChanges(("a@1", "a/c@1"), ("b@1",), ("a@0",), ("b@0", "b/c@0"))
-    assert sum([one, two], HoldChanges()) == one + two
-
-
 @pytest.mark.parametrize("field", ["place_source", "place_local", "release_source", "release_local"])
 def test_hold_changes_are_true_if_there_is_any(field: str) -> None:
     assert not HoldChanges()

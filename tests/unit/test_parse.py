@@ -491,6 +491,12 @@ GOOD = "1-c0ffee-d8-789c63"
         pytest.param(ROOT + row("tank/vm@a", "bookmark"), "no 'bookmark'", id="snapshot-as-bookmark"),
         pytest.param(ROOT + row("tank/vm@a", "filesystem"), "no 'filesystem'", id="snapshot-as-filesystem"),
         pytest.param(ROOT + row("tank/vm/a", "pool"), "no 'pool'", id="no-such-type"),
+        *(
+            pytest.param(
+                ROOT + row("tank/vm/a b", "volume") + row("tank/vm/a b@c", kind), kind, id=f"{kind}-with-a-space"
+            )
+            for kind in ("pool", "volume", "bookmark")
+        ),
         pytest.param(ROOT + row("tank/vm/a@b", "snapshot"), "not that dataset", id="snapshot-of-nothing"),
         pytest.param(row("tank/vm", "filesystem", token="1-x"), "resume token", id="token"),
         pytest.param(row("tank/vm", "filesystem", token=f"{GOOD} tank"), "resume token", id="token-and-more"),
