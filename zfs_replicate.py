@@ -424,7 +424,17 @@ class MakeWay:
         return "rename the placeholder here out of the way; its children return when the dataset itself is here"
 
 
-Step = Union[Receive, AbortReceive, MakeWay]
+@dataclass(frozen=True)
+class RenameSnapshots:
+    """Rename local snapshots that are in the way of a name to come: each from its old name to a new one, in order."""
+
+    names: tuple[tuple[str, str], ...]
+
+    def __str__(self) -> str:
+        return "rename " + ", ".join(f"{old} to {new}" for old, new in self.names)
+
+
+Step = Union[Receive, AbortReceive, MakeWay, RenameSnapshots]
 
 
 @dataclass(frozen=True)
@@ -481,8 +491,8 @@ class Rename:
 
 
 # The steps that need no stream, and change the names here.
-LocalStep = Union[Rename, MakeWay, Rollback, Quarantine, AbortReceive]
-LOCAL_STEPS = (Rename, MakeWay, Rollback, Quarantine, AbortReceive)
+LocalStep = Union[Rename, MakeWay, Rollback, Quarantine, AbortReceive, RenameSnapshots]
+LOCAL_STEPS = (Rename, MakeWay, Rollback, Quarantine, AbortReceive, RenameSnapshots)
 
 # What the plan of a tree says of a dataset: a step; why there is none; or None, if it is in step.
 Entry = Union[Step, Create, Rename, Override, Failure, None]
@@ -1097,7 +1107,7 @@ def plan_partial(
     bases = {None, *(point.guid for point in source.inherited + source.snapshots + source.bookmarks)}
     ends_match = target and partial.from_guid in bases and partial.from_guid == (base and base.guid)
     if target and ends_match and partial.raw == policy.raw(source) and not local.changed and not partial.corrupt:
-        steps: list[Step] = [Receive(target, token=partial.token)]
+        steps: list[Step] = [*freed_names([target], source, local), Receive(target, token=partial.token)]
         # What follows is part of the plan, because it must be held as well before anything is sent. What blocks it is
         # told when its own turn comes.
         with contextlib.suppress(Blocked):
@@ -1109,8 +1119,11 @@ def plan_partial(
 
 
 def after_receives(source: Dataset, local: Dataset | None, local_name: str, steps: Iterable[Step]) -> Dataset:
-    """The local dataset as the Receives among these steps will leave it."""
+    """The local dataset as these steps will leave it."""
     here = local or Dataset(local_name, source.kind)
+    for old, new in (names for step in steps if isinstance(step, RenameSnapshots) for names in step.names):
+        renamed = (replace(it, name=local_name + new) if it.short == old else it for it in here.snapshots)
+        here = replace(here, snapshots=tuple(renamed))
     last = here.snapshots[-1].createtxg if here.snapshots else 0
     wanted = (step.snapshot for step in steps if isinstance(step, Receive))
     arrived = [
@@ -1146,7 +1159,7 @@ def plan_first(
         )
     way = (MakeWay(),) if local is not None and local.parent else ()
     arrivals = wanted_snapshots(policy.selection.of_snapshots(source.snapshots), policy)
-    check_length(arrivals, local_name)
+    check_length([snapshot.short for snapshot in arrivals], local_name)
     oldest, *later = arrivals
     first = Receive(oldest)
     if origin and (local is None or way):  # zfs makes a clone only where nothing is
@@ -1227,16 +1240,33 @@ def plan_next(source: Dataset, local: Dataset, policy: Policy) -> tuple[Step, ..
         )
     check_encryption_mode(source, local, common, policy)
     check_divergence(source, local, common, policy)
-    taken = {snapshot.short for snapshot in local.snapshots}
-    for name in (snapshot.short for snapshot in arrivals if snapshot.short in taken):
-        raise Blocked(
-            f"{local.name} already has a snapshot {name} that is another one than the source's: their guids differ "
-            f"({newest_of(source, local)})",
-            f"rename the local one: zfs rename '{local.name}{name}' '{local.name}{name}.local'",
-            Quarantine(),
-        )
-    check_length(arrivals, local.name)
-    return incremental_receives(common.source, arrivals)
+    check_length([snapshot.short for snapshot in arrivals], local.name)
+    return *freed_names(arrivals, source, local), *incremental_receives(common.source, arrivals)
+
+
+def freed_names(arrivals: Sequence[Snapshot], source: Dataset, local: Dataset) -> tuple[RenameSnapshots, ...]:
+    """What frees the names of snapshots to come, if others have them here. Raises Blocked if one gets too long."""
+    # Names rotate: in the manual's own example @today is @yesterday by tomorrow (zfs-rename(8)). What is in the way
+    # gets the name that its twin has by now, which may be taken as well, and so on. Twins have different names, so no
+    # such chain ever comes back. What the source has dropped gets a free name.
+    taken = {snapshot.short: snapshot for snapshot in local.snapshots}
+    coming = {snapshot.short for snapshot in arrivals}
+    names: list[tuple[str, str]] = []
+    for arrival in arrivals:
+        chain: list[tuple[str, str]] = []
+        name = arrival.short
+        while name in taken:
+            twin = source.find(taken[name].guid)
+            new = twin.short if twin else f"{name}.dropped-{taken[name].guid}"
+            while not twin and (new in taken or new in coming):
+                new += ".0"
+            chain.append((name, new))
+            name = new
+        check_length([new for _, new in chain], local.name)
+        for old, new in reversed(chain):
+            taken[new] = taken.pop(old)
+        names += reversed(chain)
+    return (RenameSnapshots(tuple(names)),) if names else ()
 
 
 def check_encryption_mode(source: Dataset, local: Dataset, common: CommonPoint, policy: Policy) -> None:
@@ -1294,12 +1324,12 @@ def why_not_rolled_back(snapshot: Snapshot, source: Dataset, policy: Policy) -> 
     return None
 
 
-def check_length(arrivals: Iterable[Snapshot], local_name: str) -> None:
-    """Raise Blocked for a name that is legal at the source and too long under our root."""
-    for snapshot in arrivals:
-        if len((local_name + snapshot.short).encode()) > NAME_LIMIT:
+def check_length(suffixes: Iterable[str], local_name: str) -> None:
+    """Raise Blocked for the name of a snapshot that is legal at the source and too long under our root."""
+    for suffix in suffixes:
+        if len((local_name + suffix).encode()) > NAME_LIMIT:
             raise Blocked(
-                f"{local_name}{snapshot.short} would be longer than the {NAME_LIMIT} bytes ZFS allows",
+                f"{local_name}{suffix} would be longer than the {NAME_LIMIT} bytes ZFS allows",
                 "mirror to a shorter name with -l, or rename the snapshot at the source",
             )
 
@@ -4073,6 +4103,11 @@ def read_tree(
     return believed(host, look)
 
 
+def listed_in_part(why: Failure) -> Failure:
+    hint = "what is listed is pulled; nothing is released, renamed or expired"
+    return Failure(f"zfs lists only a part of the tree: {why.what}", why.hint, hint)
+
+
 def run_in_part(host: Host, commands: Sequence[Command], roots: Iterable[str], partly: list[Failure]) -> str:
     """As `run`. But of listings that fail it returns what there is, and adds the reason to `partly`."""
     partly.clear()
@@ -4319,9 +4354,8 @@ class Lister:
         what is below it, which datasets are ours."""
         policy, host, target = self.policy, self.target_host, dict(trees.target)
         for side, reasons in zip((self.source_host, host), self.partly):
-            for it in reasons:
-                hint = "what is listed is pulled; nothing is released, renamed or expired"
-                self.report.failure(f"part of the tree on {side.label}", Failure(it.what, it.hint, hint))
+            for why in reasons:
+                self.report.failure(side.label, listed_in_part(why))
         trees = replace(trees, source_whole=not self.partly[0], target_whole=not self.partly[1])
         keys = [key for key in (target if keys is None else keys) if key in target]
         for key in keys:
@@ -4429,6 +4463,10 @@ class LocalSteps:
             self.move(step.old, key)
         elif isinstance(step, MakeWay):
             self.make_way(trees, key)
+        elif isinstance(step, RenameSnapshots):
+            self.report.event("rename", name, f"{name}: {step}, as at the source")
+            for old, new in step.names:
+                run(self.host, rename(name + old, name + new))
         elif isinstance(step, Quarantine):
             self.quarantine(key, now)
         elif isinstance(step, Rollback):
@@ -5378,7 +5416,7 @@ def print_step(it: Run, key: str, step: Entry, sizes: Mapping[str, int], now: in
         line = f"{name}: pull {step}: {amount} (guid {step.snapshot.guid}{base})"
         report.event("pull", name, line, **step.facts, bytes=size)
     else:
-        kinds = {Rollback: "rollback", AbortReceive: "abandon", MakeWay: "make way"}
+        kinds = {Rollback: "rollback", AbortReceive: "abandon", MakeWay: "make way", RenameSnapshots: "rename"}
         report.event(kinds[type(step)], name, f"{name}: {step}")
 
 

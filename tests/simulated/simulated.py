@@ -480,6 +480,10 @@ class Machine:
 
     def zfs_rename(self, words: list[str]) -> Answer:
         name, new = words
+        if "@" in name:
+            assert split(name)[0] == split(new)[0] and not re.search("[%#,]", name + new), words
+            self.rename(name, split(new)[1])
+            return Answer(0, "", "")
         assert not re.search("[-@%#,]", name[:1] + new[:1]) and not re.search("[@%#,]", name + new), words
         self.rename_dataset(name, new)
         return Answer(0, "", "")

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import pytest
 from histories import LOCAL, RECEIVED, SOURCE, TAG
-from jobs import Job, new_job, once, refusing
+from jobs import EACH, Job, half_way, new_job, once, refusing
 from simulated import Machine, Near, Point, Wire, World, days
 
 from zfs_replicate import PLACEHOLDER, Answer, Command, FencedHost, Policy, Report, Selection, retire
@@ -210,3 +210,57 @@ def test_retire_finds_what_a_killed_run_has_made_way_for() -> None:
         name for name, dataset in job.backup.datasets.items() if any(point.tags for point in dataset.snapshots.values())
     ]
     assert held == []
+
+
+def guids_of(machine: Machine, dataset: str) -> dict[str, int]:
+    return {name: point.guid for name, point in machine.datasets[dataset].snapshots.items()}
+
+
+def test_names_of_snapshots_that_roll_are_followed_every_day(job: Job) -> None:
+    """Example 2 of zfs-rename(8), for a fortnight."""
+    kept = ["today", "yesterday", "2daysago", "3daysago"]
+    for day in range(14):
+        for key in EACH:
+            dataset = SOURCE + key
+            names = job.source.datasets[dataset].snapshots
+            if kept[-1] in names:
+                job.source.destroy(dataset, [kept[-1]])
+            for old, new in reversed([*zip(kept, kept[1:])]):
+                if old in names:
+                    job.source.rename(f"{dataset}@{old}", new)
+        job.snapshot("today")
+        job.source.world.now += days(1)
+        job.replicate(keep=10)
+        for key in EACH:
+            there, here = guids_of(job.source, SOURCE + key), guids_of(job.backup, LOCAL + key)
+            assert {name: guid for name, guid in here.items() if "dropped" not in name} == there
+            assert len(here) == min(day + 1, 10), "what was dropped there stays till it expires"
+    job.replicate()
+    assert job.done() == []
+
+
+@pytest.mark.parametrize("moment", ["before", "after"])
+def test_names_of_snapshots_are_put_right_after_a_cut(job: Job, moment: str) -> None:
+    job.snapshot("today")
+    job.replicate()
+    for key in EACH:
+        job.source.rename(f"{SOURCE}{key}@today", "yesterday")
+    job.snapshot("today")
+    job.replicate(status=1, at=refusing("^zfs rename .*www@today", moment=moment))
+    job.replicate()
+    for key in EACH:
+        assert job.here(key) == f"yesterday today!{RECEIVED}"
+        assert guids_of(job.source, SOURCE + key) == guids_of(job.backup, LOCAL + key)
+
+
+def test_names_of_snapshots_are_freed_for_a_rest(job: Job) -> None:
+    for name in ("yesterday", "today"):
+        job.snapshot(name, "")
+        job.replicate()
+    job.snapshot("now", "")
+    job.replicate(status=1, at=half_way())
+    for old, new in (("yesterday", "2daysago"), ("today", "yesterday"), ("now", "today")):
+        job.source.rename(f"{SOURCE}@{old}", new)
+    job.replicate()
+    assert guids_of(job.source, SOURCE) == guids_of(job.backup, LOCAL)
+    assert job.here() == f"2daysago yesterday today!{RECEIVED}"

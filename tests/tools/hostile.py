@@ -995,6 +995,10 @@ class Case:
 
     def check_rename(self, words: list[str]) -> None:
         name, new = words
+        if "@" in name:  # of a snapshot: nothing is lost by that, and it takes no other's name
+            if name.partition("@")[0] != new.partition("@")[0]:
+                self.accuse("rename", f"{words}")
+            return
         store = self.target.datasets.get(name)
         if store is None:
             return

@@ -64,6 +64,8 @@ BUGS: dict[str, tuple[Plant, ...]] = {
     ),
     "sent without a hold": (Plant("Executor.hold", "READ_ONLY in said", "True"),),
     "expiry though the source is read-only": (Plant("Run.execute", "if self.executor.is_read_only:", "if False:"),),
+    "what was dropped takes the name of another": (Plant("freed_names", "new in taken or new in coming", "False"),),
+    "names in the wrong order": (Plant("freed_names", "names += reversed(chain)", "names += chain"),),
     "what half a listing leaves out is gone": (Plant("all_hold_changes", "if not trees.whole:", "if False:"),),
     "overrides by half a listing": (
         Plant(

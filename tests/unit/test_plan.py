@@ -20,6 +20,7 @@ from zfs_replicate import (
     Partial,
     Policy,
     Receive,
+    RenameSnapshots,
     Selection,
     Snapshot,
     Step,
@@ -117,6 +118,11 @@ def alive(marks: Marks, here: Local | None, waiting: Partial) -> bool:
 
 def after(marks: Marks, here: Local | None, waiting: Partial | None, step: Step) -> Local | None:
     """The local history after any step. Giving up leaves what was here before: of a first receive, nothing."""
+    if isinstance(step, RenameSnapshots):
+        for old, new in step.names:
+            assert new not in {name for _, name in here or ()}, "a name is taken"
+            here = tuple((position, new if name == old else name) for position, name in here or ())
+        return here
     if waiting is None:
         assert isinstance(step, Receive), "there is nothing to abandon"
         return received(marks, here, step)
@@ -197,14 +203,17 @@ class Case:
                 assert dataset is None or dataset.partial is None, "an interrupted receive is left lying"
                 return True, here or (), plans
             plans.append(steps)
-            here = after(self.marks, here, dataset.partial if dataset else None, steps[0])
+            waiting = dataset.partial if dataset else None
+            here = after(self.marks, here, waiting, steps[0])
             dataset = local_of(here, rng)
+            if isinstance(steps[0], RenameSnapshots):
+                dataset = replace(dataset or Dataset(LOCAL, "filesystem"), partial=waiting)
         raise AssertionError("never done")
 
 
 def possible(marks: Marks, here: Local, wanted: list[int]) -> bool:
     """Whether any chain of streams brings exactly these, in order, with nothing destroyed."""
-    return here[-1][0] != FOREIGN and bool(marks[here[-1][0]]) and not {at(p) for p in wanted} & {n for _, n in here}
+    return here[-1][0] != FOREIGN and bool(marks[here[-1][0]]) and bool(wanted)
 
 
 def newest_of_both(marks: Marks, here: Local) -> int:
@@ -217,7 +226,12 @@ def check(case: Case, policy: Policy, rng: random.Random) -> None:
     marks = case.marks
     before: Local = case.here or ()
     is_in_step, then, _ = case.run(policy, rng)
-    assert then[: len(before)] == before, "local history was changed"
+    assert [position for position, _ in then[: len(before)]] == [position for position, _ in before], "of history"
+    for (position, name), (_, old) in zip(then, before):
+        renamed = (
+            {at(position)} if position != FOREIGN and "@" in marks[position] else {f"{old}.dropped-{GUIDS[position]}"}
+        )
+        assert name in {old, *renamed}, "a snapshot was given the name of another"
     if case.dataset and case.dataset.partial and alive(marks, case.here, case.dataset.partial):
         before = then[: len(before) + 1]
         assert GUIDS[before[-1][0]] == case.dataset.partial.to_guid, "another snapshot came before the interrupted one"
@@ -312,6 +326,9 @@ def test_plan_names_first_all_snapshots_that_are_ever_sent(policy: Policy) -> No
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+FREED = "rename @b to @b.dropped-8; @a -> @b"
+
+
 def decide(origin: Dataset, here: Dataset | None, policy: Policy = POLICY, local_name: str = LOCAL) -> str:
     """The plan in a line: its steps, or a word why there is none."""
     try:
@@ -389,8 +406,8 @@ def test_selection_leaves_out_datasets_with_their_children(exclude: tuple[str, .
         pytest.param("@a,1 @b,2", "@a,1 @mine,8", "blocked", "blocked", id="ahead"),
         pytest.param("@a,1 @c,3", "@a,1 @b,2", "blocked", "blocked", id="destroyed-there"),
         pytest.param("@a,1 @b,2", "@a,8", "blocked", "blocked", id="nothing-in-common-but-a-name"),
-        pytest.param("@a,1 @b,2", "@b,8 @a,1", "blocked", "blocked", id="name-taken"),
-        pytest.param("@a,1 @b,2 @c,3", "@b,8 @a,1", "@a -> @c", "blocked", id="name-taken-between"),
+        pytest.param("@a,1 @b,2", "@b,8 @a,1", FREED, FREED, id="name-taken"),
+        pytest.param("@a,1 @b,2 @c,3", "@b,8 @a,1", "@a -> @c", f"{FREED}; @b -> @c", id="name-taken-between"),
     ],
 )
 def test_plan_by_example(there: str, here: str | None, newest: str, every: str) -> None:
@@ -432,9 +449,28 @@ def test_blocked_ahead_says_how_far_and_names_the_newest(here: str, says: str) -
     assert ("here: @n," if here else "here: @m,") in plan.what
 
 
-def test_blocked_by_a_taken_name_shows_how_to_free_it() -> None:
-    plan = blocked(source("@a,1 @b,2"), local("@b,8 @a,1"))
-    assert f"zfs rename '{LOCAL}@b' '{LOCAL}@b.local'" in plan.hint
+@pytest.mark.parametrize(
+    ("there", "here", "names"),
+    [
+        pytest.param("@x,1 @a,2 @b,3", "@a,1 @b,2", "@a to @x, @b to @a", id="chain"),
+        pytest.param("@b,1 @c,2 @a,3", "@a,1 @b,2", "@b to @c, @a to @b", id="rotation"),
+        pytest.param("@b,1 @a,2 @c,3 @d,4", "@a,1 @b,2", "", id="circle-in-nobodys-way"),
+        pytest.param("@b,2 @a,3", "@b,1 @a,2", "@b to @b.dropped-1, @a to @b", id="rotation-that-drops-the-oldest"),
+        pytest.param("#x,1 @a,3", "@a,1", "@a to @a.dropped-1", id="base-that-is-a-bookmark"),
+    ],
+)
+def test_names_to_come_are_freed(there: str, here: str, names: str) -> None:
+    plan = decide(source(there), local(here))
+    assert plan.startswith(f"rename {names}; ") if names else not plan.startswith("rename")
+
+
+def test_names_of_what_was_dropped_take_no_other_name() -> None:
+    assert decide(source("@a,2 @b,3"), local("@b,1 @b.dropped-1,9 @a,2")).startswith("rename @b to @b.dropped-1.0; ")
+
+
+def test_names_that_get_too_long_are_told() -> None:
+    short = "x" * (NAME_LIMIT - len(LOCAL) - 2)
+    assert f"{short}.dropped-1 would be longer" in blocked(source(f"@a,2 @{short},3"), local(f"@{short},1 @a,2")).what
 
 
 # Names that grow too long under the local root

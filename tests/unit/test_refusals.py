@@ -17,6 +17,7 @@ from simulated import Machine, Near, Wire, World
 import zfs_replicate
 from zfs_replicate import (
     NAME_LIMIT,
+    PULLED_UNHELD,
     Account,
     Blocked,
     Command,
@@ -33,6 +34,7 @@ from zfs_replicate import (
     Run,
     StreamBatch,
     judge_holder,
+    listed_in_part,
     plan_dataset,
     pull,
     stalled,
@@ -70,7 +72,6 @@ DIVERGED = {
     "newer local snapshots": blocked(source("@a,1 @b,2"), local("@a,1 @x,8 @y,9")),
     "newer local snapshots that others need": blocked(source("@a,1 @b,2"), local("@a,1 @x,8 @y,9!keep")),
     "local changes": blocked(source("@a,1 @b,2"), Dataset(LOCAL, "filesystem", local("@a,1").snapshots, changed=True)),
-    "same name with other guid": blocked(source("@a,1 @b,2"), local("@b,8 @a,1")),
     "common base gone": blocked(source("@b,2 @c,3"), local(f"@a,1!{RECEIVED}")),
     "wrong tree": blocked(source("@b,2"), local("@x,8")),
     "target not empty": blocked(source("@a,1"), local("")),
@@ -194,6 +195,8 @@ def held_lock(scratch: Path, how: str) -> Failure:
 
 def refusals(scratch: Path) -> Iterator[tuple[str, str]]:
     """What is said, and the way out, of every reason."""
+    for failure in (Failure(*PULLED_UNHELD), listed_in_part(Failure("zfs list failed on HOST: I/O error"))):
+        yield failure.what, failure.hint
     for plan in DIVERGED.values():
         yield plan.what.replace(LONG, "LONG").replace("/x" * 48, "/DEEP"), plan.hint
     for failure in (

@@ -105,6 +105,8 @@ def test_expiry_takes_nothing_while_holds_cannot_be_read_or_released(aged: Site,
 @pytest.mark.full
 def test_expiry_goes_on_after_one_that_cannot_be_destroyed(aged: Site) -> None:
     aged.backup.run(f"zfs clone -o canmount=off {MIRROR}/www@tuesday offsite/clone")
+    aged.replicate_silently("-k", "36")
+    assert names(aged.backup, f"{MIRROR}/www") == ["tuesday", "now"]
     done = aged.replicate("-k", "30", status=1)
     assert f"{MIRROR}/www@tuesday" in done.stderr
     assert "dependent clones" in done.stderr

@@ -36,18 +36,21 @@ def test_target_with_data_is_refused_and_the_rest_is_done(site: Site) -> None:
 
 
 @pytest.mark.full
-def test_name_with_another_guid_is_refused(site: Site) -> None:
+def test_name_that_another_snapshot_has_here_is_freed(site: Site) -> None:
     site.plant("www")
     site.snapshot("monday")
     site.replicate()
     site.source.run(f"zfs release {TAG} {TREE}/www@monday && zfs bookmark {TREE}/www@monday {TREE}/www#monday")
     site.source.run(f"zfs destroy {TREE}/www@monday && zfs snapshot {TREE}/www@monday")
-    done = site.replicate(status=1)
-    assert "already has a snapshot @monday that is another one" in done.stderr
-    site.source.run(f"zfs destroy {TREE}/www#monday")
+    old = site.backup.run(f"zfs get -Hp -o value guid {MIRROR}/www@monday").stdout.strip()
+    site.replicate_silently()
+    assert names(site.backup, f"{MIRROR}/www") == [f"monday.dropped-{old}", "monday"]
+    assert site.backup.run(f"zfs get -Hp -o value guid {MIRROR}/www@monday.dropped-{old}").stdout.strip() == old
+    site.source.run(f"zfs release {TAG} {TREE}/www@monday && zfs destroy {TREE}/www@monday")
+    site.source.run(f"zfs destroy {TREE}/www#monday && zfs snapshot {TREE}/www@monday")
     done = site.replicate(status=1)
     assert f"the common base of {MIRROR}/www is gone" in done.stderr
-    assert names(site.backup, f"{MIRROR}/www") == ["monday"]
+    assert names(site.backup, f"{MIRROR}/www") == [f"monday.dropped-{old}", "monday"]
 
 
 @pytest.mark.full
