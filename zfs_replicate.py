@@ -1694,7 +1694,6 @@ def hold_changes(
     source: Dataset, local: Dataset | None, policy: Policy, promoted_clones: Iterable[int] = ()
 ) -> HoldChanges:
     """What puts our holds where they belong. `promoted_clones` still need the snapshots of these guids as bases."""
-    tag, received_tag = policy.tag, policy.received_tag
     here, partial = (local.snapshots, local.partial) if local else ((), None)
     common = newest_common(source, local)
     # Where the histories have nothing in common, our hold may be the last thing that lets the mirror be repaired. And
@@ -1710,17 +1709,19 @@ def hold_changes(
         # What is newer than the common one and held stays held: the source had it once and has lost it, so it may be
         # the last copy. By its hold --rollback knows that.
         newer = (it for it in here if it.createtxg > common.local.createtxg)
-        on_local.update(it.guid for it in newer if received_tag in (it.tags or ()))
-    release_source = [it.name for it in source.snapshots if it.guid not in on_source and tag in (it.tags or ())]
+        on_local.update(it.guid for it in newer if policy.received_tag in (it.tags or ()))
+    place_source, release_source = moves(source.snapshots, policy.tag, on_source)
+    place_local, release_local = moves(here, policy.received_tag, on_local)
     if partial and partial.to_guid is None:
-        release_source = []  # any of these may be what the token waits for
+        release_source = ()  # any of these may be what the token waits for
+    return HoldChanges(place_source, place_local, release_source, release_local)
+
+
+def moves(snapshots: Sequence[Snapshot], tag: str, wanted: set[int]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Names of snapshots to hold and to release, so that `tag` is on exactly the guids `wanted`."""
     # Where the tags are unknown, ours is placed once more, and never released.
-    return HoldChanges(
-        place_source=tuple(it.name for it in source.snapshots if it.guid in on_source and tag not in (it.tags or ())),
-        place_local=tuple(it.name for it in here if it.guid in on_local and received_tag not in (it.tags or ())),
-        release_source=tuple(release_source),
-        release_local=tuple(it.name for it in here if it.guid not in on_local and received_tag in (it.tags or ())),
-    )
+    place = tuple(it.name for it in snapshots if it.guid in wanted and tag not in (it.tags or ()))
+    return place, tuple(it.name for it in snapshots if it.guid not in wanted and tag in (it.tags or ()))
 
 
 def all_hold_changes(trees: Trees, policy: Policy, left_alone: Container[str] = ()) -> dict[str, HoldChanges]:

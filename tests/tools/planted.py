@@ -135,14 +135,14 @@ BUGS: dict[str, tuple[Plant, ...]] = {
     ),
     "leaked hold on the target of a token": (
         Plant(
-            "hold_changes",
-            "it.guid not in on_source and tag in (it.tags or ())",
-            "it is source.snapshots[0] and it.guid not in on_source and tag in (it.tags or ())",
+            "moves",
+            "it.guid not in wanted and tag in (it.tags or ())",
+            "it is snapshots[0] and it.guid not in wanted and tag in (it.tags or ())",
         ),
     ),
     "target of a token not held": (Plant("hold_changes", "on_source.add(partial.to_guid)", ""),),
     "what the source lost loses its hold here": (
-        Plant("hold_changes", "on_local.update(it.guid for it in newer if received_tag in (it.tags or ()))", ""),
+        Plant("hold_changes", "policy.received_tag in (it.tags or ())", "False"),
     ),
     "what a clone took over is released": (
         Plant(
