@@ -295,6 +295,10 @@ def with_ancestors(name: str) -> list[str]:
 PLACEHOLDER = ".made-way-for-mirror"
 
 
+# At the end of a dataset's name while its own is being freed: two have swapped their names at the source.
+BETWEEN_NAMES = ".between-names"
+
+
 @dataclass(frozen=True)
 class Selection:
     """Which datasets and snapshots to replicate. The default is all of them."""
@@ -307,7 +311,8 @@ class Selection:
     exclude_snapshots: tuple[str, ...] = ()
 
     def has_dataset(self, key: str) -> bool:
-        key = key.replace(PLACEHOLDER, "")  # what made way is selected by the name that it gets back
+        # What has a name for a while is selected by the one that it left.
+        key = key.replace(PLACEHOLDER, "").replace(BETWEEN_NAMES, "")
         if not key:
             return True
         names = with_ancestors(key[1:])
@@ -958,6 +963,9 @@ DAY = 24 * 60 * 60
 # In the name of what was renamed aside; the date follows. It is nobody's mirror any more, nor is what is below it.
 ASIDE = ".quarantine-"
 
+# Where the source is a mirror itself, what has such a name is passed over.
+PASSING = (ASIDE, PLACEHOLDER, BETWEEN_NAMES)
+
 # What both sides have.
 
 
@@ -1492,8 +1500,13 @@ class TreePlan:
             self.return_children(key[: -len(PLACEHOLDER)])
         # Names first: what has got a new name at the source may have left its old one to another dataset.
         order = in_order(self.source)
-        while sum(map(self.follow_rename, order)):
-            pass  # each that is renamed may have freed a name for another
+        circle: str | None = ""
+        while circle is not None:
+            while sum(map(self.follow_rename, order)):
+                pass  # each that is renamed may have freed a name for another
+            circle = self.circle_of_names()
+            if circle is not None:
+                self.move(circle, circle + BETWEEN_NAMES)
         for key in sorted(order, key=self.under_names_of_others(order).__contains__):
             self.plan_one(key)
 
@@ -1546,6 +1559,29 @@ class TreePlan:
         self.create(key, parents)
         self.move(old, key)
         return True
+
+    def circle_of_names(self) -> str | None:
+        """A local dataset whose name is wanted by one that has to leave its own to another, and so on, back to it."""
+        wanted = {
+            self.moved[it.guid][0]: key
+            for key, source in self.source.items()
+            for it in source.snapshots
+            if it.guid in self.moved and source.kind == self.moved[it.guid][1].kind
+        }
+        for start in [*wanted]:
+            circle = [start]
+            while wanted.get(circle[-1], start) not in circle:
+                circle.append(wanted[circle[-1]])
+            # None of them can be below another, where it would move along.
+            is_free = not any(one != other and is_below(one, other) for one in circle for other in circle)
+            if (
+                wanted.get(circle[-1]) == start
+                and len(circle) > 1
+                and is_free
+                and not any(it in self.given_up for it in circle)
+            ):
+                return start
+        return None
 
     def create(self, key: str, names: Iterable[str]) -> None:
         for name in names:
@@ -4306,7 +4342,7 @@ class Lister:
                 failure.hint = f"check -r; is the pool imported there? zpool import {root.split('/')[0]}"
             raise
         # The source may be a mirror itself. What has a name there only for a while is nothing to follow.
-        return with_clones({key: it for key, it in tree.items() if not (ASIDE in key or PLACEHOLDER in key)})
+        return with_clones({key: it for key, it in tree.items() if not any(it in key for it in PASSING)})
 
     def list_target(self) -> Trees:
         """The local tree, and what there is of its ancestors."""
@@ -4490,7 +4526,7 @@ class LocalSteps:
         name, as_there = self.local_name(key), ""
         if PLACEHOLDER not in old + key:
             self.check_below(old)
-            as_there = ", as at the source"
+            as_there = "" if key.endswith(BETWEEN_NAMES) else ", as at the source"
         self.report.event("rename", name, f"{self.local_name(old)}: now called {name}{as_there}")
         run(self.host, rename(self.local_name(old), name))
         self.lister.held_before = {rekeyed(it, old, key) for it in self.lister.held_before or ()}

@@ -264,3 +264,42 @@ def test_names_of_snapshots_are_freed_for_a_rest(job: Job) -> None:
     job.replicate()
     assert guids_of(job.source, SOURCE) == guids_of(job.backup, LOCAL)
     assert job.here() == f"2daysago yesterday today!{RECEIVED}"
+
+
+def swap(job: Job, *keys: str) -> None:
+    """Each takes the name of the next one, and the last that of the first."""
+    move(job, keys[-1], "/aside")
+    for old, new in reversed([*zip(keys, keys[1:])]):
+        move(job, old, new)
+    move(job, "/aside", keys[0])
+
+
+def identities(machine: Machine, root: str) -> dict[str, int]:
+    """The oldest snapshot of each dataset: which dataset that is, whatever it is called."""
+    stores = {name[len(root) :]: machine.datasets[name] for name in machine.below(root)}
+    return {key: min(it.snapshots.values(), key=lambda point: point.createtxg).guid for key, it in stores.items()}
+
+
+@pytest.mark.parametrize("keys", [("/a", "/b"), ("/a", "/b", "/c"), ("/z", "/p/a")])
+@pytest.mark.parametrize("moment", ["", "before", "after"])
+@pytest.mark.parametrize("place", [0, 1, 2])
+def test_names_that_are_swapped_are_followed(keys: tuple[str, ...], moment: str, place: int) -> None:
+    job = of("/p", *keys, *(f"{key}/below" for key in keys))
+    swap(job, *keys)
+    job.snapshot("b")
+    if moment:
+        seen: list[Command] = []
+
+        def refuse(where: Machine, command: Command, when: str) -> Answer | None:
+            if command[1] == "rename" and when == moment:
+                seen.append(command)
+                return Answer(1, "", "permission denied") if len(seen) == place + 1 else None
+            return None
+
+        job.replicate(status=1, at=refuse)
+    job.replicate()
+    assert identities(job.backup, LOCAL) == identities(job.source, SOURCE)
+    assert all(job.here(key) == f"a b!{RECEIVED}" for key in ("", *keys, *(f"{key}/below" for key in keys)))
+    assert len(job.done("rename")) <= len(keys) + 1
+    job.replicate()
+    assert job.done() == []
