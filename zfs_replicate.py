@@ -626,7 +626,7 @@ def number(text: str, what: str) -> int:
     found = int(text) if len(text) <= NUMBER_DIGITS and text.isascii() and text.isdigit() else 2**64
     if found >= 2**64:
         raise NotBelieved(
-            f"{what} should be a whole number below 2^64, and is {text[:NUMBER_DIGITS]!r}",
+            f"{what} should be a whole number below 2^64, and is {text[:40]!r}",
             "what says so is no zfs, or not the one meant: run the command by hand (-vv shows it)",
         )
     return found
@@ -2554,6 +2554,13 @@ def run(host: Host, *commands: Command) -> str:
     return output(host, commands[0], host.ask(*commands))
 
 
+HERE = "this host"
+LOGIN_TALKS = (
+    "if the login prints that: let its start-up files be silent without a terminal (~/.bashrc, ~/.profile, ~/.zshenv, "
+    "~/.cshrc), and see command= in authorized_keys and its login shell"
+)
+
+
 def output(host: Host, command: Command, answer: Answer) -> str:
     """What `command` printed. Raises CommandFailed unless its exit status is 0."""
     if answer.status == 127:  # a shell's word for "not found"
@@ -2562,10 +2569,12 @@ def output(host: Host, command: Command, answer: Answer) -> str:
             "install it there, or check that the login may run it",
         )
     if answer.status != 0:
-        said = answer.stderr.strip() or f"exit status {answer.status} and no message"
+        # A login that is refused, by nologin or by a forced command, gives its reason on stdout.
+        said = answer.stderr.strip() or answer.stdout.strip() or f"exit status {answer.status} and no message"
         hint = hint_for(said)
         hint = allow_hint(host, command, said) or (hint and f"on {host.label}: {hint}")
-        raise CommandFailed(f"{' '.join(command[:2])} failed on {host.label}: {said}", hint)
+        login = LOGIN_TALKS if host.label != HERE and not answer.stderr.strip() else ""
+        raise CommandFailed(f"{' '.join(command[:2])} failed on {host.label}: {said}", hint, login)
     return answer.stdout
 
 
@@ -2695,7 +2704,7 @@ class LocalHost:
 
     def __init__(
         self,
-        label: str = "this host",
+        label: str = HERE,
         note: Callable[[str], None] = ignore_line,
         stall_timeout: float = STALL_SECONDS,
         tree: str = "",
@@ -4085,6 +4094,7 @@ def believed(host: Host, look: Callable[[], Tree]) -> Tree:
         raise NotBelieved(
             f"cannot believe what {host.label} says: {failure.what}",
             "nothing was done upon it; run zfs list there by hand, and find out what prints that",
+            LOGIN_TALKS if host.label != HERE else "",
         ) from None
 
 
@@ -5531,7 +5541,10 @@ class Doctor:
         """Whether both clocks agree. `there` is what `date` has printed on the source."""
         # Some seconds have passed since the source was asked. The limit is wide enough for that.
         here = run(self.run.target_host, CLOCK_TIME)
-        theirs = number(there.strip(), f"the date on {self.run.source_host.label}")
+        try:
+            theirs = number(there.strip(), f"the date on {self.run.source_host.label}")
+        except NotBelieved as failure:
+            raise Failure(failure.what, LOGIN_TALKS) from None
         skew = abs(theirs - number(here.strip(), f"the date on {self.run.target_host.label}"))
         what = f"clocks: {format_timeout(skew)} apart"
         yield Finding(what, "keep-days counts by them: set both by NTP" if skew > MAX_CLOCK_SKEW else "")
@@ -6413,7 +6426,7 @@ def choose_compressor(options: argparse.Namespace, source: Host, compressible: b
     if options.compress == "auto" and not compressible:  # sent raw, or compressed as it is stored
         return ""
     compressor = "zstd" if options.compress == "auto" else str(options.compress)
-    places = {source.label: source.has(compressor), "this host": installed(compressor)}
+    places = {source.label: source.has(compressor), HERE: installed(compressor)}
     without = [place for place, is_here in places.items() if not is_here]
     if without:
         report.step(f"{compressor} is not installed on {' and '.join(without)}: the stream goes without it")
@@ -6422,7 +6435,7 @@ def choose_compressor(options: argparse.Namespace, source: Host, compressible: b
 
 def here(options: argparse.Namespace, note: Callable[[str], None] = ignore_line) -> Host:
     """This host, with or without sudo."""
-    host = LocalHost("this host", note, options.stall_timeout, options.local_fs)
+    host = LocalHost(HERE, note, options.stall_timeout, options.local_fs)
     return SudoHost(host) if options.sudo in ("local", "both") else host
 
 

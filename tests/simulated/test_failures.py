@@ -260,3 +260,35 @@ def test_read_only_source_is_mirrored_for_the_first_time(job: Job) -> None:
     assert [job.here(key) for key in EACH] == ["a"] * 4
     job.replicate()
     assert [(job.here(key), job.there(key)) for key in EACH] == [(f"a!{RECEIVED}", f"a!{TAG}")] * 4
+
+
+GREETING = 'Please login as the user "debian" rather than the user "root".\n\n'
+
+
+@pytest.mark.parametrize("status", [0, 1, 142])
+def test_login_that_only_talks_is_quoted_with_what_may_do_so(mirrored: Job, status: int) -> None:
+    """A forced command of cloud images, or nologin."""
+    mirrored.snapshot("b")
+
+    def talk(where: Machine, command: Command, moment: str) -> Answer | None:
+        return Answer(status, GREETING, "") if moment == "before" and where.label == "source" else None
+
+    said = mirrored.replicate(status=3, at=talk)
+    assert "Please login as the user" in said
+    assert "~/.bashrc" in said and "authorized_keys" in said
+    assert mirrored.done() == []
+
+
+def test_login_that_prints_before_each_answer_is_told_with_the_files_to_mend(mirrored: Job) -> None:
+    mirrored.snapshot("b")
+
+    def greet(where: Machine, command: Command, moment: str) -> Answer | None:
+        if moment != "before" or where.label != "source":
+            return None
+        answer = where.ask(command)
+        return Answer(answer.status, f"Welcome to source\n{answer.stdout}", answer.stderr)
+
+    said = mirrored.replicate(status=3, at=greet)
+    assert "Welcome to source" in said
+    assert "~/.bashrc" in said
+    assert mirrored.done() == []
