@@ -6109,7 +6109,8 @@ def mbuffer_size(text: str) -> str:
 LONGEST_TAG = NAME_LIMIT - len(RECEIVED)
 
 # Neither part may begin with `-`: ssh or a proxy command could take it for an option.
-host_name = pattern_type(r"[^\s@-][^\s@]*(@[^\s@-][^\s@]*)?", "a [USER@]HOST")
+# A user may be called USER@DOMAIN: ssh splits at the last @.
+host_name = pattern_type(r"([^\s@-][^\s@]*(@[^\s@]+)*@)?[^\s@-][^\s@]*", "a [USER@]HOST")
 # Stricter than zfs: `zfs holds` prints tags as they are, so one with a TAB or a newline could not be read back. zfs
 # keeps those that begin with `.` for itself.
 hold_tag = pattern_type(

@@ -120,6 +120,11 @@ def test_options_needed_are_named_in_one_line(capsys: pytest.CaptureFixture[str]
     assert all(option in refused([], capsys) for option in NEEDED)
 
 
+def test_option_h_takes_a_user_with_an_at_sign() -> None:
+    """As ssh does: accounts of a directory are called so."""
+    assert parse(words(h="puller@corp.example@source")).remote_host == "puller@corp.example@source"
+
+
 def test_option_h_is_the_host_and_not_help(capsys: pytest.CaptureFixture[str]) -> None:
     assert accepted(h="other").remote_host == "other"
     assert "-h/--remote-host: expected one argument" in refused(["-h"], capsys)
@@ -158,7 +163,7 @@ def test_options_unknown_are_refused(extra: str, capsys: pytest.CaptureFixture[s
 LONG = "tank/" + "x" * 250
 
 BAD = {
-    "h": ["", " ", "-oProxyCommand=id", "me@-host", "@host", "me@", "a@b@c", "two words", "host\n"],
+    "h": ["", " ", "-oProxyCommand=id", "me@-host", "@host", "me@", "a@@c", "a@b@", "a@b@-c", "two words", "host\n"],
     "r": ["", "/", "/tank", "tank/", "tank//a", "tank@a", "tank#a", "tank/%recv", "-tank", "tank/a,b", "t\tb", "tänk",
           "1tank", "tank/a\n", "tank/a\nb", LONG + "x", "tank/$(id)", "tank/a'b", "tank/a*"],
     "t": ["", ".send", "-t", "two words", "a'b", "a!b", "a\tb", "a\n", "ä", "x" * 247, "a:received"],
