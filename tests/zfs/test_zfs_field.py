@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 import pytest
 from site_pair import JOB, MIRROR, TAG, TREE, get, held, history, names
 from test_zfs_encryption import KEYS, encrypted
-from test_zfs_hostile import attempt
 from test_zfs_limits import import_again
 from test_zfs_mirror import interrupt
 
@@ -215,48 +214,6 @@ def test_token_with_nothing_to_abort_does_not_stop_the_pull(site: Site) -> None:
     site.replicate_silently()
 
 
-def test_token_that_zfs_neither_aborts_nor_passes_is_explained(site: Site) -> None:
-    """The receive is refused as well then: what it is, and that a fresh copy is due.
-    https://github.com/openzfs/zfs/issues/8801"""
-    site.source.run(f"zfs create -p {TREE}")
-    site.snapshot("monday")
-    site.replicate_silently()
-    cut_and_gone(site, "tuesday", "monday")
-    site.snapshot("wednesday")
-    before = history(site.backup, MIRROR)
-    with nothing_to_abort(site):
-        done = site.replicate(status=1)
-    assert re.search(f"^zfs_replicate: {MIRROR}: ", done.stderr, re.MULTILINE)
-    assert re.search("partially-complete|resumable receive state", done.stderr)
-    assert "--quarantine" in done.stderr
-    assert history(site.backup, MIRROR) == before
-    assert f"{TREE}@monday" in held(site.source, TREE, TAG)
-    site.replicate()
-    site.assert_in_step()
-    assert names(site.backup, MIRROR) == ["monday", "wednesday"]
-
-
-def test_properties_of_an_increment_that_was_cut_are_there(site: Site) -> None:
-    """The rest comes by `zfs send -t`, which sends none. https://github.com/openzfs/zfs/issues/16764"""
-    site.source.run(f"zfs create -p -o org.example:old=yes {TREE}")
-    site.snapshot("monday")
-    site.replicate_silently()
-    site.backup.run(f"zfs set checksum=sha256 {MIRROR}")
-    site.source.run(
-        f"zfs set org.example:owner=bob compression=zstd checksum=sha512 quota=1G mountpoint=/srv/machines {TREE} && "
-        f"zfs inherit org.example:old {TREE} && head -c 30M /dev/urandom > /srv/machines/big"
-    )
-    site.snapshot("tuesday")
-    interrupt(site)
-    assert "rest of @tuesday" in site.replicate("-v").stderr
-    assert get(site.backup, "org.example:owner,compression,org.example:old", MIRROR) == ["bob", "zstd", "-"]
-    own = "checksum,quota,mountpoint,readonly,canmount,mounted"
-    assert get(site.backup, own, MIRROR) == ["sha256", "0", f"/{MIRROR}", "on", "noauto", "no"]
-    site.assert_in_step()
-    assert site.checksums(site.backup, MIRROR) == site.checksums(site.source, TREE)
-    site.replicate_silently()
-
-
 # --- Parents, clones, boot environments -------------------------------------------------------------------------------
 
 
@@ -286,46 +243,6 @@ def test_encrypted_parent_that_comes_late_costs_no_second_pull(site: Site) -> No
     for child in children:
         site.backup.run(f"zfs load-key -L file:///root/one {MIRROR}{child}")
     assert site.checksums(site.backup, MIRROR) == site.checksums(site.source, TREE)
-
-
-@pytest.mark.parametrize("pair", ["trixie", "backports"], indirect=True)
-def test_clone_of_one_of_two_copies_has_the_right_origin(site: Site) -> None:
-    """Copies made by send | recv share their guids; OpenZFS 2.1 takes the first of them, whatever it is told.
-    https://github.com/openzfs/zfs/issues/3266"""
-    site.source.run(
-        f"zfs create -p {TREE}/template && zfs snapshot {TREE}/template@golden && "
-        f"for it in copy vm1; do zfs send {TREE}/template@golden | zfs recv -u {TREE}/$it || exit; done; "
-        f"zfs clone {TREE}/vm1@golden {TREE}/of-vm1 && zfs clone {TREE}/template@golden {TREE}/of-template"
-    )
-    site.snapshot("monday")
-    site.replicate_silently("-I")
-    site.assert_in_step()
-    for child in ("template", "vm1"):
-        assert get(site.backup, "origin", f"{MIRROR}/of-{child}") == [f"{MIRROR}/{child}@golden"]
-    assert names(site.backup, f"{MIRROR}/copy") == ["golden", "monday"]
-
-
-def test_boot_environments_that_take_over_need_no_override(site: Site) -> None:
-    """After each upgrade the new one is promoted, and the old one becomes its clone.
-    https://github.com/oetiker/znapzend/issues/503"""
-    root, mirror = f"{TREE}/ROOT", f"{MIRROR}/ROOT"
-    site.source.run(f"zfs create -p {root}/be0 && head -c 300000 /dev/urandom > /{root}/be0/file")
-    site.snapshot("daily0")
-    site.replicate_silently()
-    for number in (1, 2):
-        old, new = f"{root}/be{number - 1}", f"{root}/be{number}"
-        site.source.run(
-            f"zfs snapshot {old}@upgrade{number} && zfs clone {old}@upgrade{number} {new} && "
-            f"head -c 300000 /dev/urandom > /{new}/file{number} && zfs promote {new}"
-        )
-        for day in ("first", "second"):
-            before = named(site.backup, mirror)
-            site.snapshot(f"{day}{number}")
-            site.replicate_silently()
-            site.assert_in_step()
-            assert named(site.backup, mirror).keys() >= before.keys()
-    assert site.checksums(site.backup, MIRROR) == site.checksums(site.source, TREE)
-    assert history(site.backup, mirror).keys() == history(site.source, root).keys()
 
 
 # --- Pools that are read-only, snapshots that are busy ----------------------------------------------------------------
@@ -398,42 +315,6 @@ def later(site: Site, days: int, name: str) -> None:
 # --- Two lines at one source, one place ------------------------------------------------------------------------------
 
 
-def test_bookmarks_of_tags_that_look_alike_do_not_clash(site: Site) -> None:
-    """`a/b` and `a+b` differ only in what no bookmark's name may have. (Found while reading, without a report.)"""
-    line = f"zfs_replicate -h source -r {TREE} --bookmark"
-    first, second = f"{line} -l offsite/one -t a/b", f"{line} -l offsite/two -t a+b"
-    site.source.run(f"zfs create -p {TREE}")
-    site.snapshot("monday")
-    site.replicate_silently(job=first)
-    site.replicate_silently(job=second)
-    site.snapshot("tuesday")
-    site.replicate_silently(job=first)
-    assert held(site.source, TREE, "a+b") == {f"{TREE}@monday"}
-    site.source.run(f"zfs release a+b {TREE}@monday && zfs destroy {TREE}@monday")
-    site.snapshot("wednesday")
-    site.replicate_silently(job=second)
-    site.assert_in_step(mirror="offsite/two", tag="a+b")
-    assert names(site.backup, "offsite/two") == ["monday", "wednesday"]
-    site.replicate_silently(job=first)
-    site.assert_in_step(mirror="offsite/one", tag="a/b")
-
-
-def test_bookmark_whose_name_would_be_too_long_stops_nothing(site: Site) -> None:
-    """The dataset's name and `#TAG-GUID` are longer than the 255 bytes that ZFS allows. (Found while reading.)"""
-    long = "l" * 210
-    site.source.run(f"zfs create -p {TREE}/{long} && zfs create {TREE}/www")
-    for day in ("monday", "tuesday"):
-        site.snapshot(day)
-        site.replicate("--bookmark")
-        site.assert_in_step()
-    assert names(site.backup, f"{MIRROR}/{long}") == ["monday", "tuesday"]
-    marks = site.source.run(f"zfs list -Hp -r -t bookmark -o name,guid {TREE}").stdout.splitlines()
-    newest = {key: str(points[-1].guid) for key, points in history(site.source, TREE).items()}
-    for key in ("", "/www"):
-        found = [mark.split("\t")[1] for mark in marks if mark.startswith(f"{TREE}{key}#")]
-        assert found == [newest[key]]
-
-
 def test_mirror_within_another_mirror_stays_where_it_is(site: Site) -> None:
     """A dataset is copied from the inner tree to the outer one, with all its guids, and goes in the inner one: its
     mirror there is none of the outer line's. (Found while reading.)"""
@@ -459,22 +340,3 @@ def test_mirror_within_another_mirror_stays_where_it_is(site: Site) -> None:
     assert names(site.backup, "offsite/all/db")[-1] == "tuesday"
     site.assert_in_step(tree="backuppool/one", mirror="offsite/all", tag="one")
     site.assert_in_step(tree="backuppool/two", mirror="offsite/all/two", tag="two")
-
-
-def test_receive_into_what_somebody_works_in_names_who_uses_it(site: Site) -> None:
-    """An empty filesystem would be received into, but somebody has a shell there. (Found while reading.)"""
-    site.source.run(f"zfs create -p {TREE}")
-    site.snapshot("monday")
-    site.backup.run(
-        f"zfs create -p {MIRROR} && cd /{MIRROR} && {{ sleep 3600 >/dev/null 2>&1 & echo $! > /run/reader.pid; }}"
-    )
-    try:
-        done = site.replicate(status=1)
-        assert f"fuser -vm /{MIRROR}" in done.stderr
-        assert "busy" in done.stderr
-        assert attempt(site).returncode == 1
-        assert names(site.backup, MIRROR) == []
-    finally:
-        site.backup.run("kill $(cat /run/reader.pid); timeout 30 tail --pid=$(cat /run/reader.pid) -f /dev/null")
-    site.replicate_silently()
-    site.assert_in_step()

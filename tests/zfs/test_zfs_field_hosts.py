@@ -6,12 +6,9 @@ from __future__ import annotations
 import contextlib
 import re
 import shlex
-import subprocess
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-from lab_image import CACHE
 from site_pair import JOB, MIRROR, TAG, TREE, held, history, names
 from test_zfs_hostile import attempt, changes, state
 
@@ -101,43 +98,6 @@ def test_account_that_may_not_log_in_is_quoted(site: Site) -> None:
 # --- Logins ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("keyword", "theirs", "ours"),
-    [
-        ("Ciphers", "chacha20-poly1305@openssh.com", "aes256-ctr"),
-        ("KexAlgorithms", "sntrup761x25519-sha512@openssh.com", "ecdh-sha2-nistp256"),
-    ],
-    ids=["ciphers", "key exchange"],
-)
-def test_algorithms_not_shared_are_named_and_not_tried_again(site: Site, keyword: str, theirs: str, ours: str) -> None:
-    """ssh would do, paramiko does not: what both offer is told, and this is no lost link.
-    https://github.com/paramiko/paramiko/issues/1833 and https://github.com/paramiko/paramiko/issues/509"""
-    mirrored(site)
-    directory = "/etc/ssh/sshd_config.d"  # the first value counts, and this file comes before lab.conf
-    site.source.write(f"{directory}/algorithms.conf", f"{keyword} {theirs}\n")
-    try:
-        site.source.run("systemctl restart ssh")
-        site.backup.run("ssh source true")
-        before = connections(site)
-        done = site.replicate("--retries", "3", status=3, timeout=300)
-        assert connections(site) - before == 1
-        doctor = site.replicate("--doctor", status=1)
-        for said in (done.stderr, doctor.stdout):
-            assert "cannot reach" not in said
-            lacking = [fact for fact in (theirs, ours, keyword, "paramiko") if fact not in said]
-            assert not lacking, f"it does not say {lacking}: {said}"
-    finally:
-        site.source.run(f"rm -f {directory}/algorithms.conf; systemctl restart ssh")
-    site.replicate_silently()
-    site.assert_in_step()
-
-
-def connections(site: Site) -> int:
-    """How often the backup machine has connected to the source's sshd, whatever became of that."""
-    log = site.source.run("journalctl --sync; journalctl -b -q -u ssh -o cat --no-pager").stdout
-    return sum(line.startswith(f"Connection from {site.backup.address} ") for line in log.splitlines())
-
-
 def test_user_name_with_an_at_sign_is_split_as_ssh_does(site: Site) -> None:
     """At the last one. https://github.com/blinksh/blink/issues/1303"""
     name = "puller@corp.example"
@@ -154,57 +114,6 @@ def test_user_name_with_an_at_sign_is_split_as_ssh_does(site: Site) -> None:
     assert logins
     assert all(f" for {name} from " in line for line in logins)
     site.assert_in_step()
-
-
-SHORT_WORDS = """\
-#!/bin/sh
-if [ ${#2} -gt 1018 ]; then
-    echo 'Word too long.' >&2
-    exit 1
-fi
-exec /bin/sh "$@"
-"""
-
-
-def bsd_csh() -> Path:
-    """The BSDs' csh as Debian has it, fetched once. The other one that Debian has, tcsh, has no such limit."""
-    directory = CACHE / "csh"
-    directory.mkdir(parents=True, exist_ok=True)
-    if not list(directory.glob("csh_*.deb")):
-        words = ("apt-get", "-q", "download", "csh")
-        subprocess.run(words, cwd=directory, check=True, stdout=subprocess.DEVNULL)
-    return next(directory.glob("csh_*.deb"))
-
-
-@pytest.mark.parametrize(
-    "shell",
-    [
-        pytest.param("/usr/local/bin/short-words", id="1018 characters"),
-        pytest.param("/bin/bsd-csh", id="bsd-csh", marks=pytest.mark.full),
-    ],
-)
-def test_login_shell_that_takes_short_words_only(site: Site, shell: str) -> None:
-    """csh says "Word too long" beyond 8 KiB, others sooner; more is asked for in parts.
-    https://github.com/bit-team/backintime/issues/144"""
-    if shell == "/bin/bsd-csh":
-        site.source.put(bsd_csh(), "/root/csh.deb")
-        site.source.run("test -e /bin/bsd-csh || dpkg -i /root/csh.deb")
-    else:
-        site.source.write(shell, SHORT_WORDS, 0o755)
-    job = account(site, Path(shell).name, shell)
-    too_much = shlex.quote("echo " + "x" * 9000)
-    done = site.backup.run(f"ssh {Path(shell).name}@source {too_much}", check=False)
-    assert (done.returncode, done.stderr) == (1, "Word too long.\n")
-    name = "n" * 176
-    site.source.run(
-        f"zfs create -p {TREE} && for i in $(seq 10 49); do zfs create {TREE}/$i-{name} || exit; done", timeout=600
-    )
-    for day in ("monday", "tuesday"):
-        site.snapshot(day)
-        site.replicate_silently(job=job)
-        site.assert_in_step()
-    assert {len(points) for points in history(site.backup, MIRROR).values()} == {2}
-    assert len(history(site.backup, MIRROR)) == 41
 
 
 # --- Half a listing --------------------------------------------------------------------------------------------------
