@@ -367,8 +367,12 @@ class Policy:
 
     def mark(self, guid: int) -> str:
         """The name of our bookmark of a snapshot."""
-        # With the guid, so that several mirrors of one source do not clash. zfs allows less in it than in a tag.
-        return f"#{re.sub('[^A-Za-z0-9_.:-]', '_', self.tag)}-{guid}"
+        # With the guid, so that several mirrors of one source do not clash. zfs allows less in it than in a tag: where
+        # something is left out, a sum tells a/b from a+b.
+        name = re.sub("[^A-Za-z0-9_.:-]", "_", self.tag)
+        if name != self.tag:
+            name += f"-{hashlib.sha256(self.tag.encode()).hexdigest()[:8]}"
+        return f"#{name}-{guid}"
 
 
 # Steps of a plan.
@@ -1799,8 +1803,11 @@ def bookmark_changes(source: Dataset, local: Dataset | None, policy: Policy) -> 
     older = sorted(there & {source.name + policy.mark(point.guid) for point in source.bookmarks} - {wanted})
     if wanted in there:
         return BookmarkChanges(None, tuple(older))
-    # Somebody else's bookmark may go at any time. So our older ones stay until there is a snapshot to bookmark.
-    return BookmarkChanges() if common.source.is_bookmark else BookmarkChanges(common.source, tuple(older))
+    # Somebody else's bookmark may go at any time. So our older ones stay until there is a snapshot to bookmark. And
+    # where the name would be too long, there is none: the hold alone has to do.
+    if common.source.is_bookmark or len(wanted) > NAME_LIMIT:
+        return BookmarkChanges()
+    return BookmarkChanges(common.source, tuple(older))
 
 
 def lost_holds(trees: Trees, policy: Policy, left_alone: Container[str]) -> Iterator[tuple[str, str]]:

@@ -10,7 +10,16 @@ from dataclasses import replace
 import pytest
 from histories import EVERY, LOCAL, POLICY, RECEIVED, SOURCE, TAG, local, partial, source
 
-from zfs_replicate import Dataset, HoldChanges, Snapshot, hold_changes, holds_to_read
+from zfs_replicate import (
+    NAME_LIMIT,
+    Dataset,
+    HoldChanges,
+    Policy,
+    Snapshot,
+    bookmark_changes,
+    hold_changes,
+    holds_to_read,
+)
 
 Tags = frozenset[str]
 
@@ -222,3 +231,17 @@ def test_holds_to_read_are_where_ours_may_be(here: str | None, asked: str) -> No
     there = source("@a,1 @b,2 #m,7 @c,3 @d,4")
     found = holds_to_read(there, local(here) if here else None, POLICY, 0)
     assert "".join(snapshot.short[1:] for snapshot in found) == asked
+
+
+def test_bookmarks_of_tags_that_look_alike_do_not_clash() -> None:
+    names = {Policy(SOURCE, LOCAL, tag).mark(7) for tag in ("a/b", "a+b", "a=b", "a_b")}
+    assert len(names) == 4
+    assert "#a_b-7" in names, "a tag that zfs allows in the name of a bookmark is taken as it is"
+
+
+@pytest.mark.parametrize(("excess", "is_placed"), [(0, True), (1, False)])
+def test_bookmark_whose_name_would_be_too_long_is_not_made(excess: int, is_placed: bool) -> None:
+    name = "tank/" + "x" * (NAME_LIMIT - len("tank/#offsite-1") + excess)
+    changes = bookmark_changes(source("@a,1", name), local("@a,1"), Policy(name, LOCAL, "offsite"))
+    assert (changes.place is not None) is is_placed
+    assert changes.remove == ()

@@ -340,3 +340,39 @@ def test_mirror_within_another_mirror_stays_where_it_is(site: Site) -> None:
     assert names(site.backup, "offsite/all/db")[-1] == "tuesday"
     site.assert_in_step(tree="backuppool/one", mirror="offsite/all", tag="one")
     site.assert_in_step(tree="backuppool/two", mirror="offsite/all/two", tag="two")
+
+
+def test_bookmarks_of_tags_that_look_alike_do_not_clash(site: Site) -> None:
+    """`a/b` and `a+b` differ only in what no bookmark's name may have. (Found while reading, without a report.)"""
+    line = f"zfs_replicate -h source -r {TREE} --bookmark"
+    first, second = f"{line} -l offsite/one -t a/b", f"{line} -l offsite/two -t a+b"
+    site.source.run(f"zfs create -p {TREE}")
+    site.snapshot("monday")
+    site.replicate_silently(job=first)
+    site.replicate_silently(job=second)
+    site.snapshot("tuesday")
+    site.replicate_silently(job=first)
+    assert held(site.source, TREE, "a+b") == {f"{TREE}@monday"}
+    site.source.run(f"zfs release a+b {TREE}@monday && zfs destroy {TREE}@monday")
+    site.snapshot("wednesday")
+    site.replicate_silently(job=second)
+    site.assert_in_step(mirror="offsite/two", tag="a+b")
+    assert names(site.backup, "offsite/two") == ["monday", "wednesday"]
+    site.replicate_silently(job=first)
+    site.assert_in_step(mirror="offsite/one", tag="a/b")
+
+
+def test_bookmark_whose_name_would_be_too_long_stops_nothing(site: Site) -> None:
+    """The dataset's name and `#TAG-GUID` are longer than the 255 bytes that ZFS allows. (Found while reading.)"""
+    long = "l" * 210
+    site.source.run(f"zfs create -p {TREE}/{long} && zfs create {TREE}/www")
+    for day in ("monday", "tuesday"):
+        site.snapshot(day)
+        site.replicate("--bookmark")
+        site.assert_in_step()
+    assert names(site.backup, f"{MIRROR}/{long}") == ["monday", "tuesday"]
+    marks = site.source.run(f"zfs list -Hp -r -t bookmark -o name,guid {TREE}").stdout.splitlines()
+    newest = {key: str(points[-1].guid) for key, points in history(site.source, TREE).items()}
+    for key in ("", "/www"):
+        found = [mark.split("\t")[1] for mark in marks if mark.startswith(f"{TREE}{key}#")]
+        assert found == [newest[key]]
