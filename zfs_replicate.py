@@ -10,29 +10,34 @@ common snapshot alive with `zfs hold` on both sides, and expires old local snaps
 
     zfs_replicate -h HOST -r backuppool/virt/machines -l offsite/virt/machines -t offsite -k 30
 
-What it never does
-    - On the source it changes nothing but its own holds (and, with --bookmark, its own bookmark).
-    - It never overwrites local data. It never destroys a local snapshot whose twin on the source carries our hold, or
-      might. It destroys no dataset, but for what is left of a first receive that can never be completed.
-    - Whatever the source says or sends, what is on the mirror stays.
+What it does to your data
+    - On the source it changes nothing but holds named TAG (and, with --bookmark, bookmarks named after TAG).
+    - Here it adds what it receives. With -k it destroys expired snapshots, but none whose twin on the source carries
+      our hold, or might. It never overwrites data.
+    - Nothing that the source says or sends destroys a snapshot here, except by -k and --rollback.
     - It rolls local data back (--rollback), or renames it aside (--quarantine), only if that very command line says so.
-      A dataset that was renamed at the source is renamed here; nothing is lost by that.
+    - It destroys no dataset, except one that holds nothing but an interrupted first receive which the source, by its
+      listing, cannot complete for this command line.
+    - Without being asked it renames what was renamed at the source, and what is in the way of that (`MADE_WAY`,
+      `BETWEEN_NAMES`, `@NAME.dropped-GUID`). It makes another tool's mirror inert before it pulls into it. And it sets
+      the properties `FAILING` and `TAKEN_OVER`. Nothing is lost by these.
 
-How one run goes (`Run.execute`)
-    1. lock the local tree, list both trees                                   Lister
-    2. plan the whole tree: what --dry-run prints                             TreePlan
+How one run goes
+    1. lock the local tree, list both trees                                   lock, Run.begin, Lister
+    2. plan the whole tree: what --dry-run prints                             Run.execute, TreePlan
     3. follow renames, take overrides, hold all that will be sent, stream:
-       ssh HOST zfs send | mbuffer | zfs recv, one dataset behind another     Executor
+       ssh HOST zfs send | mbuffer | zfs recv, one dataset behind another     Run.transfer, Executor
     4. list again what was touched, and believe only that; plan anew, until no step is left
-    5. move the holds to the new common snapshots, place before release       Holds
-    6. destroy local snapshots older than keep-days                           expire
-There is no state outside ZFS. Whatever an earlier run left behind, the listing shows it, and the next run repairs it.
+    5. move the holds to the new common snapshots, then the bookmarks         Run.update_holds, Holds
+    6. destroy local snapshots older than keep-days                           Run.expire
+No run depends on any state outside ZFS. Whatever an earlier one left behind, the listing shows it, and the next one
+repairs it.
 
-Exit codes
+Exit codes (--check has those of monitoring plugins; --doctor ends with 1 if it finds anything)
     0      in step, or nothing to do, or another run of this job is at work and moving
-    1      a dataset failed or is blocked; the others were done
+    1      something failed, or is blocked; what else could be done was done
     2      usage
-    3      could not start: login, listing, a run of another job on this tree, or one that is stuck
+    3      could not start: login, listing, a run of another job on an overlapping tree, or one that is stuck
     128+n  ended by signal n
 
 Words that are not in zfs(8) or ssh(1)
@@ -47,7 +52,7 @@ Words that are not in zfs(8) or ssh(1)
     batch              streams that come one after another through one ssh and one pipe
     inert              read-only, not mounted, not shared, without device nodes, now and after a reboot
 
-Rooms of this file, in reading order; a room uses only rooms above it
+Rooms of this file, in reading order; a room uses only rooms above it (and the type `Report`)
     1  Failures      what may go wrong in an expected way, each with its way out
     2  Model         snapshots, datasets, policy; the steps of a plan
     3  Parse         text of zfs to model; nothing is believed that zfs cannot have printed
@@ -62,10 +67,12 @@ Rooms of this file, in reading order; a room uses only rooms above it
 Rooms 1 to 5 touch nothing outside this process; time comes in as an argument.
 
 How to audit it
-    - What can harm your data: rooms 2 and 4, "Commands that change something" in room 5, and room 8. Each changing
-      command is built in room 5 and nowhere else, and `FencedHost` refuses those that name what is not in the tree.
-    - That bytes and exit statuses are told truthfully: rooms 3, 6 and 7.
-    - Room 9, but for `retire`, and rooms 10 and 11 cannot write: all that looking modes get is a `ReadOnly` host.
+    - What can harm your data: rooms 2 and 4, "Commands that change something" in room 5, room 8, and `retire` in
+      room 9. Each changing command begins in room 5 and nowhere else; room 8 only appends names. On this host
+      `FencedHost` refuses those that name what is not in the local tree.
+    - That listings, bytes and exit statuses are told truthfully: rooms 3, 6 and 7.
+    - Looking modes get nothing but `ReadOnly` hosts: see `open_run` and `check` in room 11. Room 10 writes only to the
+      terminal, and room 11 the metrics file.
 """
 
 from __future__ import annotations
@@ -292,7 +299,7 @@ def with_ancestors(name: str) -> list[str]:
 
 
 # At the end of the name of a placeholder that has made way for the dataset itself.
-PLACEHOLDER = ".made-way-for-mirror"
+MADE_WAY = ".made-way-for-mirror"
 
 
 # At the end of a dataset's name while its own is being freed: two have swapped their names at the source.
@@ -311,8 +318,8 @@ class Selection:
     exclude_snapshots: tuple[str, ...] = ()
 
     def has_dataset(self, key: str) -> bool:
-        # What has a name for a while is selected by the one that it left.
-        key = key.replace(PLACEHOLDER, "").replace(BETWEEN_NAMES, "")
+        # A dataset under a temporary name is selected by its usual one.
+        key = key.replace(MADE_WAY, "").replace(BETWEEN_NAMES, "")
         if not key:
             return True
         names = with_ancestors(key[1:])
@@ -368,7 +375,7 @@ class Policy:
     def mark(self, guid: int) -> str:
         """The name of our bookmark of a snapshot."""
         # With the guid, so that several mirrors of one source do not clash. zfs allows less in it than in a tag: where
-        # something is left out, a sum tells a/b from a+b.
+        # a character had to be replaced, a checksum tells the tag `a/b` from `a+b`.
         name = re.sub("[^A-Za-z0-9_.:-]", "_", self.tag)
         if name != self.tag:
             name += f"-{hashlib.sha256(self.tag.encode()).hexdigest()[:8]}"
@@ -968,7 +975,7 @@ DAY = 24 * 60 * 60
 ASIDE = ".quarantine-"
 
 # Where the source is a mirror itself, what has such a name is passed over.
-PASSING = (ASIDE, PLACEHOLDER, BETWEEN_NAMES)
+PASSING = (ASIDE, MADE_WAY, BETWEEN_NAMES)
 
 # What both sides have.
 
@@ -1046,7 +1053,7 @@ def strangers_below(
         elif local.snapshots or local.kind != "filesystem":
             is_fine = newest_common(there, local) is not None
         else:
-            is_parent = there is not None or key.endswith(PLACEHOLDER) or inner in parents
+            is_parent = there is not None or key.endswith(MADE_WAY) or inner in parents
             is_fine = is_parent and empty.get(inner) is True
         if not is_fine:
             strangers.append(local.name)
@@ -1259,8 +1266,8 @@ def plan_next(source: Dataset, local: Dataset, policy: Policy) -> tuple[Step, ..
 def freed_names(arrivals: Sequence[Snapshot], source: Dataset, local: Dataset) -> tuple[RenameSnapshots, ...]:
     """What frees the names of snapshots to come, if others have them here. Raises Blocked if one gets too long."""
     # Names rotate: in the manual's own example @today is @yesterday by tomorrow (zfs-rename(8)). What is in the way
-    # gets the name that its twin has by now, which may be taken as well, and so on. Twins have different names, so no
-    # such chain ever comes back. What the source has dropped gets a free name.
+    # gets the name that its twin has by now, which may be taken as well, and so on. Twins have different names, so such
+    # a chain cannot form a circle. What the source has dropped gets a free name.
     taken = {snapshot.short: snapshot for snapshot in local.snapshots}
     coming = {snapshot.short for snapshot in arrivals}
     names: list[tuple[str, str]] = []
@@ -1385,7 +1392,7 @@ def former_name(source: Dataset, key: str, target: Tree, moved: Moved) -> str | 
     if key in target:
         return None
     # A parent of it may have made way.
-    for old in (above + PLACEHOLDER + key[len(above) :] for above in with_ancestors(key)[:-1]):
+    for old in (above + MADE_WAY + key[len(above) :] for above in with_ancestors(key)[:-1]):
         if old in target:
             return old
     # Or it was renamed at the source. Then it is the only one that shares with it the newest snapshot that we hold.
@@ -1481,7 +1488,7 @@ class TreePlan:
     def __init__(self, trees: Trees, policy: Policy, given_up: Container[str] = ()) -> None:
         # What zfs could not list may be anywhere: then nothing is renamed, set aside or rolled back.
         self.policy = policy if trees.whole else replace(policy, rollback=False, quarantine=False)
-        self.is_partial = not trees.whole
+        self.is_incomplete = not trees.whole
         self.given_up = given_up  # what has failed in this run, and gets no step
         self.source = trees.source
         self.target = dict(trees.target)
@@ -1500,8 +1507,8 @@ class TreePlan:
         self.copies: dict[int, str | None] = dict.fromkeys(origins)
         for key in self.target:
             self.note_copies(key)
-        for key in [key for key in trees.target if key.endswith(PLACEHOLDER)]:
-            self.return_children(key[: -len(PLACEHOLDER)])
+        for key in [key for key in trees.target if key.endswith(MADE_WAY)]:
+            self.return_children(key[: -len(MADE_WAY)])
         # Names first: what has got a new name at the source may have left its old one to another dataset.
         order = in_order(self.source)
         circle: str | None = ""
@@ -1611,7 +1618,7 @@ class TreePlan:
 
     def return_children(self, key: str) -> None:
         """Rename the children of a placeholder that has made way back, once the dataset itself is here."""
-        away, here = key + PLACEHOLDER, self.target.get(key)
+        away, here = key + MADE_WAY, self.target.get(key)
         if not here or not here.snapshots or away not in self.target or away in self.source:
             return
         for old in sorted(it for it in self.target if it.rpartition("/")[0] == away):
@@ -1694,7 +1701,7 @@ class TreePlan:
         """Add the steps of one dataset. Raises Failure if its parent or origin should be here, and is not."""
         steps = list(planned)
         local = self.target.get(key)
-        if self.is_partial and not all(isinstance(step, Receive) for step in steps):
+        if self.is_incomplete and not all(isinstance(step, Receive) for step in steps):
             raise Failure("skipped: what seems to be gone may only be missing in the listing", WHOLE_FIRST)
         is_first = local is None or any(isinstance(step, MakeWay) for step in steps)
         parents = []
@@ -2114,10 +2121,12 @@ LOOKING = ("list", "get", "holds", "send", "allow", "userspace", "version")
 
 def changed_by(command: Command) -> list[str]:
     """The datasets that a command changes or creates, by name."""
-    # The other programs change no dataset: `zpool sync` writes out what was written, `zpool get` and `date` look.
-    if command[0] != "zfs" or (command[1] in LOOKING):
+    # `zpool sync` writes out what was written, and changes nothing else. What is not known here counts as a change.
+    if command[:2] in (SYNC_POOL, ("zpool", "get"), CLOCK_TIME):
         return []
-    words = command[2:]
+    words = command[2:] if command[0] == "zfs" else command
+    if command[0] == "zfs" and command[1] in LOOKING and (command[1] != "allow" or len(words) == 1):
+        return []
     if command[1] in ("hold", "release"):
         words = words[1:]  # without the tag
     elif command[1] in ("recv", "set", "create", "inherit", "bookmark"):
@@ -2129,7 +2138,7 @@ def changed_by(command: Command) -> list[str]:
 def outside(command: Command, root: str) -> list[str]:
     """The datasets outside the local tree that a command would change. It must not be run if there are any."""
     # A root that makes way for itself is in the tree under both names (`MakeWay`).
-    wrong = [name for name in changed_by(command) if not any(is_below(name, it) for it in (root, root + PLACEHOLDER))]
+    wrong = [name for name in changed_by(command) if not any(is_below(name, it) for it in (root, root + MADE_WAY))]
     if command[1] == "create":  # the ancestors of the root as well
         return [name for name in wrong if name not in with_ancestors(root)]
     if command[1] == "rename":  # --quarantine of the root itself: its new name is beside it
@@ -2798,7 +2807,7 @@ class FencedHost(WrappedHost):
     """A host on which no command can change anything outside the local tree `root`."""
 
     # No plan contains such a command. But if that were wrong, it would cost data of which nobody has a copy. So each
-    # command is checked once more before it runs.
+    # command is checked once more before it runs. Keep this wrapper outermost: below `sudo -n` it would see no zfs.
 
     def __init__(self, host: Host, root: str) -> None:
         super().__init__(host)
@@ -3830,7 +3839,7 @@ BUSY = "dataset is busy|snapshot has dependent clones"
 BUSY_DAYS = 7
 
 REFUSED_FOR_NOW = "permission denied|key must be loaded|currently suspended"
-"""What a sender says of a token that it may accept another time."""
+"""What a sender says when it refuses a token now, but may accept it later."""
 
 Send = Callable[[StreamBatch], BatchResult]
 """Carries a batch of streams from the source to here; see `pull`."""
@@ -4118,14 +4127,14 @@ def read_tree(
     only: Iterable[str] = (),
     places: Sequence[str] = (),
     fast: bool = False,
-    partly: list[Failure] | None = None,
+    incomplete: list[Failure] | None = None,
 ) -> Tree:
     """List what is selected of a tree, or `only` some of its datasets, and read the holds. If these cannot be read they
     are unknown (None), and the reason is told.
 
     `places` are where the tree is, if not at its root alone (see `MakeWay`). `fast` leaves out what makes a listing
     slow where the history is long: of snapshots come their names, guids and order alone, and no holds. Raises Failure
-    if the tree cannot be listed, or is not believed. With `partly`, what zfs still lists will do, and the reason is
+    if the tree cannot be listed, or is not believed. With `incomplete`, what zfs still lists will do, and the reason is
     added there.
     """
     roots, only = [*places] or [root], {*only}
@@ -4135,7 +4144,7 @@ def read_tree(
     def look() -> Tree:
         refused: Failure | None = None
         for _ in range(2):  # a snapshot may go between our two questions, and then one more look will do
-            text = run(host, *commands) if partly is None else run_in_part(host, commands, roots, partly)
+            text = run(host, *commands) if incomplete is None else run_in_part(host, commands, roots, incomplete)
             tree, held = parse_tree(text, root, *places)
             if not only:
                 whole_tree(tree, *(name[len(root) :] for name in roots))
@@ -4162,9 +4171,9 @@ def listed_in_part(why: Failure) -> Failure:
     return Failure(f"zfs lists only a part of the tree: {why.what}", why.hint, hint)
 
 
-def run_in_part(host: Host, commands: Sequence[Command], roots: Iterable[str], partly: list[Failure]) -> str:
-    """As `run`. But of listings that fail it returns what there is, and adds the reason to `partly`."""
-    partly.clear()
+def run_in_part(host: Host, commands: Sequence[Command], roots: Iterable[str], incomplete: list[Failure]) -> str:
+    """As `run`. But of listings that fail it returns what there is, and adds the reason to `incomplete`."""
+    incomplete.clear()
     try:
         return run(host, *commands)
     except CommandFailed as failure:
@@ -4172,7 +4181,7 @@ def run_in_part(host: Host, commands: Sequence[Command], roots: Iterable[str], p
         text = rooted_rows("".join(host.ask(command).stdout for command in commands), roots)
         if not text:
             raise
-        partly.append(failure)
+        incomplete.append(failure)
         return text
 
 
@@ -4278,7 +4287,8 @@ class Lister:
     """Lists both trees, and asks for what no listing tells.
 
     For the whole run it remembers in which local datasets we held something when the run began (`held_before`), and
-    which datasets we have `received`. `dead_tokens` are those of which nothing is here.
+    which datasets we have `received`. `dead_tokens` are those for which `zfs recv -A` found nothing
+    to abort.
     """
 
     def __init__(self, policy: Policy, source: Host, target: FencedHost, report: Report, both: Both) -> None:
@@ -4290,7 +4300,7 @@ class Lister:
         self.held_before: set[str] | None = None
         self.received: set[str] = set()
         self.dead_tokens: set[str] = set()
-        self.partly: tuple[list[Failure], list[Failure]] = ([], [])  # why a tree could be listed in part only
+        self.incomplete: tuple[list[Failure], list[Failure]] = ([], [])  # why a tree could be listed in part only
 
     def list_both(self, now: int, *, in_full: bool = False) -> Trees:
         """List both trees at the same time, and read the holds that a run must know; `in_full`: all holds of the
@@ -4350,9 +4360,9 @@ class Lister:
     def list_source(self, only: Sequence[str] = (), *, fast: bool = True) -> Tree:
         root, selection = self.policy.source_root, self.policy.selection
         try:
-            partly = None if only else self.partly[0]
+            incomplete = None if only else self.incomplete[0]
             tree = read_tree(
-                self.source_host, root, selection, self.report.failure, only=only, fast=fast, partly=partly
+                self.source_host, root, selection, self.report.failure, only=only, fast=fast, incomplete=incomplete
             )
         except CommandFailed as failure:
             if f"'{root}': dataset does not exist" in failure.what:
@@ -4372,8 +4382,8 @@ class Lister:
         tree: Tree = {}
         if places:
             selection = self.policy.selection
-            tell, partly = self.report.failure, self.partly[1]
-            tree = read_tree(self.target_host, root, selection, tell, places=places, partly=partly)
+            tell, incomplete = self.report.failure, self.incomplete[1]
+            tree = read_tree(self.target_host, root, selection, tell, places=places, incomplete=incomplete)
         if self.held_before is None:
             self.held_before = {key for key, local in tree.items() if newest_received(local, self.policy)}
         return Trees({}, tree, tuple(name for name in names if name in existing), failing)
@@ -4399,7 +4409,7 @@ class Lister:
     @property
     def places(self) -> tuple[str, str]:
         """Where the local tree is: its root, and the name that this has while it makes way."""
-        return self.policy.target_root, self.policy.target_root + PLACEHOLDER
+        return self.policy.target_root, self.policy.target_root + MADE_WAY
 
     # what only further commands can tell
 
@@ -4407,10 +4417,10 @@ class Lister:
         """Ask for what no listing tells of local datasets: what a resume token waits for, whether a place is empty,
         what is below it, which datasets are ours."""
         policy, host, target = self.policy, self.target_host, dict(trees.target)
-        for side, reasons in zip((self.source_host, host), self.partly):
+        for side, reasons in zip((self.source_host, host), self.incomplete):
             for why in reasons:
                 self.report.failure(side.label, listed_in_part(why))
-        trees = replace(trees, source_whole=not self.partly[0], target_whole=not self.partly[1])
+        trees = replace(trees, source_whole=not self.incomplete[0], target_whole=not self.incomplete[1])
         keys = [key for key in (target if keys is None else keys) if key in target]
         for key in keys:
             local, there = target[key], trees.source.get(key)
@@ -4541,7 +4551,7 @@ class LocalSteps:
     def move(self, old: str, key: str) -> None:
         """Rename a local dataset and all below it. Nothing is lost."""
         name, as_there = self.local_name(key), ""
-        if PLACEHOLDER not in old + key:
+        if MADE_WAY not in old + key:
             self.check_below(old)
             as_there = "" if key.endswith(BETWEEN_NAMES) else ", as at the source"
         self.report.event("rename", name, f"{self.local_name(old)}: now called {name}{as_there}")
@@ -4551,14 +4561,14 @@ class LocalSteps:
 
     def make_way(self, trees: Trees, key: str) -> None:
         """Rename a placeholder, so that the dataset itself can take its place."""
-        name, away = self.local_name(key), self.local_name(key + PLACEHOLDER)
-        if key + PLACEHOLDER in trees.target:
+        name, away = self.local_name(key), self.local_name(key + MADE_WAY)
+        if key + MADE_WAY in trees.target:
             raise Failure(
                 f"{name} is to make way for what is to be received there, but {away} is left of an earlier time",
                 f"see that nothing is in it, then: zfs destroy '{away}'",
             )
         self.report.step(f"{name}: {MakeWay()}")
-        self.move(key, key + PLACEHOLDER)
+        self.move(key, key + MADE_WAY)
 
     def check_below(self, key: str) -> None:
         """Raise Failure if another line's mirror is below a dataset that is to be renamed, selected or not."""
@@ -4579,8 +4589,8 @@ class LocalSteps:
     def roll_back(self, local: Dataset, way: Rollback) -> None:
         host, policy = self.host, self.policy
         self.report.notice("rollback", local.name, f"{local.name}: {way}")
-        # Ours may stand on what goes, if the source was rolled back before: the hold on the common one comes first.
-        # What others made gets none before it is inert.
+        # Hold the common snapshot first: our only hold may be on one that the rollback destroys, if the source itself
+        # was rolled back. A dataset that we have never held gets no hold yet, because it is not inert.
         missing = place_holds(host, policy.received_tag, [way.to.name] if local.held_before else [])
         if missing:
             said = missing[way.to.name]
@@ -4649,7 +4659,7 @@ class InertMirror:
         with the first stream."""
         host = self.host
         self.report.exposure(name, it)
-        if it.is_mounted:  # first, for each `zfs set` of how it is mounted does that anew
+        if it.is_mounted:  # first: each `zfs set` of a mount property would remount it
             run(host, (*UNMOUNT, name))
         # While zoned is on, zfs lets nobody set a share. And setting one to off while canmount is on mounts the dataset
         # (changelist_postfix in libzfs). So zoned and canmount come first.
@@ -4746,7 +4756,7 @@ class Executor:
         self.given_up.add(key)
         self.report.failure(self.local_name(key), failure)
 
-    def is_stuck(self, key: str, left: int) -> bool:
+    def tried_too_often(self, key: str, left: int) -> bool:
         """Give up a dataset that we have worked on too often without getting any further; so many steps are left."""
         count, before = self.tries.get(key, (0, None))
         count += before is not None and left >= before
@@ -4765,8 +4775,11 @@ class Executor:
     def change_names(self, trees: Trees, plan: TreePlan, now: int) -> tuple[Trees, bool]:
         """Take all steps that need no stream, except those that have to wait for one. Returns whether there were
         any."""
-        coming: set[str] = set()  # what a stream has still to bring
-        moved: set[str] = set()  # what is not where it was listed
+        # A step waits if a stream must come first at its dataset, at one above it or, for a rename, at the old name.
+        # `coming` are these names. A step that waits adds its own: nothing may arrive under a name that another
+        # dataset still has. Any step but a rename waits for a new listing, too, of what was renamed (`moved`).
+        coming: set[str] = set()
+        moved: set[str] = set()
         parents: list[str] = []  # placeholders that are still to be made
         is_done = False
         for key, step in plan.entries:
@@ -4776,10 +4789,9 @@ class Executor:
                 coming.add(key)
             elif isinstance(step, LOCAL_STEPS):
                 names = {key, step.old} if isinstance(step, Rename) else {key}
-                # A step waits for a stream, or for a listing under the name that a dataset has just got.
                 places = [*with_ancestors(key), *(with_ancestors(step.old) if isinstance(step, Rename) else ())]
                 if not (coming if isinstance(step, Rename) else coming | moved).isdisjoint(places):
-                    coming |= names  # nor may anything come to what has still to leave that name
+                    coming |= names
                     continue
                 is_done = True
                 moved |= {key} if isinstance(step, Rename) else set()
@@ -4793,7 +4805,7 @@ class Executor:
     def change_name(self, trees: Trees, key: str, step: LocalStep, now: int, parents: Sequence[str]) -> bool:
         """Take one such step. Returns whether it succeeded."""
         self.touched.add(key)
-        if self.is_stuck(key, 0):
+        if self.tried_too_often(key, 0):
             return False
         try:
             self.local_steps.take(trees, key, step, now, parents)
@@ -4814,7 +4826,7 @@ class Executor:
         """Hold what will be sent, and prepare the places for it. Returns the batch that can be sent now. It is empty
         if another plan is due first, and None if nothing is left to send."""
         receives, parents = plan.streams_due()
-        receives = {key: steps for key, steps in receives.items() if not self.is_stuck(key, len(steps))}
+        receives = {key: steps for key, steps in receives.items() if not self.tried_too_often(key, len(steps))}
         if not receives:
             return trees, None
         self.touched |= receives.keys()
@@ -4918,7 +4930,7 @@ class Executor:
                 name = self.local_name(key) + step.snapshot.short
                 born = first_receive_options(source, parent, step, policy)
                 receiving = receive(source, local, name, policy.properties, born, own=own)
-                self.lister.target_host.check(receiving)
+                self.lister.target_host.check(receiving)  # a stream runs beside the fence
                 batch.append(Stream(key, step, (send(source, step, policy.raw(source), flags), receiving), compress))
                 # The next one of this dataset comes on top of that.
                 local = after_receives(source, local, self.local_name(key), [step])
@@ -5160,7 +5172,7 @@ class Run:
                 self.report.notice("hold lost", name, line)
             for name, line in holds_of_others(self.trees, self.policy, plan):
                 self.report.notice("others hold", name, line)
-            # A run that died between a stream and its hold left undone what follows a stream (`InertMirror.put_back`).
+            # A run that was killed after a stream left its properties as the source set them: repair these.
             received = [key for key, local in self.trees.target.items() if local.recognised and not local.held_before]
             self.trees, _ = self.executor.inert.make_inert(self.trees, received)
             plan = self.transfer(plan, now)
@@ -5171,7 +5183,8 @@ class Run:
                 return
             if self.policy.bookmark and self.trees.whole:
                 self.update_bookmarks(now)
-            # What was not reached may have to be set aside first, with all its snapshots.
+            # After a lost link some datasets were not dealt with: the next run may have to set them aside, with all
+            # their snapshots.
             if not self.lost and self.trees.whole:
                 self.expire(now)
         except LinkLost as failure:
@@ -5212,7 +5225,8 @@ class Run:
         """Move the holds, and list again what was touched, until nothing is left to move. The listing may show holds
         that were not known before, and datasets that were renamed meanwhile."""
         holds = Holds(self.policy, self.source_host, self.target_host, self.report)
-        # What was to be taken over, and did not come: our hold there, which no run looks for, goes again.
+        # Release what we held at the source for a take-over that failed. We hold nothing here, so no later run would
+        # look for that hold.
         mirrors = mirrors_of(self.trees, self.policy)
         for key, names in self.executor.placed.items():
             local = mirrors.get(key)
@@ -5267,7 +5281,7 @@ class Run:
         """What expires, by dataset. Reports why the rest is kept."""
         for key, local in self.trees.target.items():
             source = self.trees.source.get(key)
-            if source is None and PLACEHOLDER not in key and self.trees.source_whole:
+            if source is None and MADE_WAY not in key and self.trees.source_whole:
                 self.report.event("gone", local.name, f"{local.name}: no longer exists at the source; kept")
             expiry = expire(source, local, self.policy, now)
             for snapshot, why in expiry.kept:
@@ -5370,8 +5384,8 @@ def retire(source: Host, target: Host, policy: Policy, report: Report) -> None:
                 report.event("unmark", mark.name.partition("#")[0], f"{mark.name}: destroyed", bookmark=mark.short)
     release_all(target, policy.target_root, policy.received_tag, report)
     # A run that was killed while the root made way has left children under this name (`MakeWay`).
-    if target.ask((*LIST_EXISTING, policy.target_root + PLACEHOLDER)).status == 0:
-        release_all(target, policy.target_root + PLACEHOLDER, policy.received_tag, report)
+    if target.ask((*LIST_EXISTING, policy.target_root + MADE_WAY)).status == 0:
+        release_all(target, policy.target_root + MADE_WAY, policy.received_tag, report)
     target.ask(clear_failing(policy.target_root))
 
 
@@ -5630,7 +5644,7 @@ class Doctor:
         # A run leaves it: the program destroys no dataset.
         for key, local in self.run.trees.target.items():
             if (
-                key.endswith(PLACEHOLDER)
+                key.endswith(MADE_WAY)
                 and not local.snapshots
                 and not any(it != key and is_below(it, key) for it in self.run.trees.target)
             ):
@@ -6321,7 +6335,7 @@ def replicate(options: argparse.Namespace, report: Report, alone: Lock) -> int:
         report.failure(options.local_fs, failure)
         status = 3
     if status:  # --check reads this mark; a success removes it (see `run_with_retries`)
-        since = mark_failing(here(options), options.local_fs, now)
+        since = mark_failing(FencedHost(here(options), options.local_fs), options.local_fs, now)
         if since < now:
             report.notice("failing", options.local_fs, f"{options.local_fs}: runs fail since {clock(since)}")
     return status

@@ -8,7 +8,7 @@ from histories import LOCAL, RECEIVED, SOURCE, TAG
 from jobs import EACH, Job, half_way, new_job, once, refusing
 from simulated import Machine, Near, Point, Wire, World, days
 
-from zfs_replicate import PLACEHOLDER, Answer, Command, FencedHost, Policy, Report, Selection, retire
+from zfs_replicate import MADE_WAY, Answer, Command, FencedHost, Policy, Report, Selection, retire
 
 
 def of(*keys: str) -> Job:
@@ -107,7 +107,7 @@ def test_names_of_placeholders_do_not_matter_to_a_selection() -> None:
     job.snapshot("b", "", "/www")
     job.replicate(selection=selection)
     assert [job.here(key) for key in ("", "/www", "/www/logs")] == [f"b!{RECEIVED}", f"b!{RECEIVED}", f"a!{RECEIVED}"]
-    assert job.here(f"/www{PLACEHOLDER}/logs") == "absent"
+    assert job.here(f"/www{MADE_WAY}/logs") == "absent"
 
 
 def test_read_only_refused_stops_only_its_own_dataset() -> None:

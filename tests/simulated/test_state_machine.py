@@ -39,7 +39,7 @@ from simulated import Machine, Near, Refused, Store, Wire, World, days
 from zfs_replicate import (
     ASIDE,
     LIST_EXISTING,
-    PLACEHOLDER,
+    MADE_WAY,
     Answer,
     Command,
     Failure,
@@ -234,7 +234,7 @@ class Hop:
     def check_success(self, options: Options) -> None:
         """I6, and the holds as they must be after a successful run."""
         for key in self.branches():
-            if ASIDE in key or PLACEHOLDER in key:
+            if ASIDE in key or MADE_WAY in key:
                 continue  # the source, a mirror itself, has set it aside: it is not mirrored
             source, local = self.theirs(key), self.ours(key)
             common, holdable = self.common(key, bookmarks=True), self.common(key, bookmarks=False)
@@ -356,8 +356,8 @@ class Watch:
         what was below it comes back."""
         if name not in self.hop.target.datasets:
             return True
-        if new == name + PLACEHOLDER or name.replace(PLACEHOLDER, "") == new:
-            away = name.partition(PLACEHOLDER)[0] + PLACEHOLDER * (PLACEHOLDER in name)
+        if new == name + MADE_WAY or name.replace(MADE_WAY, "") == new:
+            away = name.partition(MADE_WAY)[0] + MADE_WAY * (MADE_WAY in name)
             # Somebody may make a snapshot of it at the very moment; nothing is lost by that.
             return self.neighbour is not None or not self.hop.target.datasets[away].snapshots
         old_key, key = (it[len(self.hop.target_root) :] for it in (name, new))

@@ -11,7 +11,7 @@ from histories import LOCAL, RECEIVED, SOURCE, TAG
 from jobs import Job, break_link, new_job, once, refusing, taken_over, told
 from simulated import Machine, Near, World, days
 
-from zfs_replicate import ASIDE, PLACEHOLDER, TAKEN_OVER, Dataset, Failure, Policy, Report, Run, main, with_clones
+from zfs_replicate import ASIDE, MADE_WAY, TAKEN_OVER, Dataset, Failure, Policy, Report, Run, main, with_clones
 
 
 def chain(names: str = "abc") -> dict[str, Machine]:
@@ -164,7 +164,7 @@ def test_placeholder_from_earlier_is_no_stranger(job: Job) -> None:
     job.replicate()
     job.snapshot("b", "/www")
     job.replicate()
-    assert f"{LOCAL}/www{PLACEHOLDER}" in job.backup.datasets
+    assert f"{LOCAL}/www{MADE_WAY}" in job.backup.datasets
     job.snapshot("c", "")
     job.replicate()
     assert (job.here(), job.here("/www/logs")) == (f"c!{RECEIVED}", f"a!{RECEIVED}")
@@ -173,9 +173,9 @@ def test_placeholder_from_earlier_is_no_stranger(job: Job) -> None:
 def test_placeholder_that_cannot_make_way_twice_says_what_to_do(job: Job) -> None:
     job.snapshot("a", "/www/logs")
     job.replicate()
-    job.backup.create(f"{LOCAL}/www{PLACEHOLDER}")
+    job.backup.create(f"{LOCAL}/www{MADE_WAY}")
     job.snapshot("b", "/www")
-    assert f"zfs destroy '{LOCAL}/www{PLACEHOLDER}'" in job.replicate(status=1)
+    assert f"zfs destroy '{LOCAL}/www{MADE_WAY}'" in job.replicate(status=1)
 
 
 def test_pool_root_cannot_make_way() -> None:

@@ -63,7 +63,7 @@ LOCAL = "offsite/virt/machines"
 TAG = "offsite"
 RECEIVED = f"{TAG}:received"
 ASIDE = ".quarantine-"
-PLACEHOLDER = getattr(program, "PLACEHOLDER", ".made-way")
+MADE_WAY = getattr(program, "MADE_WAY", ".made-way")
 
 
 def named(*names: str) -> Any:
@@ -703,7 +703,7 @@ class Case:
 
     def beside(self) -> dict[str, tuple[object, ...]]:
         """What is outside the tree here."""
-        own = (f"{LOCAL}/", LOCAL + PLACEHOLDER, LOCAL + ASIDE)
+        own = (f"{LOCAL}/", LOCAL + MADE_WAY, LOCAL + ASIDE)
         return {name: picture(it) for name, it in self.target.datasets.items() if not f"{name}/".startswith(own)}
 
     # a run
@@ -913,7 +913,7 @@ class Case:
         if not named:
             self.accuse("place", f"no such command: {command}")
         for name in named:
-            away = verb != "recv" and in_tree(dataset_of(name), LOCAL + PLACEHOLDER)
+            away = verb != "recv" and in_tree(dataset_of(name), LOCAL + MADE_WAY)
             away |= verb == "rename" and name == named[1] and named[0] == LOCAL and name.startswith(LOCAL + ASIDE)
             if (
                 not in_tree(dataset_of(name))
@@ -922,7 +922,7 @@ class Case:
             ):
                 self.outside_commands += 1
                 self.accuse("outside", f"{verb} {name}")
-        if any(not in_tree(re.split(f"{ASIDE}|{PLACEHOLDER}", dataset_of(name))[0]) for name in named):
+        if any(not in_tree(re.split(f"{ASIDE}|{MADE_WAY}", dataset_of(name))[0]) for name in named):
             return
         if not self.options.retire:
             for name in named:
@@ -1011,11 +1011,11 @@ class Case:
             if not self.is_in_its_way(name, store):
                 self.accuse("rename", f"nothing was in its way: {words}")
             return
-        if new == name + PLACEHOLDER:
+        if new == name + MADE_WAY:
             if store.snapshots or store.files:
                 self.accuse("rename", f"what makes way has data: {words}")
             return
-        if new == name.replace(PLACEHOLDER, "", 1):  # it comes back
+        if new == name.replace(MADE_WAY, "", 1):  # it comes back
             return
         ours = [point for point in store.snapshots.values() if RECEIVED in point.tags]
         if not ours:

@@ -346,13 +346,13 @@ BUGS: dict[str, tuple[Plant, ...]] = {
     "what was set aside is as anything else": (
         Plant("strangers_below", "ASIDE in key", "False"),
         Plant("moved_mirrors", "ASIDE in key", "False"),
-        Plant("", "(ASIDE, PLACEHOLDER, BETWEEN_NAMES)", "(PLACEHOLDER, BETWEEN_NAMES)"),
+        Plant("", "(ASIDE, MADE_WAY, BETWEEN_NAMES)", "(MADE_WAY, BETWEEN_NAMES)"),
         Plant("Lister.inspect", "ASIDE not in inner", "True"),
     ),
     "what was set aside is at the source": (
-        Plant("", "(ASIDE, PLACEHOLDER, BETWEEN_NAMES)", "(PLACEHOLDER, BETWEEN_NAMES)"),
+        Plant("", "(ASIDE, MADE_WAY, BETWEEN_NAMES)", "(MADE_WAY, BETWEEN_NAMES)"),
     ),
-    "a placeholder of the source is mirrored": (Plant("", "(ASIDE, PLACEHOLDER, BETWEEN_NAMES)", "(ASIDE,)"),),
+    "a placeholder of the source is mirrored": (Plant("", "(ASIDE, MADE_WAY, BETWEEN_NAMES)", "(ASIDE,)"),),
     "received over children": (
         Plant("plan_first", "(MakeWay(),) if local is not None and local.parent else ()", "()"),
     ),

@@ -14,11 +14,14 @@ from hypothesis import given, settings, strategies as st
 from zfs_replicate import (
     ABORT_RECEIVE,
     BATCH_BYTES,
+    CLOCK_TIME,
     COUNT_FILES,
     CREATE_PARENT,
     LIST_HOLDS,
+    LIST_RIGHTS,
     MAKE_READ_ONLY,
     SBIN,
+    SYNC_POOL,
     Account,
     Command,
     Dataset,
@@ -29,11 +32,14 @@ from zfs_replicate import (
     allow_command,
     batches,
     bookmark,
+    changed_by,
     destroy,
     destroy_bookmark,
     hold,
     lacking,
+    list_features,
     list_tree,
+    outside,
     receive,
     release,
     remote_line,
@@ -398,3 +404,25 @@ def test_allow_command_grants_what_is_needed_on_the_whole_tree(command: Command,
 
 def test_allow_command_is_empty_for_what_needs_no_right() -> None:
     assert allow_command(list_tree("offsite/vm"), MY) == ""
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("sudo", "-n", "zfs", "destroy", "offsite/vm@a"),
+        ("rm", "-r", "/offsite"),
+        ("zpool", "destroy", "offsite"),
+        ("zfs", "allow", "puller", "destroy", "offsite/vm"),
+        ("zfs", "upgrade", "offsite/vm"),
+    ],
+)
+def test_command_that_nobody_has_thought_of_counts_as_a_change(command: Command) -> None:
+    assert changed_by(command)
+    assert outside(command, "backuppool")
+
+
+@pytest.mark.parametrize(
+    "command", [CLOCK_TIME, (*SYNC_POOL, "offsite"), list_features("offsite"), (*LIST_RIGHTS, "offsite/vm")]
+)
+def test_command_that_looks_counts_as_no_change(command: Command) -> None:
+    assert changed_by(command) == []

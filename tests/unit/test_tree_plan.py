@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from histories import LOCAL, POLICY, RECEIVED, SOURCE, local, partial, source
 
-from zfs_replicate import NAME_LIMIT, PLACEHOLDER, Dataset, Failure, Policy, Tree, TreePlan, Trees, with_clones
+from zfs_replicate import MADE_WAY, NAME_LIMIT, Dataset, Failure, Policy, Tree, TreePlan, Trees, with_clones
 
 ANCESTORS = ("offsite", "offsite/virt")
 
@@ -149,7 +149,7 @@ def test_tree_plan_puts_nothing_into_a_parent_that_is_half_received_unless_its_r
 
 
 def test_tree_plan_lets_children_return_when_the_dataset_itself_is_here() -> None:
-    away = f"/a{PLACEHOLDER}"
+    away = f"/a{MADE_WAY}"
     tree = there(_="@r,9", a="@a,1", a_b="@c,3")
     mirror = {**here(_="@r,9"), away: local("", name=LOCAL + away), f"{away}/b": local("@c,3", name=f"{LOCAL}{away}/b")}
     assert told(tree, mirror) == ["/a: Receive full @a", f"/a/b: Rename {away}/b"]
