@@ -87,7 +87,7 @@ def test_snapshot_names_that_move_in_chains_and_circles(site: Site) -> None:
     assert named(site.backup, MIRROR) == named(site.source, TREE)
 
 
-@pytest.mark.parametrize("places", ["ab", "abc"])
+@pytest.mark.parametrize("places", ["ab", pytest.param("abc", marks=pytest.mark.full)])
 def test_datasets_that_change_places_are_followed(site: Site, places: str) -> None:
     """A swap, and a rotation of three: no full pull, and nobody's history goes on in another's.
     https://github.com/openzfs/zfs/issues/9412"""
@@ -125,8 +125,11 @@ for i in $(seq 30); do zpool destroy backuppool && exit; sleep 1; done; exit 1
 
 @pytest.mark.parametrize(
     ("cut", "move"),
-    [("first", RENAME_POOL), ("increment", RENAME_POOL), ("increment", COPY_POOL)],
-    ids=["first-renamed", "increment-renamed", "increment-copied"],
+    [
+        pytest.param("first", RENAME_POOL, id="first-renamed", marks=pytest.mark.full),
+        pytest.param("increment", RENAME_POOL, id="increment-renamed"),
+        pytest.param("increment", COPY_POOL, id="increment-copied", marks=pytest.mark.full),
+    ],
 )
 def test_token_of_a_pool_with_another_name_is_given_up(site: Site, cut: str, move: str) -> None:
     """Both guids are there, but `zfs send -t` looks for them below the name in the token, for ever in vain.
@@ -217,6 +220,7 @@ def test_token_with_nothing_to_abort_does_not_stop_the_pull(site: Site) -> None:
 # --- Parents, clones, boot environments -------------------------------------------------------------------------------
 
 
+@pytest.mark.full
 def test_encrypted_parent_that_comes_late_costs_no_second_pull(site: Site) -> None:
     """Only a grandchild has a snapshot at first, as with sanoid's process_children_only.
     https://github.com/yboetz/pyznap/pull/101"""
@@ -248,6 +252,7 @@ def test_encrypted_parent_that_comes_late_costs_no_second_pull(site: Site) -> No
 # --- Pools that are read-only, snapshots that are busy ----------------------------------------------------------------
 
 
+@pytest.mark.full
 def test_source_that_is_read_only_is_pulled_without_holds(site: Site) -> None:
     """The day on which a mirror matters most: the pool cannot be imported otherwise. Nothing can vanish there.
     https://github.com/openzfs/zfs/issues/11985"""
@@ -315,6 +320,7 @@ def later(site: Site, days: int, name: str) -> None:
 # --- Two lines at one source, one place ------------------------------------------------------------------------------
 
 
+@pytest.mark.full
 def test_mirror_within_another_mirror_stays_where_it_is(site: Site) -> None:
     """A dataset is copied from the inner tree to the outer one, with all its guids, and goes in the inner one: its
     mirror there is none of the outer line's. (Found while reading.)"""
@@ -342,6 +348,7 @@ def test_mirror_within_another_mirror_stays_where_it_is(site: Site) -> None:
     site.assert_in_step(tree="backuppool/two", mirror="offsite/all/two", tag="two")
 
 
+@pytest.mark.full
 def test_bookmarks_of_tags_that_look_alike_do_not_clash(site: Site) -> None:
     """`a/b` and `a+b` differ only in what no bookmark's name may have. (Found while reading, without a report.)"""
     line = f"zfs_replicate -h source -r {TREE} --bookmark"
@@ -362,6 +369,7 @@ def test_bookmarks_of_tags_that_look_alike_do_not_clash(site: Site) -> None:
     site.assert_in_step(mirror="offsite/one", tag="a/b")
 
 
+@pytest.mark.full
 def test_bookmark_whose_name_would_be_too_long_stops_nothing(site: Site) -> None:
     """The dataset's name and `#TAG-GUID` are longer than the 255 bytes that ZFS allows. (Found while reading.)"""
     long = "l" * 210

@@ -76,7 +76,7 @@ def forced(status: int) -> str:
     )
 
 
-@pytest.mark.parametrize("status", [0, 142])
+@pytest.mark.parametrize("status", [pytest.param(0, marks=pytest.mark.full), 142])
 def test_forced_command_that_only_talks_is_quoted(site: Site, status: int) -> None:
     """It prints on stdout whom to log in as, and ends with that status.
     https://github.com/canonical/cloud-init/issues/2534"""
@@ -87,6 +87,7 @@ def test_forced_command_that_only_talks_is_quoted(site: Site, status: int) -> No
     assert_told(site, job, "Please login as the user", "authorized_keys|forced command")
 
 
+@pytest.mark.full
 def test_account_that_may_not_log_in_is_quoted(site: Site) -> None:
     """nologin says so on stdout, and ends with 1. https://github.com/teemtee/tmt/pull/748"""
     mirrored(site)
@@ -142,7 +143,7 @@ def damaged(machine: Machine, root: str, child: str) -> Iterator[None]:
         machine.run("rm /usr/local/bin/zfs")
 
 
-@pytest.mark.parametrize("where", ["source", "backup"])
+@pytest.mark.parametrize("where", ["source", pytest.param("backup", marks=pytest.mark.full)])
 def test_half_a_listing_is_pulled_and_nothing_taken_for_gone(site: Site, where: str) -> None:
     """One damaged dataset, and `zfs list` prints the others, fails, and says so.
     https://github.com/openzfs/zfs/issues/12566"""
@@ -174,7 +175,9 @@ def test_half_a_listing_is_pulled_and_nothing_taken_for_gone(site: Site, where: 
 # --- Terminals --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
+@pytest.mark.parametrize(
+    "encoding", ["ascii", *(pytest.param(it, marks=pytest.mark.full) for it in ("latin-1", "utf-8"))]
+)
 def test_dry_run_on_a_terminal_of_another_encoding(site: Site, encoding: str) -> None:
     """What it tells of holds has their tags in it, which may be any bytes. (Found while reading, without a report.)"""
     site.source.run(f"zfs create -p {TREE}/www")
