@@ -1276,8 +1276,10 @@ def freed_names(arrivals: Sequence[Snapshot], source: Dataset, local: Dataset) -
         name = arrival.short
         while name in taken:
             twin = source.find(taken[name].guid)
-            new = twin.short if twin else f"{name}.dropped-{taken[name].guid}"
-            while not twin and (new in taken or new in coming):
+            is_free = twin is not None and twin.short not in {name, *(old for old, _ in chain)}
+            new = twin.short if twin and is_free else f"{name}.dropped-{taken[name].guid}"
+            # A source may say of two snapshots that they have one guid.
+            while not is_free and (new in taken or new in coming):
                 new += ".0"
             chain.append((name, new))
             name = new
@@ -1584,13 +1586,10 @@ class TreePlan:
             while wanted.get(circle[-1], start) not in circle:
                 circle.append(wanted[circle[-1]])
             # None of them can be below another, where it would move along.
-            is_free = not any(one != other and is_below(one, other) for one in circle for other in circle)
-            if (
-                wanted.get(circle[-1]) == start
-                and len(circle) > 1
-                and is_free
-                and not any(it in self.given_up for it in circle)
-            ):
+            is_flat = not any(one != other and is_below(one, other) for one in circle for other in circle)
+            away = start + BETWEEN_NAMES
+            is_free = away not in self.target and not any(it in self.given_up for it in (away, *circle))
+            if wanted.get(circle[-1]) == start and len(circle) > 1 and is_flat and is_free:
                 return start
         return None
 
@@ -1681,7 +1680,8 @@ class TreePlan:
         except Blocked as blocked:
             allowed = {Rollback: self.policy.rollback, Quarantine: self.policy.quarantine}
             override = next((way for way in blocked.ways if allowed[type(way)]), None)
-            if override is None or key in self.given_up:
+            # A mirror that waits for its new name is nothing to set aside.
+            if override is None or key in self.given_up or key in {it for it, _ in self.moved.values()}:
                 raise
         before = dict(self.target)
         if isinstance(override, Quarantine):

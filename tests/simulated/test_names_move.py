@@ -3,12 +3,14 @@ into the one that is still there under the other's name."""
 
 from __future__ import annotations
 
+import re
+
 import pytest
 from histories import LOCAL, RECEIVED, SOURCE, TAG
-from jobs import EACH, Job, half_way, new_job, once, refusing
+from jobs import EACH, Disturbance, Job, half_way, new_job, once, refusing
 from simulated import Machine, Near, Point, Wire, World, days
 
-from zfs_replicate import MADE_WAY, Answer, Command, FencedHost, Policy, Report, Selection, retire
+from zfs_replicate import ASIDE, BETWEEN_NAMES, MADE_WAY, Answer, Command, FencedHost, Policy, Report, Selection, retire
 
 
 def of(*keys: str) -> Job:
@@ -303,3 +305,97 @@ def test_names_that_are_swapped_are_followed(keys: tuple[str, ...], moment: str,
     assert len(job.done("rename")) <= len(keys) + 1
     job.replicate()
     assert job.done() == []
+
+
+class Endless(BaseException):
+    """The run does the same for ever."""
+
+
+def at_most(count: int, pattern: str, answer: Answer | None = None) -> Disturbance:
+    seen: list[Command] = []
+
+    def at(_: Machine, command: Command, moment: str) -> Answer | None:
+        if moment != "before" or not re.search(pattern, " ".join(command)):
+            return None
+        seen.append(command)
+        if len(seen) > count:
+            raise Endless
+        return answer
+
+    return at
+
+
+def test_names_that_are_swapped_end_the_run_if_nothing_can_be_renamed() -> None:
+    job = of("/a", "/b")
+    swap(job, "/a", "/b")
+    job.snapshot("b")
+    job.replicate(status=1, at=at_most(20, "^zfs rename", Answer(1, "", "cannot rename: permission denied")))
+
+
+def test_names_that_are_swapped_leave_a_name_for_a_while_that_is_taken() -> None:
+    job = of("/a", "/b")
+    job.backup.create(f"{LOCAL}/a{BETWEEN_NAMES}")
+    swap(job, "/a", "/b")
+    job.snapshot("b")
+    job.replicate(at=at_most(20, "^zfs rename"))
+    assert [job.here(key) for key in ("/a", "/b")] == [f"a b!{RECEIVED}"] * 2
+
+
+def test_names_that_are_swapped_take_no_other_line_s_mirror_along() -> None:
+    job = of("/a", "/b")
+    job.backup.create(f"{LOCAL}/a/other")
+    job.backup.snapshot(f"{LOCAL}/a/other@x")
+    job.backup.hold("other:received", f"{LOCAL}/a/other@x")
+    swap(job, "/a", "/b")
+    job.snapshot("b")
+    selection = Selection(exclude=("a/other",))
+    job.replicate(status=1, at=at_most(20, "^zfs list .*machines/a$"), selection=selection)
+    assert f"{LOCAL}/a/other" in job.backup.datasets
+
+
+def test_names_of_two_snapshots_that_share_a_guid_end_the_plan() -> None:
+    """No zfs makes such ones; a source may say what it likes."""
+    job = of()
+    snapshots = job.source.datasets[SOURCE].snapshots
+    for name in ("x", "y"):
+        job.snapshot(name)
+    snapshots["y"].guid = snapshots["x"].guid
+    job.replicate(every=True)
+    job.source.rename(f"{SOURCE}@x", "gone")
+    snapshots["gone"].tags.clear()
+    job.source.destroy(SOURCE, ["gone"])
+    job.snapshot("x")
+    job.replicate()
+    assert len(job.here().split()) == 4
+
+
+def test_names_that_wait_are_not_set_aside() -> None:
+    """/r0 is called /z/m at the source, and a new dataset has its name. /z does not come."""
+    job = of("/r0")
+    job.source.create(f"{SOURCE}/z")
+    move(job, "/r0", "/z/m")
+    job.source.create(f"{SOURCE}/r0")
+    job.snapshot("b")
+    job.replicate(status=1, quarantine=True, at=refusing("^zfs send .*/z@b"))
+    assert not [name for name in job.backup.datasets if ASIDE in name]
+    job.replicate(quarantine=True)
+    assert job.here("/z/m") == f"a b!{RECEIVED}"
+
+
+@pytest.mark.parametrize("place", [0, 1, 2])
+def test_names_that_are_swapped_are_not_set_aside(place: int) -> None:
+    job = of("/a", "/b")
+    swap(job, "/a", "/b")
+    job.snapshot("b")
+    seen: list[Command] = []
+
+    def refuse(_: Machine, command: Command, moment: str) -> Answer | None:
+        if command[1] == "rename" and moment == "before":
+            seen.append(command)
+            return Answer(1, "", "permission denied") if len(seen) == place + 1 else None
+        return None
+
+    job.replicate(status=1, quarantine=True, at=refuse)
+    assert not [name for name in job.backup.datasets if ASIDE in name]
+    job.replicate(quarantine=True)
+    assert [job.here(key) for key in ("/a", "/b")] == [f"a b!{RECEIVED}"] * 2
