@@ -5067,8 +5067,10 @@ class Holds:
         }
         # 1  Place new ones, on the source everywhere, here where one of ours is already. At every instant one common
         #    snapshot must be held, and a release can destroy (`zfs destroy -d`): so this comes first.
-        missing = self.place_new(*target, (it for key in changes if key not in new for it in changes[key].place_local))
-        missing |= self.place_new(*source, (it for each in changes.values() for it in each.place_source))
+        #    The source's come first: a hold here alone would look as if somebody had released its twin (`lost_holds`).
+        missing = self.place_new(*source, (it for each in changes.values() for it in each.place_source))
+        held = [key for key, it in changes.items() if key not in new and missing.isdisjoint(it.place_source)]
+        missing |= self.place_new(*target, (it for key in held for it in changes[key].place_local))
         # 2  Release old ones on the source, of datasets where 1 succeeded.
         sure = [key for key, it in changes.items() if missing.isdisjoint([*it.place_local, *it.place_source])]
         left = self.release_old(*source, (it for key in sure for it in changes[key].release_source))

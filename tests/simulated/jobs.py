@@ -27,7 +27,7 @@ class Job:
         self.backup = backup
         self.tree = tree
         self.mirror = mirror
-        self.said: list[str] = []
+        self.notices: list[str] = []  # what the last run told though nothing failed
         self.wire = Wire(source, backup)
 
     def replicate(
@@ -59,6 +59,7 @@ class Job:
         except Failure as failure:
             report.failures.append(str(failure))
             ended = 3
+        self.notices = [it["event"] for it in report.events if it["event"] in ("hold lost", "others hold")]
         said = "\n".join(report.failures)
         assert ended == status, said
         return said

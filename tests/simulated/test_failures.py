@@ -251,6 +251,7 @@ def test_read_only_source_is_pulled_without_holds(aged: Job) -> None:
     assert aged.there().endswith(" f")
     assert "pool is read-only" in aged.replicate(status=1, keep=1, at=holds_refused), "with nothing to pull as well"
     aged.replicate(keep=1)
+    assert aged.notices == [], "nobody has released anything"
     assert (aged.here(), aged.there().split()[-1]) == (f"e f!{RECEIVED}", f"f!{TAG}"), "and what is due goes"
 
 
