@@ -306,6 +306,10 @@ MADE_WAY = ".made-way-for-mirror"
 BETWEEN_NAMES = ".between-names"
 
 
+# In the name of a snapshot that has given its own to another; its guid follows.
+DROPPED = ".dropped-"
+
+
 @dataclass(frozen=True)
 class Selection:
     """Which datasets and snapshots to replicate. The default is all of them."""
@@ -328,7 +332,8 @@ class Selection:
     def of_snapshots(self, snapshots: Iterable[Snapshot]) -> list[Snapshot]:
         found = []
         for snapshot in snapshots:
-            fits = functools.partial(fnmatch.fnmatchcase, snapshot.short[1:])
+            # What has given its name to another is selected by that.
+            fits = functools.partial(fnmatch.fnmatchcase, snapshot.short[1:].partition(DROPPED)[0])
             if any(map(fits, self.snapshots)) and not any(map(fits, self.exclude_snapshots)):
                 found.append(snapshot)
         return found
@@ -1126,7 +1131,7 @@ def plan_partial(
     bases = {None, *(point.guid for point in source.inherited + source.snapshots + source.bookmarks)}
     ends_match = target and partial.from_guid in bases and partial.from_guid == (base and base.guid)
     if target and ends_match and partial.raw == policy.raw(source) and not local.changed and not partial.corrupt:
-        steps: list[Step] = [*freed_names([target], source, local), Receive(target, token=partial.token)]
+        steps: list[Step] = [*freed_names([target], source, local, policy), Receive(target, token=partial.token)]
         # What follows is part of the plan, because it must be held as well before anything is sent. What blocks it is
         # told when its own turn comes.
         with contextlib.suppress(Blocked):
@@ -1260,10 +1265,12 @@ def plan_next(source: Dataset, local: Dataset, policy: Policy) -> tuple[Step, ..
     check_encryption_mode(source, local, common, policy)
     check_divergence(source, local, common, policy)
     check_length([snapshot.short for snapshot in arrivals], local.name)
-    return *freed_names(arrivals, source, local), *incremental_receives(common.source, arrivals)
+    return *freed_names(arrivals, source, local, policy), *incremental_receives(common.source, arrivals)
 
 
-def freed_names(arrivals: Sequence[Snapshot], source: Dataset, local: Dataset) -> tuple[RenameSnapshots, ...]:
+def freed_names(
+    arrivals: Sequence[Snapshot], source: Dataset, local: Dataset, policy: Policy
+) -> tuple[RenameSnapshots, ...]:
     """What frees the names of snapshots to come, if others have them here. Raises Blocked if one gets too long."""
     # Names rotate: in the manual's own example @today is @yesterday by tomorrow (zfs-rename(8)). What is in the way
     # gets the name that its twin has by now, which may be taken as well, and so on. Twins have different names, so such
@@ -1276,10 +1283,12 @@ def freed_names(arrivals: Sequence[Snapshot], source: Dataset, local: Dataset) -
         name = arrival.short
         while name in taken:
             twin = source.find(taken[name].guid)
-            is_free = twin is not None and twin.short not in {name, *(old for old, _ in chain)}
-            new = twin.short if twin and is_free else f"{name}.dropped-{taken[name].guid}"
-            # A source may say of two snapshots that they have one guid.
-            while not is_free and (new in taken or new in coming):
+            if twin and not policy.selection.of_snapshots([twin]):
+                twin = None  # under that name it would never expire
+            if twin and twin.short in {name, *(old for old, _ in chain)}:  # two here have one guid
+                twin = None
+            new = twin.short if twin else f"{name}{DROPPED}{taken[name].guid}"
+            while not twin and (new in taken or new in coming):
                 new += ".0"
             chain.append((name, new))
             name = new
@@ -1502,6 +1511,19 @@ class TreePlan:
         self.unlisted: set[str] = set()  # what has a name in this plan under which it is not listed yet
         self.moved = moved_mirrors(trees.source, trees.target, policy)
         self.unclear = set() if trees.whole else {key for key in self.source if self.is_unclear(key, trees)}
+        # So may be what holds a snapshot here whose tags could not be read.
+        unread = {
+            it.guid
+            for key, local in trees.target.items()
+            if not newest_common(self.source.get(key), local)
+            for it in local.snapshots
+            if it.tags is None
+        }
+        self.unclear |= {
+            key
+            for key, source in self.source.items()
+            if key not in trees.target and any(it.guid in unread for it in source.snapshots)
+        }
         if not trees.whole:
             self.moved = {}
         # Which local dataset has a copy of the snapshots that clones of the source come from.
@@ -1557,7 +1579,7 @@ class TreePlan:
 
     def follow_rename(self, key: str) -> bool:
         old = former_name(self.source[key], key, self.target, self.moved)
-        if old is None or old not in self.target or key in self.given_up:
+        if self.is_incomplete or old is None or old not in self.target or key in self.given_up:
             return False
         parent = key.rpartition("/")[0]
         try:
@@ -1575,23 +1597,35 @@ class TreePlan:
 
     def circle_of_names(self) -> str | None:
         """A local dataset whose name is wanted by one that has to leave its own to another, and so on, back to it."""
-        wanted = {
-            self.moved[it.guid][0]: key
-            for key, source in self.source.items()
-            for it in source.snapshots
-            if it.guid in self.moved and source.kind == self.moved[it.guid][1].kind
-        }
-        for start in [*wanted]:
-            circle = [start]
-            while wanted.get(circle[-1], start) not in circle:
-                circle.append(wanted[circle[-1]])
+        wanted: dict[str, str] = {}
+        for key, source in self.source.items():
+            fits = {self.moved[it.guid][0] for it in source.snapshots if it.guid in self.moved}
+            for old in fits if len(fits) == 1 else ():
+                if source.kind == self.target[old].kind and key not in self.given_up:
+                    wanted[old] = key
+        for old, key in wanted.items():  # it leaves its name to its new parent
+            is_mirrored = newest_common(self.source.get(old), self.target[old]) is not None
+            if is_below(key, old) and not is_mirrored and self.is_free_between(old):
+                return old
+        done: set[str] = set()
+        for start in wanted:
+            path: dict[str, None] = {}
+            key = start
+            while key in wanted and key not in done:
+                done.add(key)
+                path[key] = None
+                key = wanted[key]
+            circle = [*path][[*path].index(key) :] if key in path else []
             # None of them can be below another, where it would move along.
-            is_flat = not any(one != other and is_below(one, other) for one in circle for other in circle)
-            away = start + BETWEEN_NAMES
-            is_free = away not in self.target and not any(it in self.given_up for it in (away, *circle))
-            if wanted.get(circle[-1]) == start and len(circle) > 1 and is_flat and is_free:
-                return start
+            is_free = not any(above in path for it in circle for above in with_ancestors(it)[:-1])
+            first = next((it for it in circle if self.is_free_between(it)), None)
+            if len(circle) > 1 and is_free and first:
+                return first
         return None
+
+    def is_free_between(self, key: str) -> bool:
+        away = key + BETWEEN_NAMES
+        return away not in self.given_up and away not in self.target
 
     def create(self, key: str, names: Iterable[str]) -> None:
         for name in names:
@@ -1618,7 +1652,7 @@ class TreePlan:
     def return_children(self, key: str) -> None:
         """Rename the children of a placeholder that has made way back, once the dataset itself is here."""
         away, here = key + MADE_WAY, self.target.get(key)
-        if not here or not here.snapshots or away not in self.target or away in self.source:
+        if self.is_incomplete or not here or not here.snapshots or away not in self.target or away in self.source:
             return
         for old in sorted(it for it in self.target if it.rpartition("/")[0] == away):
             home = key + old[len(away) :]
@@ -1680,8 +1714,9 @@ class TreePlan:
         except Blocked as blocked:
             allowed = {Rollback: self.policy.rollback, Quarantine: self.policy.quarantine}
             override = next((way for way in blocked.ways if allowed[type(way)]), None)
-            # A mirror that waits for its new name is nothing to set aside.
-            if override is None or key in self.given_up or key in {it for it, _ in self.moved.values()}:
+            # A mirror whose dataset has another name by now is renamed, in this run or a later one.
+            is_anothers = any(key == it for it, _ in self.moved.values())
+            if override is None or key in self.given_up or is_anothers:
                 raise
         before = dict(self.target)
         if isinstance(override, Quarantine):
@@ -1709,6 +1744,8 @@ class TreePlan:
             parents = missing_parents(key, self.source, self.target, self.existing, self.policy)
         first = next((step for step in steps if isinstance(step, Receive)), None)
         if is_first and first and source.origin and not first.origin and not first.token:
+            if self.is_incomplete:
+                raise Failure(f"skipped: its origin {source.origin} may only be missing in the listing", WHOLE_FIRST)
             if source.inherited and source.inherited[-1].guid in self.late:
                 raise Failure(f"skipped: its origin {source.origin} has not been received completely", ORIGIN_FIRST)
             steps[steps.index(first)] = replace(first, lost_origin=source.origin)
@@ -4368,7 +4405,10 @@ class Lister:
             if f"'{root}': dataset does not exist" in failure.what:
                 failure.hint = f"check -r; is the pool imported there? zpool import {root.split('/')[0]}"
             raise
-        # The source may be a mirror itself. What has a name there only for a while is nothing to follow.
+        # The source may be a mirror itself. What has a name there only for a while is nothing to follow. Its own name
+        # may be another's by now, until the run there is done.
+        if not only and any(BETWEEN_NAMES in key for key in tree):
+            self.incomplete[0].append(Failure("a run there is renaming datasets, or was killed", "run that line again"))
         return with_clones({key: it for key, it in tree.items() if not any(it in key for it in PASSING)})
 
     def list_target(self) -> Trees:
@@ -4528,22 +4568,31 @@ class LocalSteps:
         elif isinstance(step, MakeWay):
             self.make_way(trees, key)
         elif isinstance(step, RenameSnapshots):
-            self.report.event("rename", name, f"{name}: {step}, as at the source")
-            for old, new in step.names:
-                run(self.host, rename(name + old, name + new))
+            self.rename_snapshots(trees.target[key], step)
         elif isinstance(step, Quarantine):
             self.quarantine(key, now)
         elif isinstance(step, Rollback):
             self.roll_back(trees.target[key], step)
         else:
-            self.report.event("abandon", name, f"{name}: {step}")
-            try:
-                run(self.host, (*ABORT_RECEIVE, name))
-            except CommandFailed as failure:
-                if "does not have any resumable receive state" not in failure.what:
-                    raise
-                # A pool that an old ZFS wrote may show a token of nothing (https://github.com/openzfs/zfs/issues/10439).
-                self.lister.dead_tokens.add(step.partial.token)
+            self.abort_receive(name, step)
+
+    def rename_snapshots(self, local: Dataset, step: RenameSnapshots) -> None:
+        # What is no mirror of ours yet may be in use, and another tool may go by these names.
+        if not local.held_before and not local.recognised and is_written(self.host, local.name):
+            raise Failure(f"{local.name} was changed since its newest snapshot", "stop what writes to the mirror")
+        self.report.event("rename", local.name, f"{local.name}: {step}, as at the source")
+        for old, new in step.names:
+            run(self.host, rename(local.name + old, local.name + new))
+
+    def abort_receive(self, name: str, step: AbortReceive) -> None:
+        self.report.event("abandon", name, f"{name}: {step}")
+        try:
+            run(self.host, (*ABORT_RECEIVE, name))
+        except CommandFailed as failure:
+            if "does not have any resumable receive state" not in failure.what:
+                raise
+            # A pool that an old ZFS wrote may show a token of nothing (https://github.com/openzfs/zfs/issues/10439).
+            self.lister.dead_tokens.add(step.partial.token)
 
     def local_name(self, key: str) -> str:
         return self.policy.target_root + key
@@ -4790,7 +4839,8 @@ class Executor:
             elif isinstance(step, LOCAL_STEPS):
                 names = {key, step.old} if isinstance(step, Rename) else {key}
                 places = [*with_ancestors(key), *(with_ancestors(step.old) if isinstance(step, Rename) else ())]
-                if not (coming if isinstance(step, Rename) else coming | moved).isdisjoint(places):
+                late = coming if isinstance(step, Rename) else coming | moved
+                if key in self.given_up or not late.isdisjoint(places):
                     coming |= names
                     continue
                 is_done = True
@@ -5443,7 +5493,7 @@ def print_plan(it: Run, now: int) -> None:
         if key in target:
             target[key] = held_after(target[key], received, changes.place_local, changes.release_local)
     it.trees = replace(it.trees, source=source, target=target)
-    for expiry in it.expiries(now):
+    for expiry in it.expiries(now) if it.trees.whole else ():
         for snapshot in expiry.destroy:
             it.report.expired(snapshot, "expires")
 

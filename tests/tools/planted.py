@@ -65,10 +65,12 @@ BUGS: dict[str, tuple[Plant, ...]] = {
     "sent without a hold": (Plant("Executor.hold", "READ_ONLY in said", "True"),),
     "expiry though the source is read-only": (Plant("Run.execute", "if self.executor.is_read_only:", "if False:"),),
     "a mirror that waits for its name is set aside": (
-        Plant("TreePlan.decide_or_override", "key in {it for it, _ in self.moved.values()}", "False"),
+        Plant("TreePlan.decide_or_override", "any(key == it for it, _ in self.moved.values())", "False"),
     ),
     "names that cannot be swapped are tried for ever": (
-        Plant("TreePlan.circle_of_names", "any(it in self.given_up for it in (away, *circle))", "False"),
+        Plant("TreePlan.is_free_between", "away not in self.given_up", "True"),
+        Plant("TreePlan.circle_of_names", "key not in self.given_up", "True"),
+        Plant("Executor.change_names", "key in self.given_up", "False"),
     ),
     "what was dropped takes the name of another": (Plant("freed_names", "new in taken or new in coming", "False"),),
     "names in the wrong order": (Plant("freed_names", "names += reversed(chain)", "names += chain"),),
