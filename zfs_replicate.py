@@ -5524,7 +5524,8 @@ def print_step(it: Run, key: str, step: Entry, sizes: Mapping[str, int], now: in
         report.creation(step.name)
     # A run tells the next two as done; here they are yet to come.
     elif isinstance(step, Rename):
-        report.event("rename", name, f"{it.policy.target_root + step.old}: rename to {name}, as at the source")
+        how = "for a while" if key.endswith(BETWEEN_NAMES) else "as at the source"
+        report.event("rename", name, f"{it.policy.target_root + step.old}: rename to {name}, {how}")
     elif isinstance(step, Quarantine):
         report.event("quarantine", name, f"{name}: rename to {aside_of(name, now)}")
     elif isinstance(step, Receive):
